@@ -1,0 +1,206 @@
+"""Command lines: flags in, one-line errors and exit statuses out.
+
+Exit status 0: done; 2: a mistake of the user's, told in one line; 130: Ctrl-C; 143: stopped by
+SIGTERM. Anything else is a bug of ours and shows its traceback.
+"""
+
+import argparse
+import difflib
+import errno
+import importlib.metadata
+import json
+import os
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from persona_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
+
+
+def run_with_config(
+    main: Callable[[ConfigDict, Path], Any], argv: Sequence[str] | None = None
+) -> None:
+    """Parse ``--config FILE.py[:ARG] --workdir DIR --config.a.b=value``; run main(config, workdir).
+
+    The file has get_config([arg]) -> ConfigDict of plain values; it may raise UserError for an
+    argument it does not know. Unknown flags and keys and values of the wrong type are one-line
+    errors. Exits the process on an error. argv: sys.argv where not given.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    _exit_on_error(lambda: main(*_parse_config(argv, main)))
+
+
+def run_with_arguments(
+    parser: argparse.ArgumentParser,
+    main: Callable[[argparse.Namespace], Any],
+    argv: Sequence[str] | None = None,
+) -> None:
+    """Parse the command line with ``parser``; run main(arguments). Errors as in run_with_config.
+
+    For entry points without a config file: argparse takes several values after one flag.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    parser.error = _refuse
+    _exit_on_error(lambda: main(parser.parse_args(argv[1:])))
+
+
+def _refuse(message: str) -> None:
+    """In place of ArgumentParser.error, which prints the whole usage."""
+    raise UserError(f"command line: {message}; see --help")
+
+
+def _exit_on_error(run: Callable[[], Any]) -> None:
+    flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
+    try:
+        run()
+    except UserError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        print(f"error: {error.strerror}: {error.filename or 'workdir'}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+
+
+def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
+    about = (sys.modules[main.__module__].__doc__ or "").strip()
+    parser = argparse.ArgumentParser(
+        description=about,
+        epilog="--config.any.key=value sets one key of the configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.error = _refuse
+    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
+    known, overrides = parser.parse_known_args(argv[1:])
+    return _override(_load_config(known.config), overrides), Path(known.workdir)
+
+
+def _load_config(value: str) -> ConfigDict:
+    """FILE.py[:ARG] -> its get_config([ARG]); the file may import its neighbours."""
+    path, *arguments = value.split(":", 1)
+    if not Path(path).is_file():
+        raise UserError(f"--config {path}: no such file")
+    folder = str(Path(path).absolute().parent)
+    sys.path.insert(0, folder)
+    try:
+        config = runpy.run_path(path)["get_config"](*arguments)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"--config {value}: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(folder)
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config {path}: get_config gave {type(config).__name__}, not ConfigDict")
+    return config
+
+
+def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
+    """Return the config, locked, with ``--config.a.b=value`` flags applied."""
+    before = _leaves(config)
+    for flag in overrides:
+        match = re.match(r"--?(?:no)?config\.([^=]*)", flag)
+        if match and match[1] not in before and f"no{match[1]}" not in before:
+            near = difflib.get_close_matches(match[1], before, n=3, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(near)}?" if near else ""
+            raise UserError(f"--config.{match[1]}: no such key{hint}")
+    values = flags.FlagValues()
+    argv = ["", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        left = values(argv)[1:]
+    except Exception as error:  # absl's and ml_collections' own kinds, some not flags.Error
+        raise UserError(f"command line: {error}") from error
+    if left:
+        raise UserError(f"command line: unexpected {left[0]!r}; see --help")
+    after = _leaves(values.config)
+    for key, old in before.items():  # the one type ml_collections does not check
+        if (
+            isinstance(old, tuple)
+            and {type(x) for x in after[key]} - {type(x) for x in old}
+            and old
+        ):
+            raise UserError(f"--config.{key}: found {after[key]!r}, expected the like of {old!r}")
+    return values.config
+
+
+def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value}; a ConfigDict that is empty counts as a value."""
+    flat = {}
+    for key, value in config.items():
+        below = _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
+        flat |= below or {f"{prefix}{key}": value}
+    return flat
+
+
+def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
+    """Write workdir/config.json (read_config's) and run.json (command, versions, devices).
+
+    Process 0 writes, the others return. Raises UserError if the folder can't be written.
+    """
+    if jax.process_index() != 0:
+        return
+    workdir = Path(workdir)
+    run = {
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("config.json", config.to_json(indent=2)),
+            ("run.json", json.dumps(run, indent=2)),
+        ):
+            beside = workdir / f"{name}.new"
+            beside.write_text(text + "\n")
+            os.replace(beside, workdir / name)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Return the configuration write_run_files left in workdir; sequences come back as tuples.
+
+    Raises UserError if there is none or it is not JSON.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; is {workdir} a run's workdir?") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a configuration ({error}); was it edited?") from error
+
+
+def config_difference(before: ConfigDict, after: ConfigDict) -> list[str]:
+    """Return one line per key in which two configurations differ ("a.b: 1, now 2"), by key."""
+    old, new = (_leaves(ConfigDict(json.loads(config.to_json()))) for config in (before, after))
+    return [
+        f"{key}: {json.dumps(old[key]) if key in old else 'absent'}, "
+        f"now {json.dumps(new[key]) if key in new else 'absent'}"
+        for key in sorted(old.keys() | new.keys())
+        if (key in old) != (key in new) or old.get(key) != new.get(key)
+    ]
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(below) for key, below in value.items()}
+    return tuple(_tuples(below) for below in value) if isinstance(value, list) else value

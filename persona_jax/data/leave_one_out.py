@@ -1,0 +1,56 @@
+"""One training example: a photo to paint, and other photos of the same person to learn from."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+class Example(NamedTuple):
+    """Rows of photos, N = n - 1 places for references.
+
+    Attributes:
+      target: row of the photo held out.
+      references: rows of the others drawn; 0 where `mask` is 0.
+      mask: 1 for a reference, 0 for padding, which comes last.
+      flip: whether the whole example, target and references, is mirrored.
+    """
+
+    target: int
+    references: Int[np.ndarray, "N"]
+    mask: Float[np.ndarray, "N"]
+    flip: bool
+
+
+def leave_one_out(
+    photos: Int[np.ndarray, "K"],
+    target: int,
+    rng: np.random.Generator,
+    *,
+    n: int,
+    fixed: bool,
+    flip: bool,
+) -> Example:
+    """Holds `target` out of up to `n` photos of its person and draws references from the rest.
+
+    The references are distinct and never the target. Their number is uniform in
+    [1, min(n, K) - 1], or exactly min(n, K) - 1 where `fixed` (the source's setting, n = 10).
+
+    Args:
+      photos: rows of all K >= 2 photos of the person.
+      target: one of them.
+      n: photos drawn in all, the target included; at least 2.
+      flip: whether to mirror half of the examples (off where left and right differ).
+
+    Raises:
+      ValueError: n or K below 2, or a target of another person.
+    """
+    others = photos[photos != target]
+    if n < 2 or len(others) < 1 or len(others) == len(photos):
+        raise ValueError(f"n = {n}, photos {photos}, target {target}: need 2, and the target there")
+    most = min(n, len(photos)) - 1
+    count = most if fixed else int(rng.integers(1, most, endpoint=True))
+    references = np.zeros(n - 1, np.int64)
+    references[:count] = rng.choice(others, count, replace=False)
+    mask = (np.arange(n - 1) < count).astype(np.float32)
+    return Example(int(target), references, mask, bool(flip and rng.random() < 0.5))

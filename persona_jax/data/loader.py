@@ -1,0 +1,131 @@
+"""Batches in a global order fixed by the seed alone, whatever the step or number of processes.
+
+Example i of the infinite sequence is the same in every run; step s is made of examples
+[s B, (s + 1) B), of which process p of P takes those at s B + p, s B + p + P, ... So the step is
+the whole state of the iterator, and a run may go on with another number of processes.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import grain
+import numpy as np
+from jaxtyping import Int, Shaped
+
+from persona_jax.data.leave_one_out import leave_one_out
+from persona_jax.errors import UserError
+
+# Two threads hide the page faults of memory-mapped encodings; more contend for the interpreter.
+READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
+
+
+def batches(
+    encodings: Mapping[str, Shaped[np.ndarray, "P ..."]],
+    people_photos: Sequence[Int[np.ndarray, "_"]],
+    *,
+    batch_size: int,
+    n: int,
+    fixed: bool,
+    flip: bool,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Leave-one-out training batches, without end: each photo is the target once an epoch.
+
+    Args:
+      encodings: "moments" [P, 2, h, w, 2C], "embeddings" [P, 2, D], "tokens" [P, T]; axis 1 is
+        the orientation (0 as it is, 1 mirrored).
+      people_photos: rows of each person's photos, two or more (see splits.photos_of).
+      batch_size: over all processes; each yields batch_size / process_count examples.
+      n: photos drawn for an example, the target included: N = n - 1.
+      fixed: always as many references as there can be (see leave_one_out).
+      flip: mirror half of the examples.
+      start_step: the first batch; nothing before it is read or drawn.
+
+    Yields:
+      {"moments" [B, h, w, 2C], "tokens" [B, T], "embeddings" [B, N, D] (0 where padded),
+      "mask" [B, N], "index" [B] int32: the example's place in the global order, modulo 2³¹}.
+
+    Raises:
+      UserError: a person with one photo, or a batch that cannot be shared out evenly.
+    """
+    if n < 2:
+        raise UserError(f"n = {n} photos per example: expected at least 2 (a target and one more)")
+    if alone := sum(len(photos) < 2 for photos in people_photos):
+        raise UserError(f"{alone} people have fewer than 2 photos; train on the others")
+    targets = np.concatenate(people_photos).tolist()
+    persons = np.repeat(np.arange(len(people_photos)), [len(p) for p in people_photos])
+
+    def draw(index: int, position: int) -> dict[str, np.ndarray]:
+        photos = people_photos[persons[position]]
+        rng = np.random.default_rng((seed, index))
+        example = leave_one_out(photos, targets[position], rng, n=n, fixed=fixed, flip=flip)
+        return {**_as_arrays(example._asdict()), "index": _int32(index)}
+
+    def gather(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        target, side = drawn["target"], drawn["flip"].astype(np.int64)
+        embeddings = encodings["embeddings"][drawn["references"], side[:, None]]
+        return {
+            "moments": encodings["moments"][target, side],
+            "tokens": encodings["tokens"][target],
+            "embeddings": embeddings * drawn["mask"][..., None],
+            "mask": drawn["mask"],
+            "index": drawn["index"],
+        }
+
+    shares = _shares(
+        _order(len(targets), seed).map_with_index(draw), batch_size, process_index, process_count
+    )
+    return iter(shares[start_step:].map(gather).to_iter_dataset(READ))
+
+
+def photo_batches(
+    count: int,
+    batch_size: int,
+    *,
+    flip: bool,
+    seed: int,
+    start_step: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[dict[str, np.ndarray]]:
+    """Which of `count` photos to train the base on, in the same manner as :func:`batches`.
+
+    Yields:
+      {"photo" [B] int64 in [0, count), each once an epoch; "flip" [B] bool; "index" [B] int32}.
+    """
+
+    def draw(index: int, photo: int) -> dict[str, np.ndarray]:
+        mirrored = flip and np.random.default_rng((seed, index)).random() < 0.5
+        return {**_as_arrays({"photo": photo, "flip": mirrored}), "index": _int32(index)}
+
+    order = _order(count, seed).map_with_index(draw)
+    shares = _shares(order, batch_size, process_index, process_count)
+    return iter(shares[start_step:].to_iter_dataset(READ))
+
+
+def _order(count: int, seed: int) -> grain.MapDataset:
+    """0 .. count - 1 shuffled, and shuffled anew in each of endless epochs."""
+    # grain seeds epoch e with seed + e: seeds far apart keep runs from sharing epochs.
+    far = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    return grain.MapDataset.range(count).shuffle(seed=far).repeat()
+
+
+def _shares(
+    examples: grain.MapDataset, batch_size: int, process_index: int, process_count: int
+) -> grain.MapDataset:
+    """This process' part of every batch."""
+    if batch_size < 1 or batch_size % process_count:
+        raise UserError(
+            f"batch size {batch_size}: expected a multiple of the {process_count} processes"
+        )
+    return examples[process_index::process_count].batch(batch_size // process_count)
+
+
+def _as_arrays(values: dict) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in values.items()}
+
+
+def _int32(index: int) -> np.ndarray:
+    return np.asarray(index % 2**31, np.int32)

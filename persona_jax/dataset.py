@@ -1,0 +1,36 @@
+"""The photos and groups of people that a config names."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from persona_jax.data.photos import Photos, load_photos
+from persona_jax.data.splits import People, photos_of, split_people
+
+
+def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
+    """Photos and identity-disjoint groups of people, from the config's ``data`` section."""
+    photos = load_photos(
+        config.dataset,
+        config.data_dir,
+        config.manual_dir or None,
+        config.folder or None,
+        config.archive_sha256 or None,
+    )
+    if photos.skipped:
+        shown = ", ".join(photos.skipped[:5])
+        print(f"{len(photos.skipped)} unreadable photos are left out: {shown}", flush=True)
+    people = split_people(
+        photos.people,
+        test=config.test_people,
+        validation=None if config.validation_people < 0 else config.validation_people,
+        least=config.least_photos,
+        seed=config.seed,
+    )
+    return photos, people
+
+
+def rows_of(photos: Photos, people: Sequence[str]) -> np.ndarray:
+    """Rows of all photos of the given people, ascending ``[P]``."""
+    return np.sort(np.concatenate(photos_of(photos.people, people)))

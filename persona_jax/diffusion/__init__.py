@@ -1,0 +1,1 @@
+"""Pure functions of diffusion: noise schedule, loss, sampler."""

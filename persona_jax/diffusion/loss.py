@@ -1,0 +1,54 @@
+"""The training loss: E ‖ε − ε_θ(z_t, t, c)‖² (design §1), its noise a function of the example."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from persona_jax.diffusion.schedule import (
+    Schedule,
+    add_noise,
+    min_snr_weight,
+    prediction_target,
+)
+
+
+def example_keys(
+    seed: Int[Array, ""] | int, step: Int[Array, ""] | int, index: Int[Array, " B"]
+) -> PRNGKeyArray:
+    """A key per example, ``[B]``, from (seed, step, global index) alone: the same whatever the
+    number of devices or processes (design §4)."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
+
+
+def draw_steps(keys: PRNGKeyArray, schedule: Schedule) -> Int[Array, " B"]:
+    """A uniform diffusion step per example, ``[B]``."""
+    return jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.steps))(keys)
+
+
+def denoising_loss(
+    predict: Callable[[Array, Array], Array],
+    schedule: Schedule,
+    latents: Float[Array, "B h w C"],
+    noise: Float[Array, "B h w C"],
+    t: Int[Array, " B"],
+    min_snr_gamma: float | None = None,
+) -> Float[Array, " B"]:
+    """Mean squared error of the prediction, per example, float32 ``[B]``.
+
+    Args:
+      predict: (z_t, t) → ε or v, both ``[B, h, w, C]``.
+      schedule: noise levels and what is predicted.
+      latents: z_0, scaled.
+      noise: ε.
+      t: diffusion step per example.
+      min_snr_gamma: γ of min-SNR weighting; None weighs every step alike.
+    """
+    prediction = predict(add_noise(schedule, latents, noise, t), t)
+    target = prediction_target(schedule, latents, noise, t)
+    loss = jnp.mean((prediction.astype(jnp.float32) - target) ** 2, axis=(1, 2, 3))
+    if min_snr_gamma is None:
+        return loss
+    return loss * min_snr_weight(schedule, t, min_snr_gamma)

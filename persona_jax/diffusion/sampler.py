@@ -1,0 +1,95 @@
+"""DDIM (Song et al. 2021) as one ``lax.scan``, and classifier-free guidance."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from persona_jax.diffusion.schedule import Schedule, sampling_steps
+
+Denoise = Callable[[Array, Array], Array]
+"""(latents [B, h, w, C], step t, a scalar) → the network's prediction [B, h, w, C]."""
+
+
+def guide(denoise_both: Denoise, guidance: Float[Array, ""] | float) -> Denoise:
+    """Classifier-free guidance as one batch (Ho & Salimans 2022): ε_u + g (ε_c − ε_u).
+
+    `denoise_both` is given ``[2B, h, w, C]``, the unconditional half first.
+    """
+
+    def guided(latents: Array, t: Array) -> Array:
+        both = denoise_both(jnp.concatenate([latents, latents]), t)
+        unconditional, conditional = jnp.split(both, 2)
+        return unconditional + guidance * (conditional - unconditional)
+
+    return guided
+
+
+def picture_noise(
+    keys: PRNGKeyArray, step: Array | int, shape: tuple[int, int, int]
+) -> Float[Array, "B h w C"]:
+    """Standard normal noise of each picture from its own key ``[B]`` and the walk's `step`, so
+    that a picture does not depend on how many others are asked for."""
+    return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
+
+
+def predicted_original(
+    schedule: Schedule, z: Array, prediction: Array, alpha_bar: Array
+) -> tuple[Array, Array]:
+    """(z_0, ε) that a prediction at noise level `alpha_bar` implies."""
+    signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
+    if schedule.prediction == "epsilon":
+        original, noise = (z - sigma * prediction) / signal, prediction
+    else:
+        original, noise = signal * z - sigma * prediction, signal * prediction + sigma * z
+    if schedule.clip_sample:
+        original = jnp.clip(original, -1.0, 1.0)
+        # diffusers' default keeps the network's own ε beside the clipped original.
+    return original, noise
+
+
+def ddim(
+    denoise: Denoise,
+    schedule: Schedule,
+    noise: Float[Array, "B h w C"],
+    *,
+    steps: int,
+    eta: Float[Array, ""] | float = 0.0,
+    keys: PRNGKeyArray | None = None,
+) -> Float[Array, "B h w C"]:
+    """Walks from noise to latents; eq. (12) of Song et al. 2021.
+
+    Args:
+      denoise: the network, guidance included.
+      schedule: noise levels and spacing.
+      noise: z_T ``[B, h, w, C]``, float32.
+      steps: how many steps (static: sets the program's length).
+      eta: 0 is deterministic, 1 is ancestral; what it takes from the direction is put back as
+        fresh noise.
+      keys: one key per picture ``[B]`` for that noise; None means none is ever drawn (η = 0).
+
+    Returns:
+      z_0 ``[B, h, w, C]``.
+    """
+    t, previous = sampling_steps(schedule, steps)
+    alpha_bars = jnp.asarray(schedule.alphas_cumprod)
+    now = alpha_bars[t]
+    after = jnp.where(
+        jnp.asarray(previous) >= 0,
+        alpha_bars[jnp.maximum(previous, 0)],
+        schedule.final_alpha_cumprod,
+    )
+
+    def step(z: Array, inputs: tuple) -> tuple[Array, None]:
+        i, t, now, after = inputs
+        original, epsilon = predicted_original(schedule, z, denoise(z, t), now)
+        variance = (1 - after) / (1 - now) * (1 - now / after)
+        std = eta * jnp.sqrt(variance) if keys is not None else 0.0
+        z = jnp.sqrt(after) * original + jnp.sqrt(1 - after - std**2) * epsilon
+        if keys is not None:
+            z += std * picture_noise(keys, i + 1, z.shape[1:])
+        return z, None
+
+    latents, _ = jax.lax.scan(step, noise, (jnp.arange(steps), jnp.asarray(t), now, after))
+    return latents

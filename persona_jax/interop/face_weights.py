@@ -1,0 +1,252 @@
+"""Weights for :class:`persona_jax.models.face_resnet.FaceResNet`, and the crop they expect.
+
+Two files hold the same network: face-api.js' tfjs folder (a manifest and uint8 shards, 6 MB)
+and dlib's float32 original (`dlib_face_recognition_resnet_model_v1.dat`, 22 MB, on PyPI inside
+`face_recognition_models`). Both are read strictly and neither executes anything.
+"""
+
+import hashlib
+import json
+import math
+import re
+from pathlib import Path
+
+import flax.traverse_util
+import jax
+import jax.numpy as jnp
+import numpy as np
+import PIL.Image
+from jaxtyping import Float
+
+from persona_jax.errors import UserError
+from persona_jax.models.face_resnet import BLOCKS, SIDE, FaceResNet
+
+# Where the face is in a deep-funneled LFW photo (250×250: centre (125, 133), side 124), as
+# fractions of the photo: the alignment makes one fixed crop serve for all.
+LFW_CENTRE = (0.5, 0.532)
+LFW_CROP = 0.496
+
+
+def load_face_weights(path: str | Path) -> dict:
+    """Read FaceResNet's parameter tree (numpy float32) from a tfjs folder or a dlib `.dat`.
+
+    Raises:
+        UserError: nothing at `path`, a file cut short or of another kind, or tensors that are
+            missing, unexpected or misshapen: all of them named in the one message.
+    """
+    path = Path(path)
+    tensors = _read_dat(path) if path.suffix == ".dat" else _read_tfjs_folder(path)
+    expected = _expected_shapes()
+    problems = [f"missing {name}" for name in expected.keys() - tensors.keys()]
+    problems += [f"unexpected {name}" for name in tensors.keys() - expected.keys()]
+    problems += [
+        f"{name} is {list(tensors[name].shape)}, expected {list(shape)}"
+        for name, shape in expected.items()
+        if name in tensors and tensors[name].shape != shape
+    ]
+    if problems:
+        raise UserError(
+            f"{path}: not the weights of dlib's face recognition ResNet: "
+            f"{'; '.join(sorted(problems))}"
+        )
+    return flax.traverse_util.unflatten_dict(
+        {_flax_name(name): array for name, array in tensors.items()}, sep="/"
+    )
+
+
+def face_weights_hash(path: str | Path) -> str:
+    """SHA-256 (hex) over the bytes of the weight files: the `.dat`, or manifest then shards."""
+    path = Path(path)
+    files = [path] if path.suffix == ".dat" else [_manifest_file(path), *_shards(path)]
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(_read_bytes(file))
+    return digest.hexdigest()
+
+
+def face_crop(
+    image: PIL.Image.Image,
+    centre: tuple[float, float] = LFW_CENTRE,
+    side: float = LFW_CROP,
+) -> Float[np.ndarray, "150 150 3"]:
+    """Cut a square out of a photo and resize it, antialiased, to the network's 150×150.
+
+    Args:
+        image: any PIL image; read as RGB.
+        centre: (x, y) of the square's centre, as fractions of the photo's width and height.
+        side: the square's side, as a fraction of the photo's shorter side.
+
+    Returns:
+        RGB, 0…255, float32.
+
+    Raises:
+        UserError: the square reaches outside the photo.
+    """
+    half = side * min(image.size) / 2
+    x, y = (fraction * size for fraction, size in zip(centre, image.size, strict=True))
+    box = (x - half, y - half, x + half, y + half)
+    if half <= 0 or min(box) < 0 or box[2] > image.width or box[3] > image.height:
+        raise UserError(
+            f"face crop: centre {centre} and side {side} give the box {box}, outside the photo "
+            f"of {image.width}×{image.height}; choose fractions that stay inside"
+        )
+    chip = image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC, box=box)
+    return np.asarray(chip, np.float32)
+
+
+def read_tfjs_tensors(folder: Path, manifest: list) -> dict[str, np.ndarray]:
+    """Read the tensors of a TensorFlow.js weights manifest as float32.
+
+    Args:
+        folder: where the shards lie.
+        manifest: groups of `{"paths": [shard, …], "weights": [{"name", "shape", "dtype",
+            "quantization"?: {"dtype", "scale", "min"}}, …]}`; a group's shards are one stream
+            of bytes. Quantised values are `scale · q + min`.
+
+    Raises:
+        UserError: a shard is missing, its length is not what the manifest says, or a type is
+            neither float32 nor quantised to uint8 or uint16.
+    """
+    tensors = {}
+    for group in manifest:
+        data = b"".join(_read_bytes(folder / name) for name in group["paths"])
+        at = 0
+        for entry in group["weights"]:
+            name, shape, quantised = entry["name"], entry["shape"], entry.get("quantization")
+            stored = quantised["dtype"] if quantised else entry["dtype"]
+            if stored not in (("uint8", "uint16") if quantised else ("float32",)):
+                raise UserError(
+                    f"{folder}: {name} is stored as {stored}; float32, or quantised uint8 or "
+                    "uint16, can be read"
+                )
+            dtype = np.dtype(stored).newbyteorder("<")
+            end = at + math.prod(shape) * dtype.itemsize
+            if end > len(data):
+                raise UserError(
+                    f"{folder}: {', '.join(group['paths'])} ends within {name} "
+                    f"({len(data)} bytes, {end} needed); fetch it again"
+                )
+            values = np.frombuffer(data[at:end], dtype).astype(np.float32).reshape(shape)
+            if quantised:
+                values = values * np.float32(quantised["scale"]) + np.float32(quantised["min"])
+            tensors[name] = values
+            at = end
+        if at != len(data):
+            raise UserError(
+                f"{folder}: {', '.join(group['paths'])} holds {len(data)} bytes, the manifest "
+                f"describes {at}; manifest and shards are not of one model"
+            )
+    return tensors
+
+
+def _expected_shapes() -> dict[str, tuple[int, ...]]:
+    """Every tensor's name in the manifest, and its shape."""
+    blank = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
+    tree = jax.eval_shape(FaceResNet().init, jax.random.key(0), blank)["params"]
+    flat = flax.traverse_util.flatten_dict(tree, sep="/")
+    return {_manifest_name(name): leaf.shape for name, leaf in flat.items()}
+
+
+def _flax_name(name: str) -> str:
+    return "fc/kernel" if name == "fc" else name.replace("/conv/filters", "/conv/kernel")
+
+
+def _manifest_name(name: str) -> str:
+    return "fc" if name == "fc/kernel" else name.replace("/conv/kernel", "/conv/filters")
+
+
+def _manifest_file(folder: Path) -> Path:
+    found = sorted(folder.glob("*weights_manifest.json"))
+    if len(found) != 1:
+        raise UserError(
+            f"{folder}: expected one *weights_manifest.json, found {len(found)}; give the folder "
+            "of face-api.js' face_recognition_model, or dlib's "
+            "dlib_face_recognition_resnet_model_v1.dat"
+        )
+    return found[0]
+
+
+def _manifest(folder: Path) -> list:
+    file = _manifest_file(folder)
+    try:
+        groups = json.loads(_read_bytes(file))
+        # Touch what will be read, so that a file of another kind fails here, with its name.
+        for group in groups:
+            _ = [str(name) for name in group["paths"]]
+            _ = [(entry["name"], math.prod(entry["shape"])) for entry in group["weights"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not a TensorFlow.js weights manifest ({error!r})") from error
+    return groups
+
+
+def _shards(folder: Path) -> list[Path]:
+    return [folder / name for group in _manifest(folder) for name in group["paths"]]
+
+
+def _read_tfjs_folder(folder: Path) -> dict[str, np.ndarray]:
+    return read_tfjs_tensors(folder, _manifest(folder))
+
+
+def _read_bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+# dlib serialises layers from the input outwards, each opening with its version string (itself
+# preceded by its length as an integer). Only three kinds have parameters.
+_LAYER = re.compile(rb"\x01\x05con_4|\x01\x07affine_|\x01\x04fc_2")
+
+
+def _read_dat(file: Path) -> dict[str, np.ndarray]:
+    """Read dlib's own file into the manifest's names and layouts."""
+    data = _read_bytes(file)
+    convs = ["conv32_down", *(f"{name}/conv{i}" for name, _, _ in BLOCKS for i in (1, 2))]
+    want = [b"con_4", b"affine_"] * len(convs) + [b"fc_2"]
+    marks = list(_LAYER.finditer(data))
+    found = [mark.group()[2:] for mark in marks]
+    if found != want:
+        raise UserError(
+            f"{file}: expected {len(convs)} convolutions with their affine layers and one fully "
+            f"connected layer, found {found.count(b'con_4')}, {found.count(b'affine_')} and "
+            f"{found.count(b'fc_2')}; use dlib_face_recognition_resnet_model_v1.dat"
+        )
+    shapes = _expected_shapes()
+    tensors = {}
+    try:
+        for name, conv, affine in zip(convs, marks[:-1:2], marks[1::2], strict=True):
+            height, width, inputs, outputs = shapes[f"{name}/conv/filters"]
+            flat = _dat_tensor(data, conv.end()).ravel()
+            filters, tensors[f"{name}/conv/bias"] = flat[:-outputs], flat[-outputs:]
+            filters = filters.reshape(outputs, inputs, height, width)
+            tensors[f"{name}/conv/filters"] = filters.transpose(2, 3, 1, 0)
+            gamma, beta = _dat_tensor(data, affine.end()).reshape(2, outputs)
+            tensors[f"{name}/scale/weights"], tensors[f"{name}/scale/biases"] = gamma, beta
+        at = marks[-1].end()
+        for _ in ("outputs", "inputs"):
+            _, at = _dat_int(data, at)
+        tensors["fc"] = _dat_tensor(data, at).reshape(shapes["fc"])
+    except (ValueError, IndexError) as error:
+        raise UserError(f"{file}: damaged, or of another dlib version ({error})") from error
+    return tensors
+
+
+def _dat_int(data: bytes, at: int) -> tuple[int, int]:
+    """An integer as dlib writes it (sign bit and byte count, then little-endian), and its end."""
+    size = data[at] & 0x0F
+    value = int.from_bytes(data[at + 1 : at + 1 + size], "little")
+    return -value if data[at] & 0x80 else value, at + 1 + size
+
+
+def _dat_tensor(data: bytes, at: int) -> np.ndarray:
+    """A dlib tensor: version 2, four sizes, little-endian float32 values."""
+    header = []
+    for _ in range(5):
+        value, at = _dat_int(data, at)
+        header.append(value)
+    version, *shape = header
+    if version != 2 or min(shape) < 1:
+        raise ValueError(f"tensor header {header} at byte {at}")
+    # frombuffer raises ValueError where the file ends early.
+    return np.frombuffer(data, "<f4", count=math.prod(shape), offset=at).astype(np.float32)

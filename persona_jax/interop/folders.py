@@ -1,0 +1,202 @@
+"""Folders in diffusers' layout: one tower each, config.json and safetensors; and hub ids."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from persona_jax.errors import UserError
+from persona_jax.interop import tensors
+from persona_jax.models.towers import abstract_params, build
+
+
+@dataclasses.dataclass(frozen=True)
+class Tower:
+    """A frozen network: the module, its parameters, and where they came from.
+
+    Attributes:
+      module: the Flax module.
+      params: its parameter tree (or the abstract one).
+      config: the content of its ``config.json``, as published.
+      hash: sha256 of its files, hex; names the tower in caches and checkpoints.
+    """
+
+    module: nn.Module
+    params: Mapping
+    config: Mapping[str, Any]
+    hash: str = ""
+
+
+_OLD_VAE_ATTENTION = {
+    ".query.": ".to_q.",
+    ".key.": ".to_k.",
+    ".value.": ".to_v.",
+    ".proj_attn.": ".to_out.0.",
+}
+
+
+def _rename_vae(name: str) -> str:
+    for old, new in _OLD_VAE_ATTENTION.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _rename_clip(prefix: str) -> Callable[[str], str | None]:
+    def rename(name: str) -> str | None:
+        if name.endswith("embeddings.position_ids"):  # a constant that old files carry
+            return None
+        bare = name.startswith(("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm."))
+        return f"{prefix}.{name}" if bare else name
+
+    return rename
+
+
+_RENAME: dict[str, Callable[[str], str | None]] = {
+    "unet": lambda name: name,
+    "vae": _rename_vae,
+    "text_encoder": _rename_clip("text_model"),
+    "image_encoder": _rename_clip("vision_model"),
+}
+
+
+def find(path_or_id: str) -> Path:
+    """A pipeline folder: a local one, or a hub id's snapshot, downloaded when first asked for."""
+    local = Path(path_or_id).expanduser()
+    if local.exists():
+        return local
+    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+        raise UserError(f"{path_or_id}: no such folder (nor a hub id, which reads owner/name)")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", "*.model", "*/model*.safetensors"]
+    patterns += ["*/diffusion_pytorch_model*.safetensors"]
+    try:
+        return Path(
+            snapshot_download(path_or_id, allow_patterns=patterns, ignore_patterns=["*fp16*"])
+        )
+    except Exception as error:
+        # Offline, gone, gated, misspelt: the hub's classes differ, the user's remedy does not.
+        raise UserError(
+            f"{path_or_id}: no local folder of that name, and the hub gave "
+            f"{type(error).__name__}; check the name and the network, or give a local folder"
+        ) from error
+
+
+def content_hash(folder: Path) -> str:
+    """sha256 (hex) over a tower folder's config.json and weights, in the order of their names."""
+    digest = hashlib.sha256()
+    for file in sorted([folder / "config.json", *tensors.weight_files(folder)]):
+        digest.update(file.name.encode())
+        with file.open("rb") as handle:
+            digest.update(hashlib.file_digest(handle, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_json(file: Path) -> dict:
+    """A JSON file of a pipeline folder; UserError if it is missing or damaged."""
+    try:
+        return json.loads(file.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{file}: missing; is {file.parent.parent} a pipeline folder?") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: not readable as JSON ({error})") from error
+
+
+def load_tower(
+    folder: Path,
+    tower: str,
+    *,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype | None = None,
+    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+) -> Tower:
+    """One tower from its folder.
+
+    Args:
+      folder: holds ``config.json`` and safetensors.
+      tower: which of :data:`TOWERS` it is.
+      dtype: computation dtype; None computes in the parameters' own.
+      param_dtype: dtype of the parameters; None keeps the stored one.
+      sharding: of the parameters, or a function from the abstract tree to a tree of shardings.
+
+    Raises:
+      UserError: settings or tensors that do not fit, all named.
+    """
+    config = read_json(folder / "config.json")
+    module = build(tower, config, dtype)
+    abstract = abstract_params(module)
+    files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))
+    params = tensors.load_tree(
+        abstract,
+        files,
+        rename=_RENAME[tower],
+        dtype=param_dtype,
+        sharding=sharding(abstract) if callable(sharding) else sharding,
+    )
+    return Tower(module, params, config, content_hash(folder))
+
+
+_CLASSES = {
+    "unet": ("diffusers", "UNet2DConditionModel", "diffusion_pytorch_model"),
+    "vae": ("diffusers", "AutoencoderKL", "diffusion_pytorch_model"),
+    "text_encoder": ("transformers", "CLIPTextModel", "model"),
+    "image_encoder": ("transformers", "CLIPVisionModelWithProjection", "model"),
+}
+
+
+def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> None:
+    """Writes one tower's ``config.json`` and safetensors as stock libraries read them."""
+    library, cls, stem = _CLASSES[tower]
+    folder.mkdir(parents=True, exist_ok=True)
+    key = "_class_name" if library == "diffusers" else "architectures"
+    named = {key: cls if library == "diffusers" else [cls], **config}
+    (folder / "config.json").write_text(json.dumps(named, indent=2) + "\n")
+    tensors.save_tree(params, folder / f"{stem}.safetensors")
+
+
+def write_json(file: Path, content: Mapping[str, Any]) -> None:
+    """Writes one of a pipeline folder's JSON files; its folder is made where absent."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(dict(content), indent=2) + "\n")
+
+
+def model_index(
+    scheduler: str = "DDIMScheduler", *, image_encoder: bool = True, feature_extractor: bool = True
+) -> dict[str, Any]:
+    """``model_index.json``: which stock class opens which part of the folder."""
+    absent, processor = [None, None], ["transformers", "CLIPImageProcessor"]
+    towers = {tower: [library, cls] for tower, (library, cls, _) in _CLASSES.items()}
+    return {
+        "_class_name": "StableDiffusionPipeline",
+        **towers,
+        "image_encoder": towers["image_encoder"] if image_encoder else absent,
+        "feature_extractor": processor if feature_extractor else absent,
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "scheduler": ["diffusers", scheduler],
+        "safety_checker": absent,
+        "requires_safety_checker": False,
+    }
+
+
+def clip_preprocessing(size: int) -> dict[str, Any]:
+    """``preprocessor_config.json`` of an image encoder for pixels in [−1, 1] at one size."""
+    return {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_resize": True,
+        "size": {"shortest_edge": size},
+        "resample": 3,
+        "do_center_crop": True,
+        "crop_size": {"height": size, "width": size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+        "do_convert_rgb": True,
+    }

@@ -1,0 +1,203 @@
+"""Parameter trees ↔ safetensors files in torch's names and layouts. Strict both ways.
+
+Flax modules here carry torch's names, dots included, so a tensor's name is its path joined by
+dots with the last part renamed, and conversion is a rename and a transpose.
+"""
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import ml_dtypes
+import numpy as np
+from flax import traverse_util
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from persona_jax.errors import UserError
+
+_WEIGHTS = {"kernel", "scale", "embedding"}
+_DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "I64": np.int64,
+    "I32": np.int32,
+}
+# What an error lists before it counts the rest.
+_LISTED = 8
+
+
+def torch_name(path: tuple[str, ...]) -> str:
+    """Torch's name of the parameter at `path`: ``("conv_in", "kernel")`` → ``conv_in.weight``."""
+    return ".".join((*path[:-1], "weight") if path[-1] in _WEIGHTS else path)
+
+
+def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Torch's shape of a parameter of Flax shape `shape`."""
+    if path[-1] != "kernel":
+        return tuple(shape)
+    return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
+
+
+def to_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """Flax layout → torch layout: ``[in, out]`` → ``[out, in]``, HWIO → OIHW."""
+    if path[-1] != "kernel":
+        return array
+    return array.T if array.ndim == 2 else array.transpose(3, 2, 0, 1)
+
+
+def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
+    """Torch layout → Flax layout; the inverse of :func:`to_torch`."""
+    if path[-1] != "kernel":
+        return array
+    return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+
+
+class TensorFiles:
+    """The tensors of one or several safetensors files, read one at a time.
+
+    A file is opened anew for every tensor, so that no more of it stays mapped into memory than
+    the tensor at hand.
+
+    Attributes:
+      where: what to call these files in an error.
+      shapes: ``{published name: shape}``.
+    """
+
+    def __init__(self, files: Iterable[Path], where: str):
+        """Reads the headers of `files`; UserError names a damaged one."""
+        self.where = where
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._file: dict[str, Path] = {}
+        for file in files:
+            with _open(file) as handle:
+                for name in handle.keys():  # noqa: SIM118 (not a mapping)
+                    part = handle.get_slice(name)
+                    if part.get_dtype() not in _DTYPES:
+                        raise UserError(f"{file}: {name} has type {part.get_dtype()}, not a float")
+                    self.shapes[name] = tuple(part.get_shape())
+                    self._file[name] = file
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor in torch's layout."""
+        with _open(self._file[name]) as handle:
+            return handle.get_tensor(name)
+
+
+def _open(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="numpy")
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"{file}: not a readable safetensors file ({error}); fetch or save it again"
+        ) from error
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a tower's folder: one file, or the shards its index names."""
+    for stem in ("diffusion_pytorch_model", "model"):
+        single = folder / f"{stem}.safetensors"
+        index = folder / f"{stem}.safetensors.index.json"
+        if single.exists():
+            return [single]
+        if index.exists():
+            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            missing = [shard for shard in shards if not (folder / shard).exists()]
+            if missing:
+                raise UserError(f"{index}: shards {', '.join(missing)} are missing; fetch them")
+            return [folder / shard for shard in shards]
+    raise UserError(
+        f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors "
+        "(or their .index.json); weights are read from safetensors"
+    )
+
+
+def load_tree(
+    abstract: Mapping,
+    files: TensorFiles,
+    *,
+    rename: Callable[[str], str | None] = lambda name: name,
+    dtype: np.dtype | None = None,
+    sharding: jax.sharding.Sharding | Mapping | None = None,
+) -> dict:
+    """A parameter tree from files; every tensor straight to its dtype and devices.
+
+    Args:
+      abstract: the tree expected, with ``shape`` at its leaves (from ``jax.eval_shape``).
+      files: the tensors.
+      rename: published name → the name expected here, or None for a tensor to pass over.
+      dtype: of the result; None keeps the stored one.
+      sharding: for all leaves, or a tree of them; None puts them on the default device.
+
+    Returns:
+      The tree of device arrays.
+
+    Raises:
+      UserError: one message naming every missing, unexpected and misshapen tensor.
+    """
+    expected = traverse_util.flatten_dict(dict(abstract))
+    published = {rename(name): name for name in files.shapes}
+    published.pop(None, None)
+    names = {torch_name(path): path for path in expected}
+    squeezable = {
+        name
+        for name, source in published.items()
+        # A 1×1 convolution published where a dense layer is expected (old VAE attention).
+        if name in names
+        and files.shapes[source] == (*torch_shape(names[name], expected[names[name]].shape), 1, 1)
+    }
+    misshapen = [
+        f"{name} {files.shapes[published[name]]} instead of {shape}"
+        for name, path in names.items()
+        if name in published and name not in squeezable
+        if files.shapes[published[name]] != (shape := torch_shape(path, expected[path].shape))
+    ]
+    _refuse(
+        files.where,
+        missing=sorted(set(names) - set(published)),
+        unexpected=sorted(set(published) - set(names)),
+        misshapen=misshapen,
+    )
+    shardings = traverse_util.flatten_dict(dict(sharding)) if isinstance(sharding, Mapping) else {}
+    out = {}
+    for name, path in names.items():
+        array = files.read(published[name])
+        if name in squeezable:
+            array = array[..., 0, 0]
+        array = from_torch(path, array).astype(dtype or array.dtype, copy=False)
+        where = shardings.get(path) if shardings else sharding
+        out[path] = _put(np.ascontiguousarray(array), where)
+    return traverse_util.unflatten_dict(out)
+
+
+def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    if sharding is None:
+        return jax.device_put(array)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def _refuse(where: str, **problems: list[str]) -> None:
+    def listed(names: list[str]) -> str:
+        rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+        return ", ".join(names[:_LISTED]) + rest
+
+    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    if found:
+        raise UserError(f"{where}: the tensors do not fit; " + "; ".join(found))
+
+
+def save_tree(params: Mapping, file: Path) -> None:
+    """Writes a parameter tree as one safetensors file in torch's names and layouts."""
+    flat = traverse_util.flatten_dict(dict(params))
+    tensors = {
+        torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(leaf)))
+        for path, leaf in flat.items()
+    }
+    part = file.with_name(file.name + ".part")
+    # transformers refuses a file that does not say whose layout it has.
+    save_file(tensors, part, metadata={"format": "pt"})
+    part.replace(file)

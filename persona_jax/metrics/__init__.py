@@ -1,0 +1,1 @@
+"""How good a picture or an embedding is."""

@@ -1,0 +1,173 @@
+"""Aggregators: a set of reference embeddings [B, N, D] with weights [B, N] → one [B, D].
+
+A weight of 0 removes a photo everywhere, weight w counts it w times, and the empty set gives
+exactly the zero vector, which is the unconditional branch of stock IP-Adapter (design §2.3).
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from persona_jax.errors import UserError
+from persona_jax.models.attention import merge_heads, split_heads
+
+
+def first(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
+    """The first photo whose weight is not 0: the plain IP-Adapter."""
+    present = weights > 0
+    index = jnp.argmax(present, axis=1)
+    chosen = jnp.take_along_axis(embeddings, index[:, None, None], axis=1)[:, 0]
+    return jnp.where(present.any(axis=1, keepdims=True), chosen, 0.0)
+
+
+def maximum(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
+    """The largest value of each feature over the photos whose weight is not 0."""
+    present = weights > 0
+    largest = jnp.where(present[..., None], embeddings, -jnp.inf).max(axis=1)
+    return jnp.where(present.any(axis=1, keepdims=True), largest, 0.0)
+
+
+def average(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
+    """Σ w x / Σ w."""
+    total = weights.sum(axis=1, keepdims=True)
+    share = weights / jnp.where(total > 0, total, 1.0)
+    return jnp.einsum("bn,bnd->bd", share, embeddings)
+
+
+def weighted_softmax(
+    logits: Float[Array, "B H Q N"], weights: Float[Array, "B N"]
+) -> Float[Array, "B H Q N"]:
+    """softmax(logits + log w) over N, float32: weight 2 equals listing the key twice, weight 0
+    removes it, and when nothing is left the result is all zeros."""
+    weights = weights[:, None, None, :]
+    logits = jnp.where(weights > 0, logits.astype(jnp.float32), -jnp.inf)
+    peak = logits.max(axis=-1, keepdims=True)
+    odds = weights * jnp.exp(logits - jnp.where(jnp.isfinite(peak), peak, 0.0))
+    total = odds.sum(axis=-1, keepdims=True)
+    return odds / jnp.where(total > 0, total, 1.0)
+
+
+def _norm(name: str, dtype: jnp.dtype | None) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, dtype=dtype, name=name)
+
+
+class SetBlock(nn.Module):
+    """Pre-norm transformer block over a set, no positions. Both residual branches end in zero
+    kernels, so that it starts as the identity."""
+
+    heads: int
+    width: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, "B N D"]:
+        """[B, N, D] → [B, N, D]."""
+        y = _norm("norm1", self.dtype)(x)
+        q, k, v = (
+            split_heads(
+                nn.Dense(self.width, use_bias=False, dtype=self.dtype, name=name)(y), self.heads
+            )
+            for name in ("to_q", "to_k", "to_v")
+        )
+        logits = jnp.einsum("bqhd,bnhd->bhqn", q, k) * q.shape[-1] ** -0.5
+        mixed = jnp.einsum("bhqn,bnhd->bqhd", weighted_softmax(logits, weights).astype(v.dtype), v)
+        x += self._zero_dense(x.shape[-1], "to_out")(merge_heads(mixed))
+        y = nn.Dense(4 * self.width, dtype=self.dtype, name="fc1")(_norm("norm2", self.dtype)(x))
+        return x + self._zero_dense(x.shape[-1], "fc2")(nn.gelu(y))
+
+    def _zero_dense(self, features: int, name: str) -> nn.Dense:
+        zeros = nn.initializers.zeros
+        return nn.Dense(features, kernel_init=zeros, dtype=self.dtype, name=name)
+
+
+class AttentionPooling(nn.Module):
+    """A learned query per head reads the set; each head pools its own slice of the raw features,
+    so that each attribute can trust its own photo.
+
+    Queries start at zero (every photo counts the same: the average) and keys at random (with
+    both at zero there would be no gradient).
+    """
+
+    heads: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B H N"]]:
+        """[B, N, D] → pooled [B, D] and each head's share per photo [B, H, N]."""
+        dim = x.shape[-1]
+        if dim % self.heads:
+            raise UserError(f"aggregator: {self.heads} pooling heads do not divide D={dim}")
+        keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(
+            _norm("norm", self.dtype)(x)
+        )
+        query = self.param("query", nn.initializers.zeros, (self.heads, dim // self.heads))
+        logits = jnp.einsum("hd,bnhd->bhn", query, split_heads(keys, self.heads))
+        logits *= (dim // self.heads) ** -0.5
+        shares = weighted_softmax(logits[:, :, None, :], weights)[:, :, 0]
+        pooled = jnp.einsum("bhn,bnhd->bhd", shares.astype(x.dtype), split_heads(x, self.heads))
+        return pooled.reshape(x.shape[0], dim), shares
+
+
+class SelfAttentionAggregator(nn.Module):
+    """Transformer blocks over the set, then attention pooling. It starts exactly as `average`."""
+
+    depth: int = 2
+    heads: int = 8
+    width: int = 512
+    pooling_heads: int = 8
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B H N"]]:
+        """[B, N, D], weights [B, N] → aggregate [B, D] and pooling shares [B, H, N]."""
+        x = embeddings
+        for i in range(self.depth):
+            block = SetBlock(self.heads, self.width, dtype=self.dtype, name=f"blocks.{i}")
+            x = block(x, weights)
+        return AttentionPooling(self.pooling_heads, dtype=self.dtype, name="pool")(x, weights)
+
+
+FIXED = {"first": first, "max": maximum, "avg": average}
+"""The aggregators that learn nothing, by their name in configs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Aggregator:
+    """An aggregator by name: what it learns (perhaps nothing) and how it is applied.
+
+    Attributes:
+      kind: ``first``, ``max``, ``avg`` or ``self_attention``.
+      module: the network behind ``self_attention``; None for the others.
+    """
+
+    kind: str
+    module: SelfAttentionAggregator | None = None
+
+    def __post_init__(self):
+        """Refuses an unknown kind."""
+        if self.kind not in FIXED and self.module is None:
+            raise UserError(
+                f"aggregator.kind={self.kind!r}; known: {', '.join(FIXED)}, self_attention"
+            )
+
+    def init(self, key: Array, dim: int) -> dict:
+        """Its parameters for embeddings of `dim` features; empty where nothing is learned."""
+        if self.kind in FIXED:
+            return {}
+        return self.module.init(key, jnp.zeros((1, 1, dim)), jnp.ones((1, 1)))["params"]
+
+    def apply(
+        self, params: dict, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, "B D"]:
+        """[B, N, D], weights [B, N] → [B, D]."""
+        if self.kind in FIXED:
+            return FIXED[self.kind](embeddings, weights)
+        return self.module.apply({"params": params}, embeddings, weights)[0]

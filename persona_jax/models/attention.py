@@ -1,0 +1,206 @@
+"""Attention, and the sources of keys and values that steer the UNet (design §2.1)."""
+
+import functools
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+LayerName = str
+"""Torch path of a cross-attention layer: ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
+
+KernelTree = Mapping[LayerName, Mapping[str, Mapping[str, Array]]]
+"""``{layer: {"to_k": {"kernel": [D, C]}, "to_v": {"kernel": [D, C]}}}``, one pair a layer."""
+
+_LONG = 2**20
+"""Query–key products per head above which a CPU is better served in chunks."""
+
+
+class LayerSource(NamedTuple):
+    """What one cross-attention layer sees of a source: keys, values, key bias and scale."""
+
+    keys: Float[Array, "B L C"]
+    values: Float[Array, "B L C"]
+    bias: Float[Array, "B L"] | None
+    scale: Float[Array, "..."] | float
+
+
+@struct.dataclass
+class Source:
+    """Keys and values for every cross-attention layer of a UNet, and how much they count.
+
+    Attributes:
+      keys: per layer ``[B, L, C]``.
+      values: per layer ``[B, L, C]``.
+      bias: ``[B, L]`` added to every layer's attention logits (log weights; a large negative
+        number hides a token), or None.
+      scale: λ, broadcast to ``[B, h·w]``: one number, an array, or one of those per layer.
+    """
+
+    keys: Mapping[LayerName, Array]
+    values: Mapping[LayerName, Array]
+    bias: Array | None = None
+    scale: Array | float | Mapping[LayerName, Array | float] = 1.0
+
+    def at(self, layer: LayerName) -> LayerSource:
+        """The part of this source that `layer` reads."""
+        scale = self.scale[layer] if isinstance(self.scale, Mapping) else self.scale
+        return LayerSource(self.keys[layer], self.values[layer], self.bias, scale)
+
+
+def project_keys_values(
+    kernels: KernelTree, tokens: Float[Array, "B L D"]
+) -> tuple[dict[LayerName, Array], dict[LayerName, Array]]:
+    """K = c W_k and V = c W_v of every layer; with W' it is the adapter's half of eq. (IP-Adapter).
+
+    Args:
+      kernels: per layer the two projection kernels ``[D, C]``.
+      tokens: what is attended to, ``[B, L, D]``; sets the dtype of the result.
+
+    Returns:
+      Keys and values, each ``{layer: [B, L, C]}``.
+    """
+
+    def project(name: str) -> dict[LayerName, Array]:
+        return {
+            layer: tokens @ pair[name]["kernel"].astype(tokens.dtype)
+            for layer, pair in kernels.items()
+        }
+
+    return project("to_k"), project("to_v")
+
+
+def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla")
+
+
+def _chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+    """The same result, one (example, head) and 1,024 queries at a time, so that the logits
+    stay in cache: several times faster on a CPU at 64×64 latents, and far smaller."""
+    length = q.shape[1]
+    chunk = 1024 if length % 1024 == 0 else length
+
+    def one_head(args: tuple) -> Array:
+        queries, keys, values = args
+
+        def one_chunk(part: Array) -> Array:
+            logits = (part @ keys.T).astype(jnp.float32) * (q.shape[-1] ** -0.5)
+            return jax.nn.softmax(logits, axis=-1).astype(values.dtype) @ values
+
+        chunks = queries.reshape(length // chunk, chunk, -1)
+        return jax.lax.map(one_chunk, chunks).reshape(length, -1)
+
+    def flat(x: Array) -> Array:
+        return x.transpose(0, 2, 1, 3).reshape(-1, x.shape[1], x.shape[3])
+
+    out = jax.lax.map(one_head, (flat(q), flat(k), flat(v)))
+    return out.reshape(q.shape[0], q.shape[2], length, -1).transpose(0, 2, 1, 3)
+
+
+def _cudnn_takes(q: Array, bias: Array | None) -> bool:
+    return (
+        jax.default_backend() == "gpu"
+        and q.dtype in (jnp.bfloat16, jnp.float16)
+        and q.shape[-1] % 8 == 0
+        and bias is None
+    )
+
+
+def attention(
+    q: Float[Array, "B T H D"],
+    k: Float[Array, "B L H D"],
+    v: Float[Array, "B L H D"],
+    bias: Float[Array, "B L"] | None = None,
+) -> Float[Array, "B T H D"]:
+    """softmax(q kᵀ/√D + bias) v, by whichever kernel suits the backend (nothing else knows).
+
+    Softmax statistics are float32. `bias` is per key and the same for every head and query.
+    """
+    if _cudnn_takes(q, bias):
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if bias is not None:
+        return _softmax_attention(q, k, v, bias[:, None, None, :].astype(q.dtype))
+    if q.shape[1] * k.shape[1] < _LONG:
+        return _softmax_attention(q, k, v, None)
+    return jax.lax.platform_dependent(
+        q,
+        k,
+        v,
+        cpu=functools.partial(_chunked_attention, bias=None),
+        default=functools.partial(_softmax_attention, bias=None),
+    )
+
+
+def split_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H D"]:
+    """[B, T, H·D] → [B, T, H, D]."""
+    return x.reshape(*x.shape[:2], heads, -1)
+
+
+def merge_heads(x: Float[Array, "B T H D"]) -> Float[Array, "B T C"]:
+    """[B, T, H, D] → [B, T, H·D]."""
+    return x.reshape(*x.shape[:2], -1)
+
+
+class SelfAttention(nn.Module):
+    """Attention of tokens over themselves, in diffusers' names (``to_q … to_out.0``)."""
+
+    heads: int
+    qkv_bias: bool = False
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B T C"]) -> Float[Array, "B T C"]:
+        """[B, T, C] → [B, T, C]."""
+        q, k, v = (
+            split_heads(
+                nn.Dense(x.shape[-1], use_bias=self.qkv_bias, dtype=self.dtype, name=name)(x),
+                self.heads,
+            )
+            for name in ("to_q", "to_k", "to_v")
+        )
+        out = merge_heads(attention(q, k, v))
+        return nn.Dense(x.shape[-1], dtype=self.dtype, name="to_out.0")(out)
+
+
+class Kernel(nn.Module):
+    """A kernel that is held here and applied elsewhere (by :func:`project_keys_values`)."""
+
+    shape: tuple[int, int]
+
+    @nn.compact
+    def __call__(self) -> Array:
+        """The kernel ``[D, C]``."""
+        return self.param("kernel", nn.initializers.lecun_normal(), self.shape)
+
+
+class CrossAttention(nn.Module):
+    """Z = Σ_s λ_s Attn(Q, K_s, V_s): decoupled cross-attention over any number of sources.
+
+    The text's W_k and W_v belong to this layer's parameters, as in diffusers, but are applied
+    outside, once per prompt: sources do not depend on the diffusion step.
+    """
+
+    heads: int
+    source_dim: int
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B T C"], sources: tuple[LayerSource, ...]
+    ) -> Float[Array, "B T C"]:
+        """[B, T, C] attending to this layer's part of every source → [B, T, C]."""
+        channels = x.shape[-1]
+        q = nn.Dense(channels, use_bias=False, dtype=self.dtype, name="to_q")(x)
+        q = split_heads(q, self.heads)
+        for name in ("to_k", "to_v"):
+            Kernel((self.source_dim, channels), name=name)()
+        out = jnp.zeros_like(x, dtype=q.dtype)
+        for source in sources:
+            k, v = (split_heads(a, self.heads).astype(q.dtype) for a in source[:2])
+            scale = jnp.asarray(source.scale, q.dtype)
+            out += scale[..., None] * merge_heads(attention(q, k, v, source.bias))
+        return nn.Dense(channels, dtype=self.dtype, name="to_out.0")(out)

@@ -1,0 +1,39 @@
+"""Reading a tower's ``config.json``: what is supported is a dataclass, all else is refused."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+from persona_jax.errors import UserError
+
+T = TypeVar("T")
+
+
+def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T:
+    """A config dataclass from a published ``config.json``.
+
+    Args:
+      cls: frozen dataclass whose fields are the settings that may vary.
+      raw: the file's content.
+      fixed: settings that are understood in these values only, ``{key: accepted values}``, or off.
+
+    Raises:
+      UserError: a setting has a value that is not supported. Unknown settings that are switched
+        off (None or False) are harmless and pass; keys with a leading underscore are notes.
+    """
+    fields = {f.name for f in dataclasses.fields(cls)}
+    wrong = [
+        f"{key}={value!r}"
+        for key, value in raw.items()
+        if key not in fields
+        and not key.startswith("_")
+        and value not in (None, False, *fixed.get(key, ()))
+    ]
+    if wrong:
+        raise UserError(f"{cls.__name__}: unsupported settings in config.json: {', '.join(wrong)}")
+    values = {
+        key: tuple(value) if isinstance(value, list) else value
+        for key, value in raw.items()
+        if key in fields
+    }
+    return cls(**values)

@@ -1,0 +1,67 @@
+"""Blocks that the UNet and the VAE share, in diffusers' names. Images are [B, h, w, C]."""
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+
+def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
+    """GroupNorm with float32 statistics, the variance computed in two passes as in PyTorch."""
+    return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def conv3(channels: int, dtype: jnp.dtype | None, name: str, stride: int = 1) -> nn.Conv:
+    """3×3 convolution, padding 1 on every side."""
+    return nn.Conv(channels, (3, 3), strides=stride, padding=1, dtype=dtype, name=name)
+
+
+class ResnetBlock2D(nn.Module):
+    """norm–silu–conv twice around an optional time embedding, plus the shortcut."""
+
+    channels: int
+    groups: int
+    epsilon: float
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "B h w C"], time: Float[Array, "B E"] | None = None
+    ) -> Float[Array, "B h w K"]:
+        """[B, h, w, C] → [B, h, w, channels]."""
+        h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
+        h = conv3(self.channels, self.dtype, "conv1")(h)
+        if time is not None:
+            shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
+            h += shift[:, None, None, :]
+        h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(h))
+        h = conv3(self.channels, self.dtype, "conv2")(h)
+        if x.shape[-1] != self.channels:
+            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
+        return x + h
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour doubling, then a 3×3 convolution."""
+
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+        """[B, h, w, C] → [B, 2h, 2w, C]."""
+        x = x.repeat(2, axis=1).repeat(2, axis=2)
+        return conv3(x.shape[-1], self.dtype, "conv")(x)
+
+
+class Downsample2D(nn.Module):
+    """3×3 convolution of stride 2; the VAE pads right and bottom only, the UNet all round."""
+
+    padding: int = 1
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
+        """[B, h, w, C] → [B, h/2, w/2, C]."""
+        pad = (self.padding, self.padding) if self.padding else (0, 1)
+        return nn.Conv(
+            x.shape[-1], (3, 3), strides=2, padding=(pad, pad), dtype=self.dtype, name="conv"
+        )(x)

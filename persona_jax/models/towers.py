@@ -1,0 +1,55 @@
+"""The four towers by the name of their folder in a pipeline."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from persona_jax.models.clip import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from persona_jax.models.unet import UNet2DConditionModel, UNetConfig
+from persona_jax.models.vae import AutoencoderKL, VAEConfig
+
+TOWERS = ("unet", "vae", "text_encoder", "image_encoder")
+
+
+def build(tower: str, config: Mapping[str, Any], dtype: jnp.dtype | None = None) -> nn.Module:
+    """The Flax module of a tower from the content of its ``config.json``."""
+    match tower:
+        case "unet":
+            return UNet2DConditionModel(UNetConfig.from_json(config), dtype)
+        case "vae":
+            return AutoencoderKL(VAEConfig.from_json(config), dtype)
+        case "text_encoder":
+            return CLIPTextModel(CLIPTextConfig.from_json(config), dtype)
+        case "image_encoder":
+            return CLIPVisionModelWithProjection(CLIPVisionConfig.from_json(config), dtype)
+    raise ValueError(f"no tower {tower!r}; towers: {TOWERS}")
+
+
+def initialise(module: nn.Module, key: jax.Array) -> dict:
+    """Random float32 parameters of a tower; under ``jax.eval_shape`` its abstract tree."""
+    config = module.config
+    match config:
+        case UNetConfig():
+            size = 2 ** (len(config.block_out_channels) - 1)
+            inputs = (jnp.zeros((1, size, size, config.in_channels)), jnp.zeros(1), ())
+        case VAEConfig():
+            inputs = (jnp.zeros((1, config.downscale, config.downscale, config.in_channels)),)
+        case CLIPTextConfig():
+            inputs = (jnp.zeros((1, config.max_position_embeddings), jnp.int32),)
+        case CLIPVisionConfig():
+            side = config.image_size
+            inputs = (jnp.zeros((1, side, side, config.num_channels)),)
+    return module.init(key, *inputs)["params"]
+
+
+def abstract_params(module: nn.Module) -> dict:
+    """The tree of shapes that a tower's parameters must have."""
+    return jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))

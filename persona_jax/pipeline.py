@@ -1,0 +1,138 @@
+"""The assembled system: towers, schedule and tokenizer of a diffusers-layout folder.
+
+Stable Diffusion 1.5 and a base of our own are the same kind of folder and go through the same
+code; stock diffusers opens what :func:`save` writes.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Int
+
+from persona_jax.diffusion.schedule import Schedule
+from persona_jax.errors import UserError
+from persona_jax.interop import folders
+from persona_jax.interop.folders import Tower
+from persona_jax.models.towers import TOWERS
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+    """Everything that a pipeline folder holds; towers that were not asked for are None."""
+
+    unet: Tower | None
+    vae: Tower | None
+    text_encoder: Tower | None
+    image_encoder: Tower | None
+    schedule: Schedule
+    scheduler_config: Mapping[str, Any]
+    tokenizer: Any
+    feature_extractor: Mapping[str, Any] | None
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """(h, w, C) of one picture's latents at the size the UNet was made for."""
+        config = self.unet.module.config
+        return (config.sample_size, config.sample_size, config.in_channels)
+
+    @property
+    def image_size(self) -> int:
+        """Side of a picture in pixels."""
+        return self.unet.module.config.sample_size * self.vae.module.config.downscale
+
+    def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
+        """Token ids padded to the text tower's length, and warnings for prompts cut short."""
+        return tokenize(self.tokenizer, prompts)
+
+
+def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
+    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut."""
+    length = tokenizer.model_max_length
+    warnings = [
+        f"prompt of {count} tokens cut to {length}: {prompt[:60]!r}…"
+        for prompt in prompts
+        if (count := len(tokenizer(prompt)["input_ids"])) > length
+    ]
+    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    return np.asarray(ids["input_ids"], np.int32), warnings
+
+
+def load(
+    path_or_id: str,
+    *,
+    only: Sequence[str] = TOWERS,
+    image_encoder: str | None = None,
+    dtype: jnp.dtype | None = None,
+    param_dtype: jnp.dtype | None = None,
+    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+) -> Pipeline:
+    """A pipeline from a diffusers-layout folder or a hub id.
+
+    Args:
+      path_or_id: local folder, or ``owner/name`` on the hub.
+      only: which towers to load; the others are None.
+      image_encoder: folder or hub id of the image encoder, where the pipeline has none of its
+        own (Stable Diffusion 1.5's repository does not).
+      dtype, param_dtype, sharding: see :func:`load_tower`.
+
+    Raises:
+      UserError: what is missing or does not fit, by name.
+    """
+    folder = folders.find(path_or_id)
+
+    def place(tower: str) -> Path:
+        if tower != "image_encoder" or not image_encoder:
+            return folder / tower
+        other = folders.find(image_encoder)
+        return other / "image_encoder" if (other / "image_encoder").exists() else other
+
+    loaded = {
+        tower: folders.load_tower(
+            place(tower), tower, dtype=dtype, param_dtype=param_dtype, sharding=sharding
+        )
+        if tower in only
+        else None
+        for tower in TOWERS
+    }
+    scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    extractor = folder / "feature_extractor" / "preprocessor_config.json"
+    return Pipeline(
+        **loaded,
+        schedule=Schedule.from_json(scheduler),
+        scheduler_config=scheduler,
+        tokenizer=load_tokenizer(folder / "tokenizer"),
+        feature_extractor=folders.read_json(extractor) if extractor.exists() else None,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``."""
+    from transformers import CLIPTokenizer
+
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no tokenizer; a pipeline folder has vocab.json and merges.txt")
+    return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def save(pipeline: Pipeline, folder: Path) -> None:
+    """Writes a pipeline folder that stock diffusers opens (``StableDiffusionPipeline``)."""
+    for name in TOWERS:
+        tower = getattr(pipeline, name)
+        if tower:
+            folders.save_tower(folder / name, name, tower.config, tower.params)
+    pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    folders.write_json(folder / "scheduler/scheduler_config.json", pipeline.scheduler_config)
+    if pipeline.feature_extractor:
+        file = folder / "feature_extractor/preprocessor_config.json"
+        folders.write_json(file, pipeline.feature_extractor)
+    index = folders.model_index(
+        pipeline.scheduler_config.get("_class_name", "DDIMScheduler"),
+        image_encoder=pipeline.image_encoder is not None,
+        feature_extractor=pipeline.feature_extractor is not None,
+    )
+    folders.write_json(folder / "model_index.json", index)

@@ -1,0 +1,287 @@
+"""The training loop: dispatch, log, save, stop, resume."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+from tqdm import tqdm
+
+from persona_jax.errors import UserError
+from persona_jax.interop.checkpoints import Checkpoints
+from persona_jax.training.mesh import batch_sharding, put_batch, replicated
+from persona_jax.training.state import StepFn, TrainState
+
+Callback = tuple[int, Callable[[int, TrainState], None]]
+
+
+def fit(
+    state: TrainState,
+    step_fn: StepFn,
+    frozen: Any,
+    batches_from: Callable[[int], Iterator[Any]],
+    *,
+    steps: int,
+    workdir: str | Path,
+    mesh: Mesh,
+    save_every: int,
+    log_every: int,
+    keep: int = 2,
+    callbacks: Sequence[Callback] = (),
+    fingerprint: Mapping[str, Any] | None = None,
+) -> TrainState:
+    """Train until ``steps`` steps are done, from the newest checkpoint in workdir if there is one.
+
+    state: from init_state; consumed. step_fn: from make_step. frozen: placed on the mesh (see
+    persona_jax.training.mesh.place). batches_from(n): iterator of numpy batches, this process's
+    part [B / processes, …], beginning with the one that step n (from 0) learns from; it must give
+    the same batches in every run. save_every, log_every: in steps; save_every 0 saves at the end
+    only. callbacks: (every, f): f(step, state) runs in every process when a multiple of ``every``
+    steps is done, and at the end; every 0 is at the end only. fingerprint: see Checkpoints.
+
+    Writes workdir/checkpoints, metrics.jsonl (one line per log_every steps, means over them) and
+    tensorboard. SIGTERM and SIGINT finish the step, save, and raise SystemExit(128 + signal).
+
+    Raises UserError if the loss or gradient is not finite (that state is never saved), if another
+    run uses workdir, if the checkpoint is of another configuration, or if the disk is full.
+    """
+    workdir = Path(workdir)
+    with _locked(workdir), Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints:
+        state = _resume(checkpoints, state)
+        start = int(state.step)
+        with _Log(workdir, start, steps, log_every) as log, _stop_signals() as signals:
+            run = _dispatch(state, step_fn, frozen, batches_from, start, steps, mesh, signals)
+            unread, stop = None, False
+            for step, state, metrics in run:
+                if unread:
+                    stop = log.read(*unread)
+                unread = (step, metrics)
+                save = stop or step == steps or (save_every > 0 and step % save_every == 0)
+                due = [f for every, f in callbacks if every and step % every == 0 and step < steps]
+                if not (save or due):
+                    continue
+                log.read(*unread)  # waits for this step; after it the state is known to be finite
+                unread = None
+                if save:
+                    checkpoints.save(step, state)
+                if stop and step < steps:
+                    checkpoints.wait()
+                    number = signals[0] if signals else signal.SIGTERM
+                    log.say(f"{signal.Signals(number).name}: saved at step {step} of {steps}")
+                    raise SystemExit(128 + number)
+                for callback in due:
+                    callback(step, state)
+                log.restart_clock()
+        checkpoints.wait()
+        for _, callback in callbacks:
+            callback(int(state.step), state)
+    return state
+
+
+def _dispatch(
+    state: TrainState,
+    step_fn: StepFn,
+    frozen: Any,
+    batches_from: Callable[[int], Iterator[Any]],
+    start: int,
+    steps: int,
+    mesh: Mesh,
+    signals: list[int],
+) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
+    """Yield (steps done, state, metrics), all three still being computed.
+
+    The reader fetches the metrics of one step after asking for the next: the device always has a
+    step to work on, and the next batch is copied meanwhile. Metrics gain "examples", the batch
+    size, and "stop": 1 where some process was told to stop. As that is computed on the mesh,
+    all processes read the same answer at the same step.
+    """
+    if start >= steps:
+        return
+    batches = iter(batches_from(start))
+    any_of = jax.jit(jnp.max, out_shardings=replicated(mesh))
+    batch = _next_batch(mesh, batches, start)
+    for step in range(start, steps):
+        told = np.full(jax.local_device_count(), float(bool(signals)), np.float32)
+        told = jax.make_array_from_process_local_data(batch_sharding(mesh), told)
+        # Tracing, in the first call, may put constants on the device; later nothing may move.
+        with jax.transfer_guard("allow" if step == start else "disallow"):
+            state, metrics = step_fn(state, frozen, batch)
+            metrics = {**metrics, "stop": any_of(told)}
+        metrics["examples"] = jax.tree.leaves(batch)[0].shape[0]
+        if step + 1 < steps:
+            batch = _next_batch(mesh, batches, step + 1)
+        yield step + 1, state, metrics
+
+
+def _next_batch(mesh: Mesh, batches: Iterator[Any], step: int) -> Any:
+    try:
+        return put_batch(mesh, next(batches))
+    except StopIteration:
+        raise UserError(f"the data ended before step {step}; it has to repeat") from None
+
+
+def _resume(checkpoints: Checkpoints, state: TrainState) -> TrainState:
+    if checkpoints.latest() is None:
+        return state
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+    )
+    # Two states at once may not fit; the first step would have donated the initial one anyway.
+    jax.tree.map(lambda x: x.delete(), state)
+    restored = checkpoints.restore(like)
+    if jax.process_index() == 0:
+        print(f"resuming at step {int(restored.step)}", file=sys.stderr)
+    return restored
+
+
+class _Log:
+    """metrics.jsonl, TensorBoard files and the progress bar; written by process 0 alone."""
+
+    def __init__(self, workdir: Path, start: int, steps: int, every: int):
+        self._every, self._steps = max(every, 1), steps
+        self._values: list[dict[str, float]] = []
+        self._timed = 0  # examples since the clock started; it starts after the first step
+        self._clock: float | None = None
+        self._main = jax.process_index() == 0
+        if not self._main or start >= steps:
+            self._main = False
+            return
+        path = workdir / "metrics.jsonl"
+        _drop_beyond(path, start)
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        slow = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants few lines
+        self._bar = tqdm(total=steps, initial=start, mininterval=slow, dynamic_ncols=True)
+
+    def __enter__(self) -> "_Log":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            self._bar.close()
+            self._board.close()
+            self._file.close()
+
+    def read(self, step: int, metrics: dict[str, Any]) -> bool:
+        """Wait for one step's metrics and log them; return whether the run was told to stop.
+
+        Raises UserError if the loss or the gradient is not finite.
+        """
+        values = {name: float(value) for name, value in jax.device_get(metrics).items()}
+        examples, stop = int(values.pop("examples")), values.pop("stop")
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise UserError(
+                    f"step {step}: {name} is {values[name]}; stopped, and that state is not saved: "
+                    "lower config.learning_rate or lengthen the warm-up"
+                )
+        if self._main:
+            self._add(step, values, examples)
+        return bool(stop)
+
+    def _add(self, step: int, values: dict[str, float], examples: int) -> None:
+        self._values.append(values)
+        if self._clock is None:
+            self.restart_clock()
+        else:
+            self._timed += examples
+        elapsed = time.perf_counter() - self._clock
+        rate = {"examples_per_second": self._timed / elapsed} if self._timed else {}
+        shown = {name: f"{value:.1f}" for name, value in rate.items()}
+        self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | shown, refresh=False)
+        self._bar.update(1)
+        if step % self._every and step != self._steps:
+            return
+        means = {name: float(np.mean([v[name] for v in self._values])) for name in values}
+        line = {"step": step, **means, **rate}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        for name, value in list(line.items())[1:]:
+            self._board.add_scalar(name, value, step)
+        self._values = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of examples/s what was not training."""
+        self._clock, self._timed = time.perf_counter(), 0
+
+    def say(self, text: str) -> None:
+        """Print a line without tearing the bar."""
+        if self._main:
+            tqdm.write(text, file=sys.stderr)
+
+
+def _drop_beyond(path: Path, step: int) -> None:
+    """Keep the lines of metrics.jsonl up to ``step``; a line cut short by a kill goes too."""
+    if not path.exists():
+        return
+
+    def kept(line: str) -> bool:
+        try:
+            return json.loads(line)["step"] <= step
+        except ValueError:
+            return False
+
+    lines = [line for line in path.read_text().splitlines() if kept(line)]
+    beside = path.with_suffix(".jsonl.new")
+    beside.write_text("".join(line + "\n" for line in lines))
+    os.replace(beside, path)
+
+
+@contextlib.contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT in a list; a second one acts as it did before."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {}
+
+    def note(number: int, _: Any) -> None:
+        received.append(number)
+        signal.signal(number, before[number])
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # None: a handler that is not Python's (JAX's preemption notice); it can't be put back.
+        before[number] = signal.signal(number, note) or signal.SIG_DFL
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def _locked(workdir: Path) -> Iterator[None]:
+    """Hold workdir for this run; the lock goes with the process, however it ends."""
+    with contextlib.ExitStack() as stack:
+        free = True
+        if jax.process_index() == 0:
+            try:
+                workdir.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context((workdir / ".lock").open("w"))
+            except OSError as error:
+                raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                free = False
+        if jax.process_count() > 1:
+            free = bool(multihost_utils.broadcast_one_to_all(np.array(free)))
+        if not free:
+            raise UserError(f"--workdir {workdir}: another run is using it; choose another")
+        yield

@@ -1,0 +1,190 @@
+"""Devices as one mesh ("data", "fsdp"), and where every array lies on it.
+
+JAX's runtime is the distributed engine; this file only says who takes part
+(:func:`initialize_distributed`), how the devices are laid out (:func:`make_mesh`) and which
+axis of which array is split (:func:`batch_sharding`, :func:`shard_params`).
+"""
+
+import math
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from persona_jax.errors import UserError
+
+Rules = Sequence[tuple[str, PartitionSpec]]
+
+# Splitting an array costs a gather at each use: below this many elements it is not worth it.
+SMALL = 2**16
+
+
+def initialize_distributed() -> None:
+    """Join the other processes of this run, if the environment says there are any.
+
+    Call it before anything touches a device. Either JAX_COORDINATOR_ADDRESS (host:port),
+    JAX_NUM_PROCESSES and JAX_PROCESS_ID are all set, or JAX finds SLURM or a TPU pod by itself;
+    otherwise this is a run of one process and nothing happens. CPU devices talk through gloo.
+
+    Raises UserError if only some of the three variables are set, or one is not a number.
+    """
+    if jax.distributed.is_initialized():
+        return
+    names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+    given = {name: os.environ[name] for name in names if os.environ.get(name)}
+    if not given and not _in_cluster():
+        return
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    if not given:
+        jax.distributed.initialize()
+        return
+    if missing := [name for name in names if name not in given]:
+        raise UserError(
+            f"environment: {', '.join(given)} set without {', '.join(missing)}; "
+            "set all three (one value each per process) or none"
+        )
+    count, index = given["JAX_NUM_PROCESSES"], given["JAX_PROCESS_ID"]
+    if not (count.isdecimal() and index.isdecimal() and int(index) < int(count)):
+        raise UserError(
+            f"environment: JAX_NUM_PROCESSES={count!r} and JAX_PROCESS_ID={index!r}: "
+            "expected whole numbers with 0 <= id < number"
+        )
+    jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
+
+
+def _in_cluster() -> bool:
+    """Whether this process was started by SLURM with others, or on a TPU VM."""
+    if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return True
+    has_tpu = find_spec("libtpu") is not None and any(
+        Path("/dev").glob(pattern) for pattern in ("accel*", "vfio/[0-9]*")
+    )
+    return has_tpu and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
+    """Return all devices of all processes as a mesh with axes ("data", "fsdp").
+
+    One of the two may be -1: "whatever is left". Raises UserError if the product is not the
+    number of devices.
+    """
+    count = jax.device_count()
+    sizes = {"data": data, "fsdp": fsdp}
+    known = math.prod(size for size in sizes.values() if size != -1)
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) == 1 and known > 0 and count % known == 0:
+        sizes[free[0]] = count // known
+    if min(sizes.values()) < 1 or math.prod(sizes.values()) != count:
+        raise UserError(
+            f"mesh data={data} fsdp={fsdp}: data x fsdp must be the number of devices, {count} "
+            "here; set one of them to -1 to let it follow"
+        )
+    # Explicit axes, the default of jax.make_mesh, put shardings in types; Linen can't trace them.
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of a batch: its first axis over all devices."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """Return the sharding of what every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tree_names(tree: Any) -> list[str]:
+    """Return the path of each leaf, joined by ".", in the order of jax.tree.leaves."""
+    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
+
+
+def shard_params(mesh: Mesh, tree: Any, rules: Rules = ()) -> Any:
+    """Return the tree of shardings for parameters (or a whole train state).
+
+    tree: arrays or anything with .shape. rules: (regular expression, PartitionSpec), the first
+    whose expression is found in a leaf's path ("a.b.c") decides. Leaves without a rule: with at
+    least SMALL elements, the largest axis divisible by fsdp is split over it; others are whole.
+    As the answer depends on paths and shapes alone, optimiser moments lie like their parameters.
+
+    Raises UserError if a rule does not fit the array it names.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    specs = [
+        _spec(mesh, name, tuple(leaf.shape), rules)
+        for name, leaf in zip(tree_names(tree), leaves, strict=True)
+    ]
+    return jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
+
+
+def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
+    for pattern, spec in rules:
+        if re.search(pattern, name):
+            try:
+                NamedSharding(mesh, spec).shard_shape(shape)
+            except ValueError as error:
+                raise UserError(
+                    f"sharding rule {pattern!r}: {spec} does not fit {name} of shape {shape} on a "
+                    f"mesh {dict(mesh.shape)}; mend the rule or the mesh"
+                ) from error
+            return _canonical(mesh, spec)
+    fsdp = mesh.shape["fsdp"]
+    divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
+    if fsdp == 1 or math.prod(shape) < SMALL or not divisible:
+        return PartitionSpec()
+    largest = max(divisible, key=lambda axis: shape[axis])
+    return PartitionSpec(*(None,) * largest, "fsdp")
+
+
+def _canonical(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
+    """The spec without axes of one device: what XLA gives back, so that nothing recompiles."""
+    kept = [
+        tuple(name for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
+        for axes in spec
+    ]
+    kept = [tuple(name for name in axes if mesh.shape[name] > 1) for axes in kept]
+    while kept and not kept[-1]:
+        kept.pop()
+    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
+
+
+def place(tree: Any, shardings: Any) -> Any:
+    """Return tree with each array laid out by its sharding (a tree, or one for all).
+
+    Arrays in host memory are the same in every process; each device takes its own part only.
+    """
+
+    def put(array: Any, sharding: NamedSharding) -> jax.Array:
+        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+            return jax.device_put(array, sharding)
+        host = np.asarray(array)
+        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda array: put(array, shardings), tree)
+    return jax.tree.map(put, tree, shardings)
+
+
+def put_batch(mesh: Mesh, batch: Any) -> Any:
+    """Return the global batch on the devices, given this process's part of it.
+
+    batch: tree of numpy arrays [B / processes, …]. Raises UserError if B does not divide among
+    the devices.
+    """
+    sharding = batch_sharding(mesh)
+    local = jax.local_device_count()
+    for name, array in zip(tree_names(batch), jax.tree.leaves(batch), strict=True):
+        if array.shape[0] % local:
+            raise UserError(
+                f"batch: {name} has {array.shape[0]} examples for the {local} devices of a process;"
+                f" choose a batch size that is a multiple of {jax.device_count()}"
+            )
+    return jax.tree.map(
+        lambda array: jax.make_array_from_process_local_data(sharding, array), batch
+    )

@@ -1,0 +1,224 @@
+import hashlib
+import pathlib
+import subprocess
+import sys
+import textwrap
+import zipfile
+from collections import Counter
+
+import pytest
+from PIL import Image
+from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
+
+from persona_jax.data import archive as archive_module
+from persona_jax.data.photos import load_photos
+from persona_jax.errors import UserError
+
+
+def sha256(path: pathlib.Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def listing(path: pathlib.Path) -> list[str]:
+    return [str(p) for p in path.rglob("*") if p.is_file() and p.name != ".lock"]
+
+
+@pytest.fixture
+def offline(monkeypatch, tmp_path):
+    """A manifest whose mirrors are two local files, absent unless a test writes them."""
+    asset = {
+        "mirrors": [f"file://{tmp_path}/web{i}/lfw-deepfunneled.tgz" for i in (1, 2)],
+        "accepted": [],
+    }
+    monkeypatch.setattr(archive_module, "manifest", lambda: {"lfw_deepfunneled": asset})
+    return asset
+
+
+def test_reads_back_identical_bytes_in_order(tmp_path, lfw_photos, capsys):
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", dict(reversed(lfw_photos.items())))
+    photos = load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    assert len(photos) == 6
+    assert Counter(photos.people) == PEOPLE
+    assert [f"{photos.people[i]}/{photos.key(i)}.jpg" for i in range(6)] == sorted(lfw_photos)
+    assert [photos.encoded(i) for i in range(6)] == [lfw_photos[k] for k in sorted(lfw_photos)]
+    assert photos.image(0).mode == "RGB"
+    assert set(photos.captions) == {"a photo of a person"}
+    assert "building" in capsys.readouterr().out
+
+    path.unlink()  # A built dataset needs its archive no more.
+    again = load_photos("lfw", tmp_path / "d", tmp_path / "elsewhere")
+    assert again.fingerprint == photos.fingerprint
+    assert "building" not in capsys.readouterr().out
+
+
+def test_zip_with_a_folder_too_many(tmp_path, lfw_photos):
+    path = tmp_path / "m/lfw-deepfunneled.zip"
+    path.parent.mkdir()
+    with zipfile.ZipFile(path, "w") as file:
+        file.writestr("__MACOSX/._Ann_Lee_0001.jpg", b"junk")
+        for name, data in lfw_photos.items():
+            file.writestr(f"lfw-deepfunneled/lfw-deepfunneled/{name}", data)
+    photos = load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    assert [photos.encoded(i) for i in range(6)] == [lfw_photos[k] for k in sorted(lfw_photos)]
+
+
+def test_labels_make_captions_and_a_changed_table_a_new_build(tmp_path, lfw_photos):
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
+    plain = load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    table = tmp_path / "m/captions_meta.tsv"
+    table.write_text("file\texpression\tnoun\nAnn_Lee/Ann_Lee_0002.jpg\tanger\twoman\n")
+    labelled = load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    row = next(i for i in range(6) if labelled.key(i) == "Ann_Lee_0002")
+    assert "woman" in labelled.captions[row]
+    assert "angry" in labelled.captions[row]
+    assert all(c.endswith(" a person") for i, c in enumerate(labelled.captions) if i != row)
+    assert labelled.fingerprint != plain.fingerprint
+
+
+def test_unreadable_photos_are_left_out_counted_and_named(tmp_path, lfw_photos, caplog):
+    lfw_photos["Ann_Lee/Ann_Lee_0002.jpg"] = b""
+    lfw_photos["Bo_Van_Dyk/Bo_Van_Dyk_0001.jpg"] = jpeg(1, 1)[:400]
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
+    photos = load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    assert len(photos) == 4
+    assert photos.skipped == ["Ann_Lee/Ann_Lee_0002.jpg", "Bo_Van_Dyk/Bo_Van_Dyk_0001.jpg"]
+    assert "left out 2 unreadable photos: Ann_Lee/Ann_Lee_0002.jpg" in caplog.text
+    assert photos.key(1) == "Ann_Lee_0003"
+
+
+def test_no_archive_says_where_to_get_it_and_where_to_put_it(tmp_path, offline):
+    with pytest.raises(UserError) as error:
+        load_photos("lfw", tmp_path / "d", tmp_path / "m")
+    message = str(error.value)
+    assert offline["mirrors"][0] in message
+    assert str(tmp_path / "m") in message
+    assert "\n" not in message
+    assert not listing(tmp_path)
+
+
+def test_downloads_from_the_first_mirror_whose_file_verifies(tmp_path, lfw_photos, offline):
+    (tmp_path / "web1").mkdir()
+    (tmp_path / "web1/lfw-deepfunneled.tgz").write_bytes(b"a page that says sorry")
+    good = write_tgz(tmp_path / "web2/lfw-deepfunneled.tgz", lfw_photos)
+    offline["accepted"].append("md5:" + hashlib.md5(good.read_bytes()).hexdigest())
+    assert len(load_photos("lfw", tmp_path / "d")) == 6
+    manual = tmp_path / "d/manual"
+    assert [p.name for p in manual.iterdir()] == ["lfw-deepfunneled.tgz"]
+
+
+def test_unknown_checksum_names_the_hash_and_the_flag(tmp_path, lfw_photos):
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
+    with pytest.raises(UserError, match=f"--config.data.archive_sha256={sha256(path)}"):
+        load_photos("lfw", tmp_path / "d", tmp_path / "m")
+
+
+@pytest.mark.parametrize("keep", [0.0, 0.5, 0.97])
+def test_truncated_archive_leaves_nothing(tmp_path, lfw_photos, keep):
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
+    path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
+    with pytest.raises(UserError, match=r"lfw-deepfunneled.tgz: truncated or damaged"):
+        load_photos("lfw", tmp_path / "d", tmp_path / "m", sha256=sha256(path))
+    assert not listing(tmp_path / "d")
+
+
+def test_folder_formats_exif_and_rebuild_on_change(tmp_path):
+    folder = write_folder(tmp_path / "us", {"Ann": 2, "Zoë": 2})
+    turned = Image.new("RGB", (30, 20), "red")
+    exif = turned.getexif()
+    exif[0x0112] = 6
+    turned.save(folder / "Ann/3.jpg", exif=exif)
+    Image.new("RGBA", (8, 8)).save(folder / "Ann/4.PNG")
+    Image.new("L", (8, 8)).save(folder / "Ann/5.webp")
+    (folder / "Ann/notes.txt").write_text("not a photo")
+    (folder / "Ann/.hidden.jpg").write_bytes(b"")
+    photos = load_photos("folder", tmp_path / "d", folder=folder)
+    assert Counter(photos.people) == {"Ann": 5, "Zoë": 2}
+    assert photos.indices == [1, 2, 3, 4, 5, 1, 2]
+    assert photos.image(2).size == (20, 30)
+    assert {photos.image(i).mode for i in range(7)} == {"RGB"}
+    for i, name in enumerate(["1.jpg", "2.jpg", "3.jpg", "4.PNG", "5.webp"]):
+        assert photos.encoded(i) == (folder / "Ann" / name).read_bytes()
+
+    again = load_photos("folder", tmp_path / "d", folder=folder)
+    assert again.fingerprint == photos.fingerprint
+    (folder / "Zoë/3.jpg").write_bytes(jpeg(5, 5))
+    assert len(load_photos("folder", tmp_path / "d", folder=folder)) == 8
+
+
+def test_folder_names_everyone_with_fewer_than_two_readable_photos(tmp_path):
+    folder = write_folder(tmp_path / "us", {"Ann": 2, "Bob": 1, "Cyd": 2, "Dee": 0})
+    (folder / "Cyd/2.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"fewer than 2 .* of Bob, Cyd.*unreadable: Cyd/2.jpg"):
+        load_photos("folder", tmp_path / "d", folder=folder)
+    assert not listing(tmp_path / "d")
+
+
+def test_folder_mistakes(tmp_path):
+    with pytest.raises(UserError, match=r"config.data.folder"):
+        load_photos("folder", tmp_path)
+    with pytest.raises(UserError, match=r"nowhere: no such folder"):
+        load_photos("folder", tmp_path, folder=tmp_path / "nowhere")
+    (tmp_path / "flat").mkdir()
+    (tmp_path / "flat/1.jpg").write_bytes(jpeg(0, 1))
+    with pytest.raises(UserError, match=r"no folder per person"):
+        load_photos("folder", tmp_path, folder=tmp_path / "flat")
+    with pytest.raises(UserError, match=r"'faces'.*lfw, folder"):
+        load_photos("faces", tmp_path)
+
+
+def test_neither_tensorflow_nor_torch_nor_network(tmp_path, lfw_photos):
+    """With a TensorFlow lying on the path, which would be found if anything looked for it."""
+    path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
+    write_folder(tmp_path / "us", {"Ann": 2})
+    (tmp_path / "fake/tensorflow").mkdir(parents=True)
+    (tmp_path / "fake/tensorflow/__init__.py").write_text("raise SystemExit('tensorflow')")
+    code = f"""
+        import socket, sys
+        def refuse(*a, **k):
+            raise SystemExit("network")
+        socket.create_connection = socket.getaddrinfo = socket.socket.connect = refuse
+        from persona_jax.data.photos import load_photos
+        from persona_jax.data import encodings, loader, splits
+        a = load_photos("lfw", {str(tmp_path / "d")!r}, {str(tmp_path / "m")!r},
+                        sha256={sha256(path)!r})
+        b = load_photos("folder", {str(tmp_path / "d")!r}, folder={str(tmp_path / "us")!r})
+        assert (len(a), len(b)) == (6, 2), (len(a), len(b))
+        a.image(5), b.image(1)
+        assert not {{"tensorflow", "torch"}} & set(sys.modules)
+        print("clean")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={"PYTHONPATH": str(tmp_path / "fake"), "HOME": str(tmp_path), "PATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout.endswith("clean\n"), done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/lfw, the LFW archive")
+def test_real_lfw(tmp_path_factory):
+    photos = load_photos("lfw", tmp_path_factory.mktemp("lfw"), SHARED / "lfw")
+    counts = Counter(photos.people)
+    assert len(photos) == 12_916
+    assert len(counts) == 5_731
+    assert sum(count >= 10 for count in counts.values()) == 140
+    assert photos.skipped == []
+    for i in range(0, len(photos), 1000):
+        assert photos.image(i).size == (250, 250)
+    # No part of a name gets into a caption: the words come from a short list, chosen unnamed.
+    words = {word for caption in photos.captions for word in caption.split()}
+    assert len(words) < 40
+    names = {person.replace("_", " ") for person in counts}
+    assert not any(name in caption for name in names for caption in set(photos.captions))
+
+
+def test_manifest_is_one_file_seen_from_both_places():
+    root = pathlib.Path(archive_module.__file__).parents[2]
+    link = root / "third_party/manifest.toml"
+    if not link.exists():
+        pytest.skip("not a checkout")
+    assert link.resolve() == (root / "persona_jax/assets/manifest.toml").resolve()
+    for asset in archive_module.manifest().values():
+        assert {"home", "licence", "use"} <= set(asset)

@@ -1,0 +1,65 @@
+import jax
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from persona_jax.errors import UserError
+from persona_jax.training import mesh as m
+
+
+def test_make_mesh_fills_what_is_left():
+    assert dict(m.make_mesh().shape) == {"data": 8, "fsdp": 1}
+    assert dict(m.make_mesh(fsdp=2).shape) == {"data": 4, "fsdp": 2}
+    assert dict(m.make_mesh(2, -1).shape) == {"data": 2, "fsdp": 4}
+    assert set(m.make_mesh().axis_types) == {jax.sharding.AxisType.Auto}
+
+
+@pytest.mark.parametrize("sizes", [(3, 1), (-1, 3), (-1, -1), (0, 8), (8, 0), (4, 1), (-2, -4)])
+def test_make_mesh_refuses_what_does_not_divide(sizes):
+    with pytest.raises(UserError, match="number of devices, 8"):
+        m.make_mesh(*sizes)
+
+
+def test_shard_params_by_rule_then_by_size():
+    mesh = m.make_mesh(4, 2)
+    tree = {
+        "down_blocks.0": {"kernel": np.zeros((256, 512)), "bias": np.zeros(512)},
+        "odd": np.zeros((513, 511)),
+        "small": np.zeros((6, 4)),
+    }
+    got = m.shard_params(mesh, tree, [(r"^small$", P("fsdp"))])
+    assert got["down_blocks.0"]["kernel"].spec == P(None, "fsdp")
+    assert got["down_blocks.0"]["bias"].spec == P()
+    assert got["odd"].spec == P()
+    assert got["small"].spec == P("fsdp")
+    assert (
+        m.shard_params(mesh, tree, [(r"blocks\.0\.kernel", P())])["down_blocks.0"]["kernel"].spec
+        == P()
+    )
+    placed = m.place(tree, got)
+    assert placed["down_blocks.0"]["kernel"].addressable_shards[0].data.shape == (256, 256)
+
+
+def test_a_rule_that_does_not_fit_names_the_array():
+    with pytest.raises(UserError, match=r"a\.b of shape \(3, 4\)"):
+        m.shard_params(m.make_mesh(4, 2), {"a": {"b": np.zeros((3, 4))}}, [("a", P("fsdp"))])
+
+
+def test_put_batch_over_all_devices():
+    mesh = m.make_mesh(4, 2)
+    array = np.arange(32, dtype=np.float32).reshape(16, 2)
+    placed = m.put_batch(mesh, {"x": array})["x"]
+    assert len({str(shard.index) for shard in placed.addressable_shards}) == 8
+    np.testing.assert_array_equal(placed, array)
+    with pytest.raises(UserError, match="x has 12 examples for the 8 devices"):
+        m.put_batch(mesh, {"x": array[:12]})
+
+
+def test_distributed_needs_all_three_variables(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "localhost:1")
+    with pytest.raises(UserError, match="without JAX_NUM_PROCESSES, JAX_PROCESS_ID"):
+        m.initialize_distributed()
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    with pytest.raises(UserError, match="0 <= id < number"):
+        m.initialize_distributed()
