@@ -120,6 +120,11 @@ def make_painter(
     return paint
 
 
+def frozen_params(pipeline: Pipeline) -> dict:
+    """The frozen tree that a painter takes."""
+    return {name: getattr(pipeline, name).params for name in ("unet", "text_encoder", "vae")}
+
+
 def picture_keys(seed: int, count: int, first: int = 0) -> PRNGKeyArray:
     """Keys ``[count]`` of the pictures `first`, `first` + 1, … of a seed."""
     key = jax.random.key(seed)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+from ml_collections import ConfigDict
 
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
@@ -136,3 +137,24 @@ def save(pipeline: Pipeline, folder: Path) -> None:
         feature_extractor=pipeline.feature_extractor is not None,
     )
     folders.write_json(folder / "model_index.json", index)
+
+
+def open_pipeline(config: ConfigDict) -> Pipeline:
+    """The pipeline that an adapter's config names, its frozen weights cast once.
+
+    bfloat16 on accelerators, float32 on a CPU, unless the config's ``dtype`` says otherwise.
+    """
+    dtypes = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    if config.dtype not in dtypes:
+        raise UserError(f"config.dtype={config.dtype!r}; known: {', '.join(dtypes)}")
+    dtype = dtypes[config.dtype]
+    if dtype is None:
+        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    own_eye = config.image_encoder.kind == "clip"
+    return load(
+        config.pipeline,
+        only=TOWERS if own_eye else [tower for tower in TOWERS if tower != "image_encoder"],
+        image_encoder=config.image_encoder.path if own_eye else None,
+        dtype=dtype,
+        param_dtype=dtype,
+    )

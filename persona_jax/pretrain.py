@@ -96,6 +96,12 @@ def to_float(pictures: np.ndarray) -> np.ndarray:
     return pictures.astype(np.float32) / 127.5 - 1.0
 
 
+def in_parts(function, array: np.ndarray, size: int = 64) -> np.ndarray:
+    """`function` over the first axis of `array`, `size` rows at a time."""
+    parts = [np.asarray(function(array[i : i + size])) for i in range(0, len(array), size)]
+    return np.concatenate(parts)
+
+
 def picture_batches(
     pictures: np.ndarray, batch_size: int, seed: int, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -175,7 +181,7 @@ def train_vae(config: ConfigDict, workdir: Path, mesh, pictures: np.ndarray) -> 
     )
     encode = jax.jit(lambda p, x: module.apply({"params": p}, x, method=AutoencoderKL.encode))
     sample = to_float(pictures[:: max(1, len(pictures) // 512)][:512])
-    moments = np.concatenate([encode(state.params, part) for part in np.array_split(sample, 16)])
+    moments = in_parts(lambda part: encode(state.params, part), sample)
     mean, log_variance = np.split(moments, 2, axis=-1)
     std = float(np.sqrt(mean.var() + np.exp(log_variance).mean()))
     settings["scaling_factor"] = round(1 / std, 5)
@@ -187,8 +193,7 @@ def score_vae(folder: Path, pictures: np.ndarray) -> dict:
     vae = folders.load_tower(folder / "vae", "vae")
     reconstruct = jax.jit(lambda p, x: vae.module.apply({"params": p}, x))
     image = to_float(pictures)
-    parts = [np.clip(reconstruct(vae.params, p), -1, 1) for p in np.array_split(image, 8)]
-    again = np.concatenate(parts)
+    again = np.clip(in_parts(lambda part: reconstruct(vae.params, part), image), -1, 1)
     error = ((again - image) ** 2).mean(axis=(1, 2, 3))
     rows = [list(images.to_uint8(x[:12])) for x in (image, again)]
     images.grid(rows).save(folder.parent / "vae.png")
@@ -292,9 +297,9 @@ def score_clip(folder: Path, photos: Photos, rows: np.ndarray, config: ConfigDic
     eye = folders.load_tower(folder / "image_encoder", "image_encoder")
     pictures = to_float(read_pictures(photos, rows, config))
     embed = jax.jit(lambda p, x: eye.module.apply({"params": p}, x).embedding)
-    parts = [np.asarray(embed(eye.params, part)) for part in np.array_split(pictures, 32)]
+    embeddings = in_parts(lambda part: embed(eye.params, part), pictures)
     people = [photos.people[row] for row in rows]
-    scores = verification(np.concatenate(parts), people)
+    scores = verification(embeddings, people)
     return {"unseen_people": len(set(people)), **{k: round(v, 4) for k, v in scores.items()}}
 
 
@@ -347,9 +352,8 @@ def train_unet(config: ConfigDict, workdir: Path, mesh, photos: Photos, rows) ->
                 "index": batch["index"],
             }
 
-    painter = paint.make_painter(
-        dataclasses.replace(parts, unet=tower), steps=unet_config.grid_steps
-    )
+    parts = dataclasses.replace(parts, unet=folders.Tower(module, {}, settings))
+    painter = paint.make_painter(parts, steps=unet_config.grid_steps)
     ids, _ = parts.tokenize([prompt for prompt in PROMPTS for _ in range(6)])
     request = paint.Request(
         keys=paint.picture_keys(seed, 6 * len(PROMPTS)),

@@ -66,19 +66,25 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
 
 
 def find(path_or_id: str) -> Path:
-    """A pipeline folder: a local one, or a hub id's snapshot, downloaded when first asked for."""
+    """A pipeline folder: a local one, or a hub id's snapshot, downloaded when first asked for.
+
+    A hub id reads ``owner/name``, or ``owner/name/folder`` for a folder within.
+    """
     local = Path(path_or_id).expanduser()
-    if local.exists():
+    if local.is_dir():
         return local
-    if path_or_id.count("/") != 1 or path_or_id.startswith((".", "/", "~")):
+    owner, name, *inside = [*path_or_id.split("/"), ""]
+    if not owner or owner in (".", "..", "~") or not name or local.exists():
         raise UserError(f"{path_or_id}: no such folder (nor a hub id, which reads owner/name)")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", "*.model", "*/model*.safetensors"]
-    patterns += ["*/diffusion_pytorch_model*.safetensors"]
+    prefix = "/".join(part for part in inside if part)
+    patterns = ["*.json", "*.txt", "*model*.safetensors"]
     try:
-        return Path(
-            snapshot_download(path_or_id, allow_patterns=patterns, ignore_patterns=["*fp16*"])
+        snapshot = snapshot_download(
+            f"{owner}/{name}",
+            allow_patterns=[f"{prefix}*/{p}" if prefix else p for p in patterns],
+            ignore_patterns=["*fp16*", "*non_ema*"],
         )
     except Exception as error:
         # Offline, gone, gated, misspelt: the hub's classes differ, the user's remedy does not.
@@ -86,6 +92,7 @@ def find(path_or_id: str) -> Path:
             f"{path_or_id}: no local folder of that name, and the hub gave "
             f"{type(error).__name__}; check the name and the network, or give a local folder"
         ) from error
+    return Path(snapshot) / prefix
 
 
 def content_hash(folder: Path) -> str:

@@ -18,7 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from persona_jax.errors import UserError
@@ -160,10 +162,14 @@ class _Log:
         if not self._main or start >= steps:
             self._main = False
             return
-        path = workdir / "metrics.jsonl"
-        _drop_beyond(path, start)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=start + 1)
+        self._path = workdir / "metrics.jsonl"
+        _drop_beyond(self._path, start)
+        self._file = self._path.open("a")
+        (workdir / "tensorboard").mkdir(exist_ok=True)
+        # SummaryWriter would add a thread that prints tracebacks when the disk is full.
+        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
+        restarted = SessionLog(status=SessionLog.START)  # TensorBoard drops what lies beyond
+        self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restarted))
         slow = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants few lines
         self._bar = tqdm(total=steps, initial=start, mininterval=slow, dynamic_ncols=True)
 
@@ -173,8 +179,10 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         if self._main:
             self._bar.close()
-            self._board.close()
-            self._file.close()
+            with contextlib.suppress(OSError):  # a full disk has been reported
+                self._board.close()
+            with contextlib.suppress(OSError):
+                self._file.close()
 
     def read(self, step: int, metrics: dict[str, Any]) -> bool:
         """Wait for one step's metrics and log them; return whether the run was told to stop.
@@ -208,10 +216,17 @@ class _Log:
             return
         means = {name: float(np.mean([v[name] for v in self._values])) for name in values}
         line = {"step": step, **means, **rate}
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
-        for name, value in list(line.items())[1:]:
-            self._board.add_scalar(name, value, step)
+        scalars = [scalar(name, value) for name, value in line.items() if name != "step"]
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+            for summary in scalars:
+                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
+            self._board.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self._path}: {error.strerror}; make room, then run the same command again"
+            ) from error
         self._values = []
         self.restart_clock()
 

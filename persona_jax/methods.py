@@ -1,0 +1,144 @@
+"""Methods: what is trained, and how the trained and the frozen trees meet a batch.
+
+The adapters ``ip``, ``max``, ``avg`` and ``sa`` are one method with different aggregators.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+from jaxtyping import Array
+from ml_collections import ConfigDict
+
+from persona_jax.cli import read_config
+from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
+from persona_jax.errors import UserError
+from persona_jax.interop.checkpoints import load_params
+from persona_jax.models import adapter
+from persona_jax.models.aggregators import Aggregator, SelfAttentionAggregator
+from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.unet import text_kernels
+from persona_jax.models.vae import draw_latents
+from persona_jax.pipeline import Pipeline
+
+LossFn = Callable[[Mapping, Mapping, Mapping, Array], tuple[Array, dict[str, Array]]]
+
+
+def make_aggregator(config: ConfigDict) -> Aggregator:
+    """The aggregator that a config's ``aggregator`` section describes."""
+    if config.kind != "self_attention":
+        return Aggregator(config.kind)
+    module = SelfAttentionAggregator(
+        depth=config.depth,
+        heads=config.heads,
+        width=config.width,
+        pooling_heads=config.pooling_heads,
+    )
+    return Aggregator(config.kind, module)
+
+
+def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
+    """The trainable tree: fresh, or continuing from the run that ``init_from`` names."""
+    unet = pipeline.unet
+    kernels = text_kernels(unet.params, unet.module.config)
+    fresh = adapter.init(
+        jax.random.key(config.seed),
+        make_aggregator(config.aggregator),
+        embedding_dim,
+        unet.module.config.cross_attention_dim,
+        kernels,
+    )
+    return start_from(Path(config.init_from), fresh) if config.init_from else fresh
+
+
+def start_from(workdir: Path, fresh: Mapping) -> dict:
+    """`fresh` with what an earlier run has learnt.
+
+    The projection and W'_k, W'_v must be there and fit. The aggregator is taken over where the
+    earlier run has the same; otherwise it stays fresh (from ``ip`` to ``sa``, say), and that is
+    said.
+
+    Raises:
+      UserError: names every array that does not fit.
+    """
+    which = "ema" if read_config(workdir).optimizer.ema_decay else "params"
+    learnt = load_params(workdir / "checkpoints", which)
+
+    def shapes(tree: Mapping) -> dict:
+        return {path: np.shape(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
+
+    out = dict(fresh)
+    for part in ("image_proj", "ip_adapter", "aggregator"):
+        have, want = shapes(learnt.get(part, {})), shapes(fresh[part])
+        if have == want:
+            out[part] = jax.tree.map(jnp.asarray, learnt[part]) if want else {}
+        elif part == "aggregator":
+            print(f"init_from {workdir}: its aggregator is another; a fresh one learns on top")
+        else:
+            paths = sorted(p for p in have.keys() | want.keys() if have.get(p) != want.get(p))
+            wrong = ", ".join(
+                f"{'.'.join(p)}: {have.get(p)} there, {want.get(p)} here" for p in paths[:6]
+            )
+            raise UserError(f"init_from {workdir}: {part} does not fit ({wrong})")
+    return out
+
+
+def frozen_params(pipeline: Pipeline) -> dict:
+    """The frozen tree of adapter training: UNet, text tower, and the empty prompt's ids."""
+    empty, _ = pipeline.tokenize([""])
+    return {
+        "unet": pipeline.unet.params,
+        "text_encoder": pipeline.text_encoder.params,
+        "empty": empty,
+    }
+
+
+def drop_conditions(key: Array, config: ConfigDict) -> tuple[Array, Array]:
+    """Whether an example loses its (image, text) condition, for classifier-free guidance."""
+    draw = jax.random.uniform(key)
+    image, text, both = config.image, config.text, config.both
+    drops_both = draw < both
+    drops_image = (draw >= both) & (draw < both + image)
+    drops_text = (draw >= both + image) & (draw < both + image + text)
+    return drops_both | drops_image, drops_both | drops_text
+
+
+def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
+    """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch (design §1).
+
+    The batch is what :func:`persona_jax.data.loader.batches` gives; the frozen tree is
+    :func:`frozen_params`'.
+    """
+    unet, text, schedule = pipeline.unet.module, pipeline.text_encoder.module, pipeline.schedule
+    scaling = pipeline.vae.module.config.scaling_factor
+    aggregator, seed = make_aggregator(config.aggregator), config.seed
+    gamma = config.min_snr_gamma or None
+
+    def loss(params: Mapping, frozen: Mapping, batch: Mapping, step: Array):
+        keys = example_keys(seed, step, batch["index"])
+        drop_key, latent_key, noise_key, t_key = jax.vmap(lambda k: jax.random.split(k, 4))(keys).T
+        no_image, no_text = jax.vmap(lambda k: drop_conditions(k, config.drop))(drop_key)
+
+        image = adapter.aggregate(params, aggregator, batch["embeddings"], batch["mask"])
+        image = jnp.where(no_image[:, None], 0.0, image)
+        ids = jnp.where(no_text[:, None], frozen["empty"], batch["tokens"])
+        hidden = text.apply({"params": frozen["text_encoder"]}, ids).hidden
+        kernels = text_kernels(frozen["unet"], unet.config)
+        sources = (
+            Source(*project_keys_values(kernels, hidden)),
+            adapter.source(params, image, dtype=unet.dtype),
+        )
+
+        latents = jax.vmap(lambda k, m: draw_latents(k, m, scaling))(latent_key, batch["moments"])
+        noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(noise_key)
+
+        def predict(z: Array, t: Array) -> Array:
+            return unet.apply({"params": frozen["unet"]}, z, t, sources)
+
+        t = draw_steps(t_key, schedule)
+        return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
+
+    return loss

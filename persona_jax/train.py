@@ -1,0 +1,195 @@
+"""Trains an adapter on sets of photos, each person's photos predicting the one left out.
+
+python -m persona_jax.train --config configs/sa.py:lfw --workdir runs/sa
+
+Run the same command again to resume. Writes into WORKDIR: checkpoints/, metrics.jsonl,
+tensorboard/, grids/ (references | target | samples, for people not trained on), config.json.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from clu import parameter_overview
+from ml_collections import ConfigDict
+
+from persona_jax import methods, paint
+from persona_jax.cli import run_with_config, write_run_files
+from persona_jax.data import images
+from persona_jax.data.encodings import Encodings, encode_photos
+from persona_jax.data.loader import batches
+from persona_jax.data.photos import Photos
+from persona_jax.data.splits import photos_of
+from persona_jax.dataset import open_dataset, rows_of
+from persona_jax.eyes import Eye, open_eye
+from persona_jax.models.vae import AutoencoderKL
+from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.training.loop import fit
+from persona_jax.training.mesh import initialize_distributed, make_mesh, place, shard_params
+from persona_jax.training.state import init_state, make_optimizer, make_step
+
+
+def main(config: ConfigDict, workdir: Path) -> None:
+    """Data, frozen towers, encodings, trainable tree, loop."""
+    initialize_distributed()
+    mesh = make_mesh(**config.mesh)
+    write_run_files(workdir, config)
+
+    photos, people = open_dataset(config.data)
+    pipeline = open_pipeline(config)
+    eye = open_eye(config, pipeline)
+    encodings = encode(photos, rows_of(photos, people.train), pipeline, eye, config)
+
+    def batches_from(start: int):
+        return batches(
+            encodings.arrays,
+            photos_of(encodings.people, people.train),
+            batch_size=config.batch_size,
+            n=config.references.n,
+            fixed=config.references.fixed,
+            flip=config.flip,
+            seed=config.seed,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+
+    trainable = methods.init_adapter(config, pipeline, eye.dim)
+    optimizer, ema_decay = make_optimizer(config.optimizer), config.optimizer.ema_decay or None
+    frozen = methods.frozen_params(pipeline)
+    if jax.process_index() == 0:
+        print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
+    state = fit(
+        init_state(trainable, optimizer, mesh, ema=ema_decay is not None),
+        make_step(
+            methods.adapter_loss(config, pipeline),
+            optimizer,
+            mesh,
+            accumulate=config.accumulate,
+            ema_decay=ema_decay,
+        ),
+        place(frozen, shard_params(mesh, frozen)),
+        batches_from,
+        steps=config.optimizer.steps,
+        workdir=workdir,
+        mesh=mesh,
+        save_every=config.save_every,
+        log_every=config.log_every,
+        callbacks=[
+            (config.grid_every, grid_drawer(config, workdir, photos, people, pipeline, eye))
+        ],
+        fingerprint={
+            "method": config.method,
+            "aggregator": config.aggregator.to_dict(),
+            "unet": pipeline.unet.hash,
+            "eye": eye.hash,
+        },
+    )
+    if jax.process_index() == 0:
+        print(
+            f"{int(state.step)} steps done. Look at {workdir}/grids, then paint someone:\n"
+            f"  python -m persona_jax.sample --workdir {workdir} --photos a.jpg b.jpg "
+            f'--prompt "a photo of a smiling person" --num 8 --out out'
+        )
+
+
+def encode(
+    photos: Photos, rows: np.ndarray, pipeline: Pipeline, eye: Eye, config: ConfigDict
+) -> Encodings:
+    """Latent moments, image embeddings and caption tokens of the chosen photos, computed once."""
+    vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
+
+    @jax.jit
+    def towers(vae_params, eye_params, pixels, seen):
+        moments = vae.module.apply({"params": vae_params}, pixels, method=AutoencoderKL.encode)
+        return {"moments": moments, "embeddings": eye.embed(eye_params, seen)}
+
+    def encode_images(pictures):
+        pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
+        seen = [eye.preprocess(p) for p in pictures]
+        return towers(vae.params, eye.params, np.stack(pixels), np.stack(seen))
+
+    return encode_photos(
+        photos,
+        rows,
+        encode_images=encode_images,
+        encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
+        cache_dir=Path(config.data.data_dir) / "encoded",
+        key=f"train {vae.hash} {eye.hash} {pipeline.text_encoder.hash} {size} {crop}",
+    )
+
+
+def grid_drawer(
+    config: ConfigDict,
+    workdir: Path,
+    photos: Photos,
+    people,
+    pipeline: Pipeline,
+    eye: Eye,
+):
+    """A callback that paints people not trained on beside their references and target.
+
+    Validation people where there are any, else people trained on. Always the same people, photos,
+    prompts and seeds, so that grids can be compared.
+    """
+    grid, n = config.grid, config.references.n
+    shown = (people.validation or people.train)[: grid.people]
+    rows = [found[:n] for found in photos_of(photos.people, shown)]
+    targets = [photos.image(found[-1]) for found in rows]
+    references = [[photos.image(row) for row in found[:-1]] for found in rows]
+    embeddings, weights = as_set([eye.look(set_) for set_ in references], n - 1)
+    prompts = [photos.captions[found[-1]] for found in rows]
+    ids, _ = pipeline.tokenize([p for p in prompts for _ in range(grid.samples)])
+    empty, _ = pipeline.tokenize([""])
+    request = paint.Request(
+        keys=paint.picture_keys(config.seed, len(ids)),
+        ids=jnp.asarray(ids),
+        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
+        references=paint.References(
+            jnp.repeat(embeddings, grid.samples, axis=0),
+            jnp.repeat(weights, grid.samples, axis=0),
+            config.sampling.scale,
+        ),
+        guidance=config.sampling.guidance,
+        eta=config.sampling.eta,
+    )
+    painter = paint.make_painter(
+        pipeline, methods.make_aggregator(config.aggregator), steps=config.sampling.steps
+    )
+    frozen = paint.frozen_params(pipeline)
+    size, crop = pipeline.image_size, config.data.crop
+
+    def square(photo) -> np.ndarray:
+        return images.to_uint8(images.to_model(images.centre_crop(photo, crop), size))
+
+    def draw(step: int, state) -> None:
+        params = jax.tree.map(np.asarray, state.params if state.ema is None else state.ema)
+        painted = images.to_uint8(np.asarray(painter(frozen, params, request)))
+        cells = [
+            [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
+            for set_, target, pictures in zip(
+                references, targets, np.split(painted, len(rows)), strict=True
+            )
+        ]
+        titles = ["references", *[""] * (n - 2), "target", "samples", *[""] * (grid.samples - 1)]
+        folder = workdir / "grids"
+        if jax.process_index() == 0:
+            folder.mkdir(exist_ok=True)
+            images.grid(cells, titles=titles).save(folder / f"step_{step:06d}.png")
+
+    return draw
+
+
+def as_set(embeddings: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, np.ndarray]:
+    """Sets of embeddings ``[n_i, D]`` as one array with a mask: ``[B, N, D]`` and ``[B, N]``."""
+    out = np.zeros((len(embeddings), slots, embeddings[0].shape[1]), np.float32)
+    mask = np.zeros((len(embeddings), slots), np.float32)
+    for i, found in enumerate(embeddings):
+        out[i, : len(found)], mask[i, : len(found)] = found, 1.0
+    return out, mask
+
+
+if __name__ == "__main__":
+    run_with_config(main)
