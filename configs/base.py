@@ -38,7 +38,7 @@ def vae() -> ConfigDict:
         {
             "batch_size": 16,
             "kl_weight": 1e-3,
-            "optimizer": common.optimizer(2e-3, 1000, schedule="cosine", weight_decay=0.0),
+            "optimizer": common.optimizer(2e-3, 2400, schedule="cosine", weight_decay=0.0),
             "tower": {
                 "block_out_channels": (16, 32, 64),
                 "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -55,10 +55,10 @@ def vae() -> ConfigDict:
 def clip() -> ConfigDict:
     return ConfigDict(
         {
-            "batch_size": 64,
+            "batch_size": 32,
             "identity_weight": 1.0,
             "identity_temperature": 0.1,
-            "optimizer": common.optimizer(1e-3, 800, schedule="cosine", weight_decay=0.05),
+            "optimizer": common.optimizer(1e-3, 500, schedule="cosine", weight_decay=0.05),
             "text": {
                 "hidden_size": TEXT_DIM,
                 "intermediate_size": 4 * TEXT_DIM,
@@ -88,10 +88,10 @@ def unet() -> ConfigDict:
             "batch_size": 32,
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,
-            "grid_every": 1000,
+            "grid_every": 500,
             "grid_steps": 20,
             "grid_guidance": 3.0,
-            "optimizer": common.optimizer(1e-3, 5000, schedule="cosine"),
+            "optimizer": common.optimizer(1e-3, 4000, schedule="cosine"),
             "tower": {
                 "sample_size": 16,
                 "block_out_channels": (64, 96, 128),

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import Schedule
@@ -25,12 +25,13 @@ class References:
     Attributes:
       embeddings: Γ_image of the photos ``[B, N, D]``.
       weights: ``[B, N]``; 0 removes a photo, 2 counts it twice.
-      scale: λ of the adapter's attention.
+      scale: λ of the adapter's attention; one number, ``[B, 1]`` for one per picture, or a region
+        mask per layer, ``{layer: [B, h·w]}``.
     """
 
     embeddings: Float[Array, "B N D"]
     weights: Float[Array, "B N"]
-    scale: Float[Array, "..."] | float = 1.0
+    scale: Float[Array, "..."] | float | Mapping[str, Array] = 1.0
 
 
 @struct.dataclass
@@ -47,7 +48,7 @@ class Request:
       noise: z_T ``[B, h, w, C]`` in place of the keys' own; None draws it.
     """
 
-    keys: PRNGKeyArray
+    keys: Key[Array, " B"]
     ids: Int[Array, "B T"]
     negative_ids: Int[Array, "B T"]
     references: References | None = None
@@ -62,6 +63,12 @@ def text_source(
     """The text's keys and values, projected once for the whole walk."""
     hidden = text_encoder.apply({"params": params}, ids).hidden
     return Source(*project_keys_values(unet_kernels, hidden))
+
+
+def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] | float:
+    """A λ of ``[B, …]`` for the unconditional half too; one for all pictures stays as it is."""
+    per_picture = jnp.ndim(scale) == 2 and len(scale) > 1
+    return jnp.concatenate([scale, scale]) if per_picture else scale
 
 
 def make_latent_painter(
@@ -85,7 +92,8 @@ def make_latent_painter(
                 adapter_params, aggregator, references.embeddings, references.weights
             )
             image = jnp.concatenate([jnp.zeros_like(image), image])
-            sources.append(adapter.source(adapter_params, image, references.scale, unet.dtype))
+            scale = jax.tree.map(for_both_halves, references.scale)
+            sources.append(adapter.source(adapter_params, image, scale, unet.dtype))
 
         def denoise_both(latents: Array, t: Array) -> Array:
             t = jnp.broadcast_to(t, (len(latents),))
@@ -125,7 +133,7 @@ def frozen_params(pipeline: Pipeline) -> dict:
     return {name: getattr(pipeline, name).params for name in ("unet", "text_encoder", "vae")}
 
 
-def picture_keys(seed: int, count: int, first: int = 0) -> PRNGKeyArray:
+def picture_keys(seed: int, count: int, first: int = 0) -> Key[Array, " B"]:
     """Keys ``[count]`` of the pictures `first`, `first` + 1, … of a seed."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + count))

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Int
 from ml_collections import ConfigDict
 
@@ -57,7 +58,7 @@ def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B
     warnings = [
         f"prompt of {count} tokens cut to {length}: {prompt[:60]!r}…"
         for prompt in prompts
-        if (count := len(tokenizer(prompt)["input_ids"])) > length
+        if (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > length
     ]
     ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
     return np.asarray(ids["input_ids"], np.int32), warnings
@@ -68,8 +69,8 @@ def load(
     *,
     only: Sequence[str] = TOWERS,
     image_encoder: str | None = None,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
     sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
 ) -> Pipeline:
     """A pipeline from a diffusers-layout folder or a hub id.
@@ -87,8 +88,13 @@ def load(
     folder = folders.find(path_or_id)
 
     def place(tower: str) -> Path:
-        if tower != "image_encoder" or not image_encoder:
+        if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):
             return folder / tower
+        if not image_encoder:
+            raise UserError(
+                f"{folder}: it has no image_encoder/; name one with "
+                "--config.image_encoder.path=FOLDER_OR_HUB_ID"
+            )
         other = folders.find(image_encoder)
         return other / "image_encoder" if (other / "image_encoder").exists() else other
 
@@ -101,10 +107,12 @@ def load(
         for tower in TOWERS
     }
     scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
+    # StableDiffusionPipeline sets these two whatever the file says, or does not say.
+    schedule = Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1})
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
     return Pipeline(
         **loaded,
-        schedule=Schedule.from_json(scheduler),
+        schedule=schedule,
         scheduler_config=scheduler,
         tokenizer=load_tokenizer(folder / "tokenizer"),
         feature_extractor=folders.read_json(extractor) if extractor.exists() else None,
@@ -115,8 +123,9 @@ def load_tokenizer(folder: Path) -> Any:
     """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``."""
     from transformers import CLIPTokenizer
 
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no tokenizer; a pipeline folder has vocab.json and merges.txt")
+    missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise UserError(f"{folder}: no {' and no '.join(missing)}; a tokenizer needs them")
     return CLIPTokenizer.from_pretrained(str(folder))
 
 
@@ -127,6 +136,8 @@ def save(pipeline: Pipeline, folder: Path) -> None:
         if tower:
             folders.save_tower(folder / name, name, tower.config, tower.params)
     pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
+    # vocab.json and merges.txt too: all that readers before transformers 5 know.
+    pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     folders.write_json(folder / "scheduler/scheduler_config.json", pipeline.scheduler_config)
     if pipeline.feature_extractor:
         file = folder / "feature_extractor/preprocessor_config.json"

@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 
 import numpy as np
-from jaxtyping import Shaped
+from jaxtyping import Int, Shaped
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
@@ -38,7 +38,7 @@ class Encodings:
 
 def encode_photos(
     photos: Photos,
-    rows: Sequence[int],
+    rows: Sequence[int] | Int[np.ndarray, " P"],
     *,
     encode_images: Callable[[list[Image.Image]], Arrays],
     encode_captions: Callable[[list[str]], Arrays],
@@ -87,7 +87,7 @@ def encode_photos(
 
 def _encode_images(
     photos: Photos,
-    rows: Sequence[int],
+    rows: Sequence[int] | Int[np.ndarray, " P"],
     encode: Callable[[list[Image.Image]], Arrays],
     work: pathlib.Path,
     batch_size: int,

@@ -15,7 +15,7 @@ import logging
 import pathlib
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -62,15 +62,15 @@ class Photos:
         """How many photos."""
         return len(self.people)
 
-    def encoded(self, i: int) -> bytes:
+    def encoded(self, i: SupportsIndex) -> bytes:
         """The bytes of photo `i`, as they were in the archive or folder."""
         return self.source[self.rows[i]]["image"]
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: SupportsIndex) -> Image.Image:
         """Photo `i` in RGB, turned the way EXIF says."""
         return images.decode(self.encoded(i))
 
-    def key(self, i: int) -> str:
+    def key(self, i: SupportsIndex) -> str:
         """A name for photo `i` that is unique in the dataset."""
         return f"{self.people[i]}_{self.indices[i]:04d}"
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.schedule import (
     Schedule,
@@ -16,14 +16,14 @@ from persona_jax.diffusion.schedule import (
 
 def example_keys(
     seed: Int[Array, ""] | int, step: Int[Array, ""] | int, index: Int[Array, " B"]
-) -> PRNGKeyArray:
+) -> Key[Array, " B"]:
     """A key per example, ``[B]``, from (seed, step, global index) alone: the same whatever the
     number of devices or processes (design §4)."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def draw_steps(keys: PRNGKeyArray, schedule: Schedule) -> Int[Array, " B"]:
+def draw_steps(keys: Key[Array, " B"], schedule: Schedule) -> Int[Array, " B"]:
     """A uniform diffusion step per example, ``[B]``."""
     return jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.steps))(keys)
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, PRNGKeyArray
+from jaxtyping import Array, Float, Key
 
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 
@@ -27,7 +27,7 @@ def guide(denoise_both: Denoise, guidance: Float[Array, ""] | float) -> Denoise:
 
 
 def picture_noise(
-    keys: PRNGKeyArray, step: Array | int, shape: tuple[int, int, int]
+    keys: Key[Array, " B"], step: Array | int, shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
     """Standard normal noise of each picture from its own key ``[B]`` and the walk's `step`, so
     that a picture does not depend on how many others are asked for."""
@@ -56,7 +56,7 @@ def ddim(
     *,
     steps: int,
     eta: Float[Array, ""] | float = 0.0,
-    keys: PRNGKeyArray | None = None,
+    keys: Key[Array, " B"] | None = None,
 ) -> Float[Array, "B h w C"]:
     """Walks from noise to latents; eq. (12) of Song et al. 2021.
 

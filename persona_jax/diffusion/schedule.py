@@ -54,6 +54,7 @@ class Schedule:
             ("rescale_betas_zero_snr", raw.get("rescale_betas_zero_snr", False), (False,)),
             ("thresholding", raw.get("thresholding", False), (False,)),
             ("trained_betas", raw.get("trained_betas"), (None,)),
+            ("clip_sample_range", raw.get("clip_sample_range", 1.0), (1.0,)),
         ):
             if value not in known:
                 raise UserError(f"scheduler_config.json: {key}={value!r}; supported: {known}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
@@ -47,12 +47,14 @@ def _rename_vae(name: str) -> str:
     return name
 
 
+_BARE_CLIP = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
+
+
 def _rename_clip(prefix: str) -> Callable[[str], str | None]:
     def rename(name: str) -> str | None:
         if name.endswith("embeddings.position_ids"):  # a constant that old files carry
             return None
-        bare = name.startswith(("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm."))
-        return f"{prefix}.{name}" if bare else name
+        return f"{prefix}.{name}" if name.startswith(_BARE_CLIP) else name
 
     return rename
 
@@ -71,7 +73,7 @@ def find(path_or_id: str) -> Path:
     A hub id reads ``owner/name``, or ``owner/name/folder`` for a folder within.
     """
     local = Path(path_or_id).expanduser()
-    if local.is_dir():
+    if path_or_id and local.is_dir():
         return local
     owner, name, *inside = [*path_or_id.split("/"), ""]
     if not owner or owner in (".", "..", "~") or not name or local.exists():
@@ -79,12 +81,14 @@ def find(path_or_id: str) -> Path:
     from huggingface_hub import snapshot_download
 
     prefix = "/".join(part for part in inside if part)
-    patterns = ["*.json", "*.txt", "*model*.safetensors"]
+    stems = ("diffusion_pytorch_model", "model")
+    weights = [f"{stem}{end}.safetensors" for stem in stems for end in ("", "-*-of-*")]
+    places = (f"{prefix}/", f"{prefix}/*/") if prefix else ("", "*/")
     try:
         snapshot = snapshot_download(
             f"{owner}/{name}",
-            allow_patterns=[f"{prefix}*/{p}" if prefix else p for p in patterns],
-            ignore_patterns=["*fp16*", "*non_ema*"],
+            allow_patterns=[p + file for p in places for file in ("*.json", "*.txt", *weights)],
+            ignore_patterns=["safety_checker/*"],
         )
     except Exception as error:
         # Offline, gone, gated, misspelt: the hub's classes differ, the user's remedy does not.
@@ -119,8 +123,8 @@ def load_tower(
     folder: Path,
     tower: str,
     *,
-    dtype: jnp.dtype | None = None,
-    param_dtype: jnp.dtype | None = None,
+    dtype: DTypeLike | None = None,
+    param_dtype: DTypeLike | None = None,
     sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
 ) -> Tower:
     """One tower from its folder.
@@ -128,7 +132,7 @@ def load_tower(
     Args:
       folder: holds ``config.json`` and safetensors.
       tower: which of :data:`TOWERS` it is.
-      dtype: computation dtype; None computes in the parameters' own.
+      dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
       param_dtype: dtype of the parameters; None keeps the stored one.
       sharding: of the parameters, or a function from the abstract tree to a tree of shardings.
 
@@ -163,6 +167,10 @@ def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> No
     folder.mkdir(parents=True, exist_ok=True)
     key = "_class_name" if library == "diffusers" else "architectures"
     named = {key: cls if library == "diffusers" else [cls], **config}
+    if library == "transformers":
+        # Its readers cast to the dtype that is named here.
+        named.pop("torch_dtype", None)
+        named["dtype"] = jax.tree.leaves(params)[0].dtype.name
     (folder / "config.json").write_text(json.dumps(named, indent=2) + "\n")
     tensors.save_tree(params, folder / f"{stem}.safetensors")
 

@@ -10,25 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from flax import traverse_util
+from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from persona_jax.errors import UserError
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
-_DTYPES = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "I64": np.int64,
-    "I32": np.int32,
-}
-# What an error lists before it counts the rest.
-_LISTED = 8
+# Integers for the position_ids of old files, which are passed over.
+_READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32")
 
 
 def torch_name(path: tuple[str, ...]) -> str:
@@ -77,7 +69,7 @@ class TensorFiles:
             with _open(file) as handle:
                 for name in handle.keys():  # noqa: SIM118 (not a mapping)
                     part = handle.get_slice(name)
-                    if part.get_dtype() not in _DTYPES:
+                    if part.get_dtype() not in _READABLE:
                         raise UserError(f"{file}: {name} has type {part.get_dtype()}, not a float")
                     self.shapes[name] = tuple(part.get_shape())
                     self._file[name] = file
@@ -105,7 +97,7 @@ def weight_files(folder: Path) -> list[Path]:
         if single.exists():
             return [single]
         if index.exists():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = _shards(index)
             missing = [shard for shard in shards if not (folder / shard).exists()]
             if missing:
                 raise UserError(f"{index}: shards {', '.join(missing)} are missing; fetch them")
@@ -116,12 +108,19 @@ def weight_files(folder: Path) -> list[Path]:
     )
 
 
+def _shards(index: Path) -> list[str]:
+    try:
+        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a readable index of shards ({error!r})") from error
+
+
 def load_tree(
     abstract: Mapping,
     files: TensorFiles,
     *,
     rename: Callable[[str], str | None] = lambda name: name,
-    dtype: np.dtype | None = None,
+    dtype: DTypeLike | None = None,
     sharding: jax.sharding.Sharding | Mapping | None = None,
 ) -> dict:
     """A parameter tree from files; every tensor straight to its dtype and devices.
@@ -137,11 +136,17 @@ def load_tree(
       The tree of device arrays.
 
     Raises:
-      UserError: one message naming every missing, unexpected and misshapen tensor.
+      UserError: one message naming every missing, unexpected, misshapen and doubled tensor.
     """
     expected = traverse_util.flatten_dict(dict(abstract))
-    published = {rename(name): name for name in files.shapes}
-    published.pop(None, None)
+    published: dict[str, str] = {}
+    twice = []
+    for source in files.shapes:
+        name = rename(source)
+        if name in published:
+            twice.append(f"{name} as {published[name]} and {source}")
+        elif name is not None:
+            published[name] = source
     names = {torch_name(path): path for path in expected}
     squeezable = {
         name
@@ -161,6 +166,7 @@ def load_tree(
         missing=sorted(set(names) - set(published)),
         unexpected=sorted(set(published) - set(names)),
         misshapen=misshapen,
+        twice=twice,
     )
     shardings = traverse_util.flatten_dict(dict(sharding)) if isinstance(sharding, Mapping) else {}
     out = {}
@@ -181,11 +187,9 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
 
 
 def _refuse(where: str, **problems: list[str]) -> None:
-    def listed(names: list[str]) -> str:
-        rest = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
-        return ", ".join(names[:_LISTED]) + rest
-
-    found = [f"{len(names)} {kind}: {listed(names)}" for kind, names in problems.items() if names]
+    found = [
+        f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names
+    ]
     if found:
         raise UserError(f"{where}: the tensors do not fit; " + "; ".join(found))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from persona_jax.models.aggregators import Aggregator
-from persona_jax.models.attention import KernelTree, Source, project_keys_values
+from persona_jax.models.attention import KernelTree, LayerName, Source, project_keys_values
 
 TOKENS = 4
 """Image tokens M of the plain IP-Adapter layout; its readers hard-code it."""
@@ -26,7 +26,8 @@ class ImageProjection(nn.Module):
         """[B, D] → [B, M, token_dim]."""
         x = nn.Dense(self.tokens * self.token_dim, dtype=self.dtype, name="proj")(embedding)
         x = x.reshape(len(x), self.tokens, self.token_dim)
-        return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, name="norm")(x)
+        norm = nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name="norm")
+        return norm(x)
 
 
 def init(
@@ -67,7 +68,7 @@ def aggregate(
 def source(
     params: Mapping,
     image: Float[Array, "B D"],
-    scale: Float[Array, "..."] | float = 1.0,
+    scale: Float[Array, "..."] | float | Mapping[LayerName, Array | float] = 1.0,
     dtype: jnp.dtype | None = None,
 ) -> Source:
     """The source of keys and values of aggregated embeddings ``[B, D]``, at scale λ.

@@ -66,6 +66,8 @@ class SetBlock(nn.Module):
         self, x: Float[Array, "B N D"], weights: Float[Array, "B N"]
     ) -> Float[Array, "B N D"]:
         """[B, N, D] → [B, N, D]."""
+        if self.width % self.heads:
+            raise UserError(f"aggregator: {self.heads} heads do not divide width={self.width}")
         y = _norm("norm1", self.dtype)(x)
         q, k, v = (
             split_heads(
@@ -103,9 +105,9 @@ class AttentionPooling(nn.Module):
         dim = x.shape[-1]
         if dim % self.heads:
             raise UserError(f"aggregator: {self.heads} pooling heads do not divide D={dim}")
-        keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(
-            _norm("norm", self.dtype)(x)
-        )
+        # No bias before the keys either: the same for every photo, the softmax would cancel it.
+        norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=self.dtype, name="norm")
+        keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(norm(x))
         query = self.param("query", nn.initializers.zeros, (self.heads, dim // self.heads))
         logits = jnp.einsum("hd,bnhd->bhn", query, split_heads(keys, self.heads))
         logits *= (dim // self.heads) ** -0.5

@@ -15,19 +15,23 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
     Args:
       cls: frozen dataclass whose fields are the settings that may vary.
       raw: the file's content.
-      fixed: settings that are understood in these values only, ``{key: accepted values}``, or off.
+      fixed: settings that are understood in these values only, ``{key: accepted values}``.
 
     Raises:
       UserError: a setting has a value that is not supported. Unknown settings that are switched
         off (None or False) are harmless and pass; keys with a leading underscore are notes.
     """
     fields = {f.name for f in dataclasses.fields(cls)}
+
+    def understood(key: str, value: Any) -> bool:
+        if key in fields:
+            return value is not None
+        return value in fixed[key] if key in fixed else value is None or value is False
+
     wrong = [
         f"{key}={value!r}"
         for key, value in raw.items()
-        if key not in fields
-        and not key.startswith("_")
-        and value not in (None, False, *fixed.get(key, ()))
+        if not key.startswith("_") and not understood(key, value)
     ]
     if wrong:
         raise UserError(f"{cls.__name__}: unsupported settings in config.json: {', '.join(wrong)}")

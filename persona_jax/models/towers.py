@@ -6,6 +6,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from persona_jax.models.clip import (
     CLIPTextConfig,
@@ -19,8 +20,9 @@ from persona_jax.models.vae import AutoencoderKL, VAEConfig
 TOWERS = ("unet", "vae", "text_encoder", "image_encoder")
 
 
-def build(tower: str, config: Mapping[str, Any], dtype: jnp.dtype | None = None) -> nn.Module:
+def build(tower: str, config: Mapping[str, Any], dtype: DTypeLike | None = None) -> nn.Module:
     """The Flax module of a tower from the content of its ``config.json``."""
+    dtype = None if dtype is None else jnp.dtype(dtype)
     match tower:
         case "unet":
             return UNet2DConditionModel(UNetConfig.from_json(config), dtype)

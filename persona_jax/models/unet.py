@@ -39,7 +39,7 @@ _FIXED = {
     "time_embedding_type": ("positional",),
     "transformer_layers_per_block": (1,),
     # Softmax statistics are float32 here in any case.
-    "upcast_attention": (True,),
+    "upcast_attention": (True, False, None),
     "attention_type": ("default",),
     "dropout": (0, 0.0),
 }

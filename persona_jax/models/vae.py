@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PRNGKeyArray
 
+from persona_jax.errors import UserError
 from persona_jax.models import configs
 from persona_jax.models.attention import SelfAttention
 from persona_jax.models.layers import (
@@ -22,7 +23,7 @@ _EPS = 1e-6
 
 _FIXED = {
     "act_fn": ("silu",),
-    "force_upcast": (True,),
+    "force_upcast": (True, False),  # what to do in float16, which is not used here
     "mid_block_add_attention": (True,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
@@ -47,7 +48,14 @@ class VAEConfig:
     @classmethod
     def from_json(cls, raw: Mapping) -> "VAEConfig":
         """From the content of ``config.json``; UserError names what is not supported."""
-        return configs.parse(cls, raw, _FIXED)
+        config = configs.parse(cls, raw, _FIXED)
+        known = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
+        strange = {*config.down_block_types, *config.up_block_types} - known
+        if strange:
+            raise UserError(
+                f"VAEConfig: unsupported blocks {sorted(strange)}; known: {sorted(known)}"
+            )
+        return config
 
     @property
     def downscale(self) -> int:

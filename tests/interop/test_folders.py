@@ -1,0 +1,412 @@
+"""Tower folders as diffusers and transformers write them, new and old, whole and damaged."""
+
+import json
+
+import huggingface_hub
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+from flax import traverse_util
+from safetensors.torch import load_file, save_file
+
+from persona_jax.errors import UserError
+from persona_jax.interop import folders
+from persona_jax.interop.tensors import to_torch, torch_name
+from persona_jax.models import towers
+
+SETTINGS = {
+    "unet": stock.TINY_UNET,
+    "vae": stock.TINY_VAE,
+    "text_encoder": stock.TINY_TEXT | {"vocab_size": 40, "eos_token_id": 39},
+    "image_encoder": stock.TINY_VISION,
+}
+MAKE = {
+    "unet": stock.make_unet,
+    "vae": stock.make_vae,
+    "text_encoder": stock.make_text_encoder,
+    "image_encoder": stock.make_image_encoder,
+}
+FILES = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors")
+FILES |= dict.fromkeys(("text_encoder", "image_encoder"), "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {tower: MAKE[tower](SETTINGS[tower]) for tower in towers.TOWERS}
+
+
+@pytest.fixture
+def folder(models, tmp_path):
+    for tower, model in models.items():
+        model.save_pretrained(tmp_path / tower)
+    return tmp_path
+
+
+def assert_is(params, model: torch.nn.Module) -> None:
+    """Every parameter of ours is the stock model's, and the other way round."""
+    ours = {
+        torch_name(path): to_torch(path, np.asarray(leaf))
+        for path, leaf in traverse_util.flatten_dict(params).items()
+    }
+    theirs = dict(model.named_parameters())
+    if not set(ours) <= set(theirs):  # transformers 5 has no prefix, the files and we do
+        ours = {name.removeprefix("text_model."): array for name, array in ours.items()}
+    assert set(ours) == set(theirs)
+    for name, array in ours.items():
+        np.testing.assert_array_equal(array, theirs[name].detach().numpy(), err_msg=name)
+
+
+def edit(file, change) -> None:
+    """Rewrites a safetensors file with ``change(tensors)``."""
+    tensors = change(load_file(file))
+    save_file({k: v.contiguous() for k, v in tensors.items()}, file, metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("tower", towers.TOWERS)
+def test_load_save_load_is_the_identity_and_stock_opens_ours(tower, models, folder, tmp_path):
+    first = folders.load_tower(folder / tower, tower)
+    assert_is(first.params, models[tower])
+    again = tmp_path / "again"
+    folders.save_tower(again, tower, first.config, first.params)
+    second = folders.load_tower(again, tower)
+    jax.tree.map(np.testing.assert_array_equal, first.params, second.params)
+    assert first.module == second.module
+    assert_is(second.params, type(models[tower]).from_pretrained(again))
+
+
+@pytest.mark.parametrize("tower", ["unet", "text_encoder"])
+def test_sharded_files(tower, models, folder):
+    (folder / tower / FILES[tower]).unlink()
+    models[tower].save_pretrained(folder / tower, max_shard_size="20KB")
+    shards = sorted((folder / tower).glob("*-of-*.safetensors"))
+    assert len(shards) > 1
+    loaded = folders.load_tower(folder / tower, tower)
+    assert_is(loaded.params, models[tower])
+    shards[1].rename(folder / "elsewhere")
+    with pytest.raises(UserError, match=rf"shards {shards[1].name} are missing"):
+        folders.load_tower(folder / tower, tower)
+
+
+OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.mark.parametrize("convolutions", [False, True], ids=["dense", "1×1 convolutions"])
+def test_old_vae_attention_names(convolutions, models, folder):
+    def age(tensors):
+        out = {}
+        for name, tensor in tensors.items():
+            for new, old in OLD.items():
+                if f"attentions.0.{new}." in name:
+                    name = name.replace(new, old)
+                    if convolutions and tensor.ndim == 2:
+                        tensor = tensor[..., None, None]
+            out[name] = tensor
+        assert "encoder.mid_block.attentions.0.proj_attn.weight" in out
+        return out
+
+    edit(folder / "vae" / FILES["vae"], age)
+    assert_is(folders.load_tower(folder / "vae", "vae").params, models["vae"])
+
+
+PREFIX = {"text_encoder": "text_model.", "image_encoder": "vision_model."}
+
+
+@pytest.mark.parametrize("tower", PREFIX)
+@pytest.mark.parametrize("prefixed", [True, False])
+def test_clip_names_with_and_without_prefix_and_position_ids(tower, prefixed, models, folder):
+    prefix, outside = PREFIX[tower], "visual_projection."
+
+    def name(old: str) -> str:
+        bare = old.removeprefix(prefix)
+        return prefix + bare if prefixed and not bare.startswith(outside) else bare
+
+    def rename(tensors):
+        position_ids = {name("embeddings.position_ids"): torch.arange(16)[None]}
+        return {name(old): tensor for old, tensor in tensors.items()} | position_ids
+
+    edit(folder / tower / FILES[tower], rename)
+    assert_is(folders.load_tower(folder / tower, tower).params, models[tower])
+
+
+DAMAGE = {
+    "unet": "up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+    "vae": "decoder.mid_block.attentions.0.to_q.weight",
+    "text_encoder": "encoder.layers.0.mlp.fc1.weight",
+    "image_encoder": "vision_model.encoder.layers.0.mlp.fc1.weight",
+}
+
+
+@pytest.mark.parametrize("tower", DAMAGE)
+def test_what_does_not_fit_is_named_in_one_error(tower, folder):
+    """One tensor removed, one renamed, one reshaped."""
+    renamed = DAMAGE[tower]
+
+    def damage(tensors):
+        assert renamed in tensors
+        removed, reshaped, *_ = (k for k in tensors if k.endswith(".bias"))
+        expected.extend([removed, renamed, f"{renamed}s", reshaped])
+        del tensors[removed]
+        tensors[f"{renamed}s"] = tensors.pop(renamed)
+        tensors[reshaped] = torch.cat([tensors[reshaped]] * 2)
+        return tensors
+
+    expected: list[str] = []
+    edit(folder / tower / FILES[tower], damage)
+    with pytest.raises(UserError, match=rf"{tower}: the tensors do not fit") as error:
+        folders.load_tower(folder / tower, tower)
+    message = str(error.value)
+    assert "2 missing" in message
+    assert "1 unexpected" in message
+    assert "1 misshapen" in message
+    assert all(name in message for name in expected)
+    assert "\n" not in message
+
+
+SDXL = {
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "attention_head_dim": [5, 10, 20],
+    "block_out_channels": [320, 640, 1280],
+    "cross_attention_dim": 2048,
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "projection_class_embeddings_input_dim": 2816,
+    "transformer_layers_per_block": [1, 2, 10],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+}
+
+
+@pytest.mark.parametrize(
+    ("tower", "config", "named"),
+    [
+        (
+            "unet",
+            SDXL,
+            [
+                "addition_embed_type='text_time'",
+                "addition_time_embed_dim=256",
+                "projection_class_embeddings_input_dim=2816",
+                "transformer_layers_per_block=[1, 2, 10]",
+            ],
+        ),
+        ("unet", {"class_embed_type": "timestep"}, ["class_embed_type='timestep'"]),
+        ("unet", {"downsample_padding": 0}, ["downsample_padding=0"]),
+        ("unet", {"mid_block_type": None}, ["mid_block_type=None"]),
+        ("unet", {"sample_size": None}, ["sample_size=None"]),
+        ("unet", {"down_block_types": ["AttnDownBlock2D"]}, ["AttnDownBlock2D"]),
+        ("vae", {"use_quant_conv": False}, ["use_quant_conv=False"]),
+        ("vae", {"mid_block_add_attention": False}, ["mid_block_add_attention=False"]),
+        ("vae", {"shift_factor": 0.1159, "latents_mean": [0.0]}, ["shift_factor", "latents_mean"]),
+        ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"]}, ["AttnDownEncoderBlock2D"]),
+        ("text_encoder", {"hidden_act": "relu"}, ["hidden_act='relu'"]),
+        ("image_encoder", {"qkv_bias": True}, ["qkv_bias=True"]),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(tower, config, named):
+    with pytest.raises(UserError) as error:
+        towers.build(tower, config)
+    assert all(setting in str(error.value) for setting in named)
+    assert "\n" not in str(error.value)
+
+
+PUBLISHED = {
+    "unet": {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.6.0",
+        "act_fn": "silu",
+        "attention_head_dim": 8,
+        "block_out_channels": [320, 640, 1280, 1280],
+        "center_input_sample": False,
+        "cross_attention_dim": 768,
+        "down_block_types": [*["CrossAttnDownBlock2D"] * 3, "DownBlock2D"],
+        "downsample_padding": 1,
+        "flip_sin_to_cos": True,
+        "freq_shift": 0,
+        "in_channels": 4,
+        "layers_per_block": 2,
+        "mid_block_scale_factor": 1,
+        "norm_eps": 1e-05,
+        "norm_num_groups": 32,
+        "out_channels": 4,
+        "sample_size": 64,
+        "up_block_types": ["UpBlock2D", *["CrossAttnUpBlock2D"] * 3],
+    },
+    "vae": {
+        "_class_name": "AutoencoderKL",
+        "_diffusers_version": "0.6.0",
+        "act_fn": "silu",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "in_channels": 3,
+        "latent_channels": 4,
+        "layers_per_block": 2,
+        "norm_num_groups": 32,
+        "out_channels": 3,
+        "sample_size": 512,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+    },
+    "text_encoder": {
+        "_name_or_path": "openai/clip-vit-large-patch14",
+        "architectures": ["CLIPTextModel"],
+        "attention_dropout": 0.0,
+        "bos_token_id": 0,
+        "dropout": 0.0,
+        "eos_token_id": 2,
+        "hidden_act": "quick_gelu",
+        "hidden_size": 768,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 3072,
+        "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 77,
+        "model_type": "clip_text_model",
+        "num_attention_heads": 12,
+        "num_hidden_layers": 12,
+        "pad_token_id": 1,
+        "projection_dim": 768,
+        "torch_dtype": "float32",
+        "transformers_version": "4.22.0.dev0",
+        "vocab_size": 49408,
+    },
+    "image_encoder": {
+        "_name_or_path": "./image_encoder",
+        "architectures": ["CLIPVisionModelWithProjection"],
+        "attention_dropout": 0.0,
+        "dropout": 0.0,
+        "hidden_act": "gelu",
+        "hidden_size": 1280,
+        "image_size": 224,
+        "initializer_factor": 1.0,
+        "initializer_range": 0.02,
+        "intermediate_size": 5120,
+        "layer_norm_eps": 1e-05,
+        "model_type": "clip_vision_model",
+        "num_attention_heads": 16,
+        "num_channels": 3,
+        "num_hidden_layers": 32,
+        "patch_size": 14,
+        "projection_dim": 1024,
+        "torch_dtype": "float16",
+        "transformers_version": "4.28.0.dev0",
+    },
+}
+
+
+@pytest.mark.parametrize("tower", towers.TOWERS)
+def test_published_configs_are_understood(tower):
+    """As Stable Diffusion 1.5 and the IP-Adapter's ViT-H publish them: every value is kept."""
+    config = towers.build(tower, PUBLISHED[tower]).config
+    for key, value in PUBLISHED[tower].items():
+        if hasattr(config, key):
+            assert getattr(config, key) == (tuple(value) if isinstance(value, list) else value)
+
+
+def test_half_precision_towers_cast_on_loading_are_what_stock_reads_after_saving(models, folder):
+    """transformers casts to the dtype in config.json: it must be that of the file beside it."""
+    tower = "text_encoder"
+    half = MAKE[tower](SETTINGS[tower]).half()
+    half.save_pretrained(folder / tower)
+    assert jax.tree.leaves(folders.load_tower(folder / tower, tower).params)[0].dtype == jnp.float16
+    loaded = folders.load_tower(folder / tower, tower, dtype=jnp.bfloat16, param_dtype=jnp.float32)
+    again = folder / "again"
+    folders.save_tower(again, tower, loaded.config, loaded.params)
+    opened = type(half).from_pretrained(again)
+    assert opened.dtype == torch.float32
+    assert_is(loaded.params, opened)
+    assert_is(loaded.params, half.float())
+
+
+def test_content_hash_tells_weights_and_settings_apart(folder):
+    def hashed() -> str:
+        return folders.content_hash(folder / "vae")
+
+    first = hashed()
+    assert folders.load_tower(folder / "vae", "vae").hash == first
+    edit(folder / "vae" / FILES["vae"], lambda t: t | {"quant_conv.bias": t["quant_conv.bias"] + 1})
+    second = hashed()
+    config = folder / "vae" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"scaling_factor": 0.2}))
+    assert len({first, second, hashed()}) == 3
+
+
+@pytest.mark.parametrize("content", [None, "", "{"], ids=["missing", "empty", "cut short"])
+def test_a_damaged_config_is_named(content, folder):
+    file = folder / "vae" / "config.json"
+    if content is None:
+        file.unlink()
+    else:
+        file.write_text(content)
+    with pytest.raises(UserError, match=r"vae/config\.json: (missing|not readable)") as error:
+        folders.load_tower(folder / "vae", "vae")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("where", ["/nowhere/at/all", "nowhere", "../nowhere", "~/nowhere", ""])
+def test_paths_that_are_not_there(where):
+    with pytest.raises(UserError, match="no such folder"):
+        folders.find(where)
+
+
+def test_a_file_is_not_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "file").touch()
+    with pytest.raises(UserError, match="a/file: no such folder"):
+        folders.find("a/file")
+
+
+def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="owner/name: no local folder of that name") as error:
+        folders.find("owner/name")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("inside", ["", "/models/image_encoder"])
+def test_a_hub_id_may_name_a_folder_within(inside, tmp_path, monkeypatch):
+    """What the hub's client would be asked for; the client itself is not ours to test."""
+    published = [
+        "README.md",
+        "v1-5-pruned-emaonly.safetensors",
+        "model_index.json",
+        "safety_checker/model.safetensors",
+        "tokenizer/merges.txt",
+        "unet/config.json",
+        "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+        "unet/diffusion_pytorch_model.safetensors.index.json",
+        "unet/diffusion_pytorch_model.non_ema.safetensors",
+        "text_encoder/model.fp16.safetensors",
+        "text_encoder/model.safetensors",
+        "text_encoder/pytorch_model.bin",
+        "models/image_encoder/config.json",
+        "models/image_encoder/model.safetensors",
+        "models/ip-adapter_sd15.safetensors",
+    ]
+    asked = {}
+
+    def snapshot_download(repo, *, allow_patterns, ignore_patterns):
+        asked[repo] = set(
+            huggingface_hub.utils.filter_repo_objects(
+                published, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns
+            )
+        )
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    assert folders.find(f"owner/name{inside}") == tmp_path / inside.strip("/")
+    encoder = {"models/image_encoder/config.json", "models/image_encoder/model.safetensors"}
+    if inside:
+        assert asked == {"owner/name": encoder}
+    else:
+        assert asked["owner/name"] - encoder == {
+            "model_index.json",
+            "tokenizer/merges.txt",
+            "unet/config.json",
+            "unet/diffusion_pytorch_model-00001-of-00002.safetensors",
+            "unet/diffusion_pytorch_model.safetensors.index.json",
+            "text_encoder/model.safetensors",
+        }

@@ -1,0 +1,256 @@
+"""The whole sampler against stock StableDiffusionPipeline, and what a request may change."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+
+from persona_jax import paint, pipeline
+from persona_jax.models import adapter
+from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.attention import Source
+from persona_jax.models.unet import cross_attention_layers, text_kernels
+
+STEPS, SIDE, B = 10, 16, 2
+PROMPTS = ["a photo of a smiling woman", "an angry man"]
+NEGATIVE = ["a portrait", ""]
+AVERAGE = Aggregator("avg")
+DIM = stock.TINY_VISION["projection_dim"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("stock")
+    stock.write_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return pipeline.load(str(folder))
+
+
+@pytest.fixture(scope="module")
+def frozen(loaded):
+    return paint.frozen_params(loaded)
+
+
+@pytest.fixture(scope="module")
+def adapter_params(loaded):
+    unet = loaded.unet
+    kernels = text_kernels(unet.params, unet.module.config)
+    return adapter.init(jax.random.key(5), AVERAGE, DIM, 16, kernels)
+
+
+@pytest.fixture(scope="module")
+def painter(loaded):
+    """For all tests, so that it is compiled once a kind of request."""
+    return paint.make_painter(loaded, AVERAGE, steps=STEPS)
+
+
+def ids(loaded, prompts) -> jax.Array:
+    return jnp.asarray(loaded.tokenize(prompts)[0])
+
+
+def request(loaded, prompts=PROMPTS, negative=NEGATIVE, seed=0, first=0, **more) -> paint.Request:
+    return paint.Request(
+        keys=paint.picture_keys(seed, len(prompts), first),
+        ids=ids(loaded, prompts),
+        negative_ids=ids(loaded, negative),
+        **more,
+    )
+
+
+def references(scale=1.0, weights=((1, 1, 0), (1, 2, 1)), seed=1) -> paint.References:
+    embeddings = jax.random.normal(jax.random.key(seed), (B, 3, DIM))
+    return paint.References(embeddings, jnp.array(weights, jnp.float32), scale)
+
+
+def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) -> torch.Tensor:
+    return stock.open_stock(folder)(
+        prompts,
+        negative_prompt=NEGATIVE,
+        latents=stock.nchw(noise),
+        num_inference_steps=STEPS,
+        guidance_scale=guidance,
+        height=SIDE,
+        width=SIDE,
+        output_type=output_type,
+        **more,
+    ).images
+
+
+def test_guided_ddim_is_stocks(folder, loaded, frozen, painter):
+    """10 steps from the same noise: latents and pictures."""
+    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    expected = stock_images(folder, noise, 7.5, "latent")
+    latent_painter = jax.jit(paint.make_latent_painter(loaded, None, steps=STEPS))
+    asked = request(loaded, guidance=7.5, noise=noise)
+    latents = latent_painter(frozen, None, asked)
+    assert stock.relative(latents, stock.nhwc(expected)) < 1e-3
+    pictures = painter(frozen, None, asked)
+    expected = 2 * stock_images(folder, noise, 7.5, "np") - 1
+    assert stock.relative(pictures, expected) < 1e-3
+
+    # What it is compared on is no accident: guidance and prompts do matter to these weights.
+    plain = latent_painter(frozen, None, request(loaded, guidance=1.0, noise=noise))
+    assert stock.relative(plain, latents) > 0.05
+    swapped = request(loaded, PROMPTS[::-1], guidance=7.5, noise=noise)
+    assert stock.relative(latent_painter(frozen, None, swapped), latents) > 0.05
+
+
+def test_v_prediction_is_stocks(tmp_path):
+    stock.write_pipeline(tmp_path, prediction="v_prediction", clip=False)
+    towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
+    loaded = pipeline.load(str(tmp_path), only=towers)
+    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    painter = jax.jit(paint.make_latent_painter(loaded, None, steps=STEPS))
+    latents = painter(paint.frozen_params(loaded), None, request(loaded, guidance=3.0, noise=noise))
+    expected = stock_images(tmp_path, noise, 3.0, "latent")
+    assert stock.relative(latents, stock.nhwc(expected)) < 1e-3
+
+
+def stock_adapter(params, loaded) -> dict:
+    """The adapter as a state dict in IP-Adapter's published layout."""
+    layers = cross_attention_layers(loaded.unet.module.config)
+
+    def to_torch(x) -> torch.Tensor:
+        return torch.tensor(np.array(x))
+
+    projection = params["image_proj"]
+    return {
+        "image_proj": {
+            "proj.weight": to_torch(projection["proj"]["kernel"]).T.contiguous(),
+            "proj.bias": to_torch(projection["proj"]["bias"]),
+            "norm.weight": to_torch(projection["norm"]["scale"]),
+            "norm.bias": to_torch(projection["norm"]["bias"]),
+        },
+        "ip_adapter": {
+            f"{2 * i + 1}.to_{kind}_ip.weight": to_torch(
+                params["ip_adapter"][layer][f"to_{kind}"]["kernel"]
+            ).T.contiguous()
+            for i, layer in enumerate(layers)
+            for kind in "kv"
+        },
+    }
+
+
+def test_painting_with_an_adapter_is_stock_ip_adapter(
+    folder, loaded, frozen, adapter_params, painter
+):
+    """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
+    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    wanted = references(scale=0.7)
+    pipe = stock.open_stock(folder)
+    state = stock_adapter(adapter_params, loaded)
+    pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
+    pipe.set_ip_adapter_scale(0.7)
+    pooled = adapter.aggregate(adapter_params, AVERAGE, wanted.embeddings, wanted.weights)
+    embeds = torch.tensor(np.array(jnp.concatenate([jnp.zeros_like(pooled), pooled])))[:, None]
+    expected = pipe(
+        PROMPTS,
+        negative_prompt=NEGATIVE,
+        latents=stock.nchw(noise),
+        num_inference_steps=STEPS,
+        guidance_scale=4.0,
+        height=SIDE,
+        width=SIDE,
+        output_type="np",
+        ip_adapter_image_embeds=[embeds],
+    ).images
+    pictures = painter(
+        frozen, adapter_params, request(loaded, guidance=4.0, noise=noise, references=wanted)
+    )
+    assert stock.relative(pictures, 2 * expected - 1) < 1e-3
+    without = stock_images(folder, noise, 4.0, "np")
+    assert stock.relative(expected, without) > 0.02
+
+
+def test_one_program_for_all_that_may_change(loaded, frozen, adapter_params, painter):
+    """Prompts, seeds, guidance, η, λ, photos and weights; each does change the pictures."""
+    before = painter._cache_size()
+
+    def pictures(prompts=PROMPTS, negative=NEGATIVE, seed=0, guidance=5.0, eta=0.0, **photos):
+        return painter(
+            frozen,
+            adapter_params,
+            request(
+                loaded,
+                prompts,
+                negative,
+                seed,
+                guidance=guidance,
+                eta=eta,
+                references=references(**photos),
+            ),
+        )
+
+    first = pictures()
+    for change in (
+        {"prompts": ["a man", "a woman"]},
+        {"negative": ["smiling", "angry"]},
+        {"seed": 1},
+        {"guidance": 2.0},
+        {"eta": 1.0},
+        {"scale": 0.3},
+        {"weights": ((0, 1, 1), (3, 0, 0))},
+        {"seed": 2, "weights": ((0, 0, 0), (0, 0, 0))},
+    ):
+        assert stock.relative(pictures(**change), first) > 1e-4, change
+    np.testing.assert_array_equal(pictures(), first)
+    assert painter._cache_size() == before + 1
+
+
+def test_no_photos_of_weight_is_the_zero_embedding(loaded, frozen, adapter_params, painter):
+    """As the unconditional half: not the same as no adapter, which is λ = 0."""
+    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+
+    def pictures(wanted):
+        return painter(frozen, adapter_params, request(loaded, noise=noise, references=wanted))
+
+    empty = pictures(references(weights=((0, 0, 0), (0, 0, 0))))
+    zeros = paint.References(jnp.zeros((B, 3, DIM)), jnp.ones((B, 3)))
+    np.testing.assert_array_equal(empty, pictures(zeros))
+    nobody = painter(frozen, None, request(loaded, noise=noise))
+    assert stock.relative(pictures(references(scale=0.0)), nobody) < 1e-5
+    assert stock.relative(empty, nobody) > 1e-3
+
+
+def test_a_picture_is_its_keys(loaded, frozen, painter):
+    """Picture i does not change when more are asked for, or when it is asked for alone."""
+    prompts, negative = [PROMPTS[0]] * B, [""] * B
+    two = painter(frozen, None, request(loaded, prompts, negative, seed=3, eta=0.5))
+    later = painter(frozen, None, request(loaded, prompts, negative, seed=3, first=1, eta=0.5))
+    np.testing.assert_array_equal(later[0], two[1])
+    again = painter(frozen, None, request(loaded, prompts, negative, seed=3, eta=0.5))
+    np.testing.assert_array_equal(again, two)
+    assert stock.relative(two[1], two[0]) > 0.05
+    one = painter(frozen, None, request(loaded, prompts[:1], negative[:1], seed=3, eta=0.5))
+    np.testing.assert_allclose(one[0], two[0], atol=1e-4)
+
+
+def test_scale_may_differ_by_picture(loaded, frozen, adapter_params, painter):
+    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+
+    def pictures(scale):
+        wanted = references(scale=scale)
+        return painter(frozen, adapter_params, request(loaded, noise=noise, references=wanted))
+
+    both = pictures(jnp.array([[0.0], [0.8]]))
+    np.testing.assert_allclose(both[0], pictures(0.0)[0], atol=1e-4)
+    np.testing.assert_allclose(both[1], pictures(0.8)[1], atol=1e-4)
+    np.testing.assert_array_equal(paint.for_both_halves(jnp.ones((1, 4))), jnp.ones((1, 4)))
+    assert paint.for_both_halves(jnp.ones((3, 4))).shape == (6, 4)
+
+
+def test_text_source_is_what_the_unet_attends_to(loaded, frozen):
+    unet = loaded.unet
+    kernels = text_kernels(unet.params, unet.module.config)
+    source = paint.text_source(
+        loaded.text_encoder.module, frozen["text_encoder"], kernels, ids(loaded, PROMPTS)
+    )
+    assert isinstance(source, Source)
+    assert set(source.keys) == set(cross_attention_layers(unet.module.config))
+    assert {value.shape[:2] for value in source.values.values()} == {(B, 16)}

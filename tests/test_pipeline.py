@@ -1,0 +1,181 @@
+"""Pipeline folders: stock diffusers opens ours, we open theirs, and both paint the same picture."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import diffusers
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+import transformers
+from safetensors.numpy import load_file
+
+from persona_jax import pipeline
+from persona_jax.errors import UserError
+
+PROMPTS = ["a photo of a smiling woman", "an angry man"]
+SIDE = 16
+
+
+@pytest.fixture(scope="module")
+def theirs(tmp_path_factory):
+    """Saved by stock diffusers."""
+    folder = tmp_path_factory.mktemp("stock")
+    stock.write_pipeline(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def ours(theirs, tmp_path_factory):
+    """Loaded and saved by us."""
+    folder = tmp_path_factory.mktemp("ours") / "new" / "place"
+    pipeline.save(pipeline.load(str(theirs)), folder)
+    return folder
+
+
+@pytest.fixture
+def copy(ours, tmp_path):
+    return shutil.copytree(ours, tmp_path / "copy")
+
+
+def paint(folder) -> np.ndarray:
+    latents = stock.nchw(stock.normal(1, 8, 8, 4))
+    size = {"height": SIDE, "width": SIDE}
+    pipe = stock.open_stock(folder)
+    return pipe(PROMPTS[0], latents=latents, num_inference_steps=2, output_type="np", **size).images
+
+
+def test_stock_diffusers_paints_the_same_from_what_we_save(theirs, ours):
+    np.testing.assert_array_equal(paint(ours), paint(theirs))
+    opened = stock.open_stock(ours)
+    assert isinstance(opened.image_encoder, transformers.CLIPVisionModelWithProjection)
+    assert opened.feature_extractor.size == {"shortest_edge": 16}
+    assert isinstance(opened.scheduler, diffusers.DDIMScheduler)
+    assert opened.safety_checker is None
+
+
+def test_saving_what_was_loaded_is_the_identity(ours, theirs, tmp_path):
+    pipeline.save(pipeline.load(str(ours)), tmp_path)
+    for tower in pipeline.TOWERS:
+        (file,) = (ours / tower).glob("*.safetensors")
+        first, again = load_file(file), load_file(tmp_path / tower / file.name)
+        published = load_file(theirs / tower / file.name)
+        assert first.keys() == again.keys()
+        for name, array in first.items():
+            np.testing.assert_array_equal(array, again[name])
+            # transformers 5 leaves the prefix out; older readers need it.
+            bare = name if name in published else name.removeprefix("text_model.")
+            np.testing.assert_array_equal(array, published[bare])
+    for file in sorted(ours.rglob("*.json")):
+        assert file.read_text() == (tmp_path / file.relative_to(ours)).read_text(), file
+
+
+def test_the_tokenizer_is_saved_for_old_and_new_readers(theirs, ours, tmp_path, caplog):
+    original = pipeline.load_tokenizer(theirs / "tokenizer")
+    old = tmp_path / "old"
+    old.mkdir()
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        shutil.copy(ours / "tokenizer" / name, old)
+    prompts = [*PROMPTS, "", "Ünï, 4 dogs' & \n", "one two " * 30]
+    expected, warnings = pipeline.tokenize(original, prompts)
+    for folder in (ours / "tokenizer", old):
+        ids, again = pipeline.tokenize(pipeline.load_tokenizer(folder), prompts)
+        np.testing.assert_array_equal(ids, expected)
+        assert again == warnings
+    assert len(warnings) == 1
+    assert "cut to 16" in warnings[0]
+    assert "one two" in warnings[0]
+    assert not caplog.records  # nor anything from transformers
+
+
+def test_a_pipeline_without_eye(theirs, tmp_path):
+    """As Stable Diffusion 1.5 on the hub; the eye may come from another folder."""
+    bare = shutil.copytree(theirs, tmp_path / "bare")
+    shutil.rmtree(bare / "image_encoder")
+    shutil.rmtree(bare / "feature_extractor")
+    with pytest.raises(UserError, match=r"bare: it has no image_encoder/.*image_encoder\.path"):
+        pipeline.load(str(bare))
+    towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
+    loaded = pipeline.load(str(bare), only=towers)
+    assert loaded.image_encoder is None
+    assert loaded.feature_extractor is None
+    pipeline.save(loaded, tmp_path / "saved")
+    opened = stock.open_stock(tmp_path / "saved")
+    assert opened.image_encoder is None
+    assert opened.feature_extractor is None
+
+    eye = pipeline.load(str(theirs), only=["image_encoder"]).image_encoder
+    for place in (theirs, theirs / "image_encoder"):
+        other = pipeline.load(str(bare), only=["image_encoder"], image_encoder=str(place))
+        assert other.image_encoder.hash == eye.hash
+
+
+def test_only_what_is_asked_for_is_loaded(theirs):
+    loaded = pipeline.load(str(theirs), only=["vae"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    assert loaded.unet is loaded.text_encoder is loaded.image_encoder is None
+    assert {leaf.dtype for leaf in jax.tree.leaves(loaded.vae.params)} == {jnp.dtype("bfloat16")}
+
+
+def test_half_precision_opens_in_stock(theirs, tmp_path):
+    loaded = pipeline.load(str(theirs), param_dtype=jnp.bfloat16)
+    pipeline.save(loaded, tmp_path)
+    opened = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    weight = opened.unet.conv_in.weight
+    assert weight.dtype == torch.bfloat16
+    expected = load_file(theirs / "unet/diffusion_pytorch_model.safetensors")["conv_in.weight"]
+    np.testing.assert_array_equal(weight.float().detach(), expected.astype(jnp.bfloat16))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    "changes", [{"clip_sample": True}, {"clip_sample": None}, {"steps_offset": 0}]
+)
+def test_the_schedule_is_the_one_that_stock_would_use(changes, copy):
+    """StableDiffusionPipeline turns clipping off and the offset on, whatever the file says."""
+    file = copy / "scheduler" / "scheduler_config.json"
+    config = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
+    schedule = pipeline.load(str(copy), only=[]).schedule
+    config = stock.open_stock(copy).scheduler.config
+    assert schedule.clip_sample is config.clip_sample is False
+    assert schedule.steps_offset == config.steps_offset == 1
+
+
+def test_sizes(theirs):
+    loaded = pipeline.load(str(theirs), only=["unet", "vae"])
+    assert loaded.latent_shape == (8, 8, 4)
+    assert loaded.image_size == SIDE
+
+
+@pytest.mark.parametrize(
+    ("gone", "named"),
+    [
+        ("scheduler/scheduler_config.json", r"scheduler_config\.json: missing"),
+        ("tokenizer", r"tokenizer: no vocab\.json and no merges\.txt"),
+        ("vae", r"vae/config\.json: missing"),
+        ("unet/diffusion_pytorch_model.safetensors", r"unet: no diffusion_pytorch_model"),
+    ],
+)
+def test_what_is_missing_is_named(gone, named, copy):
+    if (copy / gone).is_dir():
+        shutil.rmtree(copy / gone)
+    else:
+        (copy / gone).unlink()
+    with pytest.raises(UserError, match=named) as error:
+        pipeline.load(str(copy))
+    assert "\n" not in str(error.value)
+
+
+def test_loading_and_tokenizing_leave_torch_alone(theirs):
+    script = (
+        "import sys; from persona_jax import paint, pipeline; "
+        f"pipeline.load({str(theirs)!r}).tokenize(['a man']); "
+        "print([m for m in ('torch', 'diffusers', 'tensorflow') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.stdout.strip().splitlines()[-1:] == ["[]"], run.stderr

@@ -1,0 +1,104 @@
+"""A world small enough for tests: drawn people, a base and an adapter of a few steps."""
+
+import io
+import runpy
+import sys
+from pathlib import Path
+
+import numpy as np
+from ml_collections import ConfigDict
+from PIL import Image, ImageDraw
+
+ROOT = Path(__file__).resolve().parents[1]
+SHARED = ROOT.parent / "shared"
+
+
+def portrait(person: int, number: int, size: int = 48) -> Image.Image:
+    """A face of a few ellipses: skin and hair are the person's, place and light the photo's."""
+    who, when = np.random.default_rng(person), np.random.default_rng((person, number))
+    skin, hair = (tuple(int(c) for c in who.integers(40, 230, 3)) for _ in range(2))
+    image = Image.new("RGB", (size, size), tuple(int(c) for c in when.integers(0, 255, 3)))
+    draw, x = ImageDraw.Draw(image), int(when.integers(-4, 5)) + size // 2
+    draw.ellipse((x - 15, 6, x + 15, 34), fill=hair)
+    draw.ellipse((x - 12, 12, x + 12, 42), fill=skin)
+    for eye in (x - 5, x + 5):
+        draw.ellipse((eye - 2, 22, eye + 2, 26), fill=(20, 20, 20))
+    return image
+
+
+def write_people(folder: Path, people: int = 6, photos: int = 4) -> Path:
+    """`folder`/person_i/j.png for every person and photo."""
+    for person in range(people):
+        (folder / f"person_{person}").mkdir(parents=True, exist_ok=True)
+        for number in range(photos):
+            data = io.BytesIO()
+            portrait(person, number).save(data, "PNG")
+            (folder / f"person_{person}" / f"{number}.png").write_bytes(data.getvalue())
+    return folder
+
+
+def config_of(name: str) -> ConfigDict:
+    """What configs/NAME.py gives by default."""
+    sys.path.insert(0, str(ROOT / "configs"))
+    try:
+        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+    finally:
+        sys.path.remove(str(ROOT / "configs"))
+
+
+def use_people(config: ConfigDict, people: Path, data_dir: Path) -> None:
+    config.data.update(
+        {
+            "dataset": "folder",
+            "folder": str(people),
+            "data_dir": str(data_dir),
+            "test_people": 1,
+            "validation_people": 1,
+            "least_photos": 4,
+            "crop": 1.0,
+        }
+    )
+
+
+def base_config(people: Path, data_dir: Path) -> ConfigDict:
+    """Two steps of every stage, at 16 px."""
+    config = config_of("base")
+    use_people(config, people, data_dir)
+    config.update({"image_size": 16, "vocab_size": 560, "log_every": 1})
+    for stage in ("vae", "clip", "unet"):
+        config[stage].batch_size = 8
+        config[stage].optimizer.steps = 2
+    config.vae.tower.update({"block_out_channels": (8, 8), "sample_size": 16})
+    config.vae.tower.update(
+        {f"{way}_block_types": config.vae.tower[f"{way}_block_types"][:2] for way in ("down", "up")}
+    )
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    config.clip.text.update({**small, "num_attention_heads": 2, "projection_dim": 16})
+    config.clip.vision.update({**small, "num_attention_heads": 2, "projection_dim": 16})
+    config.clip.vision.update({"image_size": 16})
+    config.unet.update({"grid_steps": 2})
+    config.unet.tower.update(
+        {
+            "sample_size": 8,
+            "block_out_channels": (8, 16),
+            "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+            "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+            "attention_head_dim": 2,
+            "cross_attention_dim": 16,
+            "norm_num_groups": 4,
+        }
+    )
+    return config
+
+
+def adapter_config(name: str, people: Path, data_dir: Path, pipeline: Path) -> ConfigDict:
+    """Three steps of configs/NAME.py on the small base."""
+    config = config_of(name)
+    use_people(config, people, data_dir)
+    config.update({"pipeline": str(pipeline), "batch_size": 8, "log_every": 1, "save_every": 2})
+    config.references.n = 4
+    config.optimizer.steps = 3
+    config.aggregator.update({"width": 16, "heads": 2, "pooling_heads": 2, "depth": 1})
+    config.sampling.steps = 2
+    config.grid.update({"people": 1, "samples": 2})
+    return config
