@@ -63,6 +63,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "kind": "clip",  # or "dlib"
                 # clip: folder or hub id, where the pipeline has none; dlib: its weights
                 "path": "" if small else "h94/IP-Adapter/models/image_encoder",
+                "sha256": "",  # dlib: of weights to accept beside those known
                 "face_centre": (0.5, 0.532),  # dlib: the face within the photo, as fractions
                 "face_side": 0.496,
             },

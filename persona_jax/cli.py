@@ -189,6 +189,26 @@ def read_config(workdir: str | Path) -> ConfigDict:
         raise UserError(f"{path}: not a configuration ({error}); was it edited?") from error
 
 
+def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[str]) -> None:
+    """Raise UserError if workdir's config.json differs from config in one of the keys.
+
+    keys: names, or beginnings of dotted names, of what makes a run another run. Changes of other
+    keys (more steps, say) are fine. A workdir without config.json holds no run yet.
+    """
+    if not (Path(workdir) / "config.json").exists():
+        return
+    changes = [
+        line
+        for line in config_difference(read_config(workdir), config)
+        if any(line.startswith((f"{key}:", f"{key}.")) for key in keys)
+    ]
+    if changes:
+        raise UserError(
+            f"--workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
+            "choose another workdir, or go on with the configuration it has"
+        )
+
+
 def config_difference(before: ConfigDict, after: ConfigDict) -> list[str]:
     """Return one line per key in which two configurations differ ("a.b: 1, now 2"), by key."""
     old, new = (_leaves(ConfigDict(json.loads(config.to_json()))) for config in (before, after))

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import images
+from persona_jax.data import archive, images
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights
 from persona_jax.models.face_resnet import DIM, FaceResNet
@@ -98,10 +98,17 @@ def _dlib_eye(config: ConfigDict) -> Eye:
         )
         return normalise(whole) * DIM**0.5
 
+    digest = face_weights.face_weights_hash(config.path)
+    accepted = archive.manifest()["dlib_face_recognition"]["accepted"]
+    if f"sha256:{digest}" not in accepted and digest != config.sha256:
+        raise UserError(
+            f"{config.path}: sha256 {digest} is none of the known weights; get them again, or if "
+            f"you trust them, add --config.image_encoder.sha256={digest}"
+        )
     return Eye(
         dim=DIM,
         preprocess=lambda photo: face_weights.face_crop(photo, centre, side),
         embed=embed,
         params=jax.tree.map(jnp.asarray, face_weights.load_face_weights(config.path)),
-        hash=f"{face_weights.face_weights_hash(config.path)} {centre} {side}",
+        hash=f"{digest} {centre} {side}",
     )

@@ -31,7 +31,7 @@ class References:
 
     embeddings: Float[Array, "B N D"]
     weights: Float[Array, "B N"]
-    scale: Float[Array, "..."] | float | Mapping[str, Array] = 1.0
+    scale: Float[Array, "..."] | float | Mapping[str, Array | float] = 1.0
 
 
 @struct.dataclass

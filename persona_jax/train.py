@@ -16,7 +16,7 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint
-from persona_jax.cli import run_with_config, write_run_files
+from persona_jax.cli import refuse_another_run, run_with_config, write_run_files
 from persona_jax.data import images
 from persona_jax.data.encodings import Encodings, encode_photos
 from persona_jax.data.loader import batches
@@ -24,6 +24,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.splits import photos_of
 from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.eyes import Eye, open_eye
+from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
 from persona_jax.training.loop import fit
@@ -35,6 +36,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, encodings, trainable tree, loop."""
     initialize_distributed()
     mesh = make_mesh(**config.mesh)
+    if newest_step(workdir / "checkpoints") is not None:
+        refuse_another_run(workdir, config, ("method", "aggregator", "image_encoder", "seed"))
     write_run_files(workdir, config)
 
     photos, people = open_dataset(config.data)

@@ -6,7 +6,12 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from persona_jax.cli import config_difference, read_config, write_run_files
+from persona_jax.cli import (
+    config_difference,
+    read_config,
+    refuse_another_run,
+    write_run_files,
+)
 from persona_jax.errors import UserError
 
 CONFIG = """
@@ -176,3 +181,14 @@ def test_config_difference_names_the_keys():
         'new: absent, now "x"',
         "steps: 5, now 6",
     ]
+
+
+def test_another_run_in_the_workdir_is_refused(tmp_path):
+    before = ConfigDict({"steps": 5, "model": {"kind": "a", "width": 2}})
+    refuse_another_run(tmp_path, before, ["model"])
+    write_run_files(tmp_path, before)
+    longer = ConfigDict({"steps": 9, "model": {"kind": "a", "width": 2}})
+    refuse_another_run(tmp_path, longer, ["model"])
+    other = ConfigDict({"steps": 5, "model": {"kind": "b", "width": 2}})
+    with pytest.raises(UserError, match=r'model.kind: "a", now "b"'):
+        refuse_another_run(tmp_path, other, ["model"])

@@ -14,26 +14,31 @@ from persona_jax.errors import UserError
 from persona_jax.models.attention import merge_heads, split_heads
 
 
+def _zero_if_empty(x: Array, weights: Array) -> Array:
+    # Chosen, not multiplied: 0 · x would be −0 or NaN for some x.
+    return jnp.where((weights > 0).any(axis=1, keepdims=True), x, 0.0)
+
+
 def first(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
     """The first photo whose weight is not 0: the plain IP-Adapter."""
     present = weights > 0
     index = jnp.argmax(present, axis=1)
     chosen = jnp.take_along_axis(embeddings, index[:, None, None], axis=1)[:, 0]
-    return jnp.where(present.any(axis=1, keepdims=True), chosen, 0.0)
+    return _zero_if_empty(chosen, weights)
 
 
 def maximum(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
     """The largest value of each feature over the photos whose weight is not 0."""
     present = weights > 0
     largest = jnp.where(present[..., None], embeddings, -jnp.inf).max(axis=1)
-    return jnp.where(present.any(axis=1, keepdims=True), largest, 0.0)
+    return _zero_if_empty(largest, weights)
 
 
 def average(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
     """Σ w x / Σ w."""
     total = weights.sum(axis=1, keepdims=True)
     share = weights / jnp.where(total > 0, total, 1.0)
-    return jnp.einsum("bn,bnd->bd", share, embeddings)
+    return _zero_if_empty(jnp.einsum("bn,bnd->bd", share, embeddings), weights)
 
 
 def weighted_softmax(
@@ -113,7 +118,7 @@ class AttentionPooling(nn.Module):
         logits *= (dim // self.heads) ** -0.5
         shares = weighted_softmax(logits[:, :, None, :], weights)[:, :, 0]
         pooled = jnp.einsum("bhn,bnhd->bhd", shares.astype(x.dtype), split_heads(x, self.heads))
-        return pooled.reshape(x.shape[0], dim), shares
+        return _zero_if_empty(pooled.reshape(x.shape[0], dim), weights), shares
 
 
 class SelfAttentionAggregator(nn.Module):

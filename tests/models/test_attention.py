@@ -1,0 +1,162 @@
+"""The one attention function against torch's, whichever way it computes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+
+from persona_jax.models import attention as module
+from persona_jax.models.attention import (
+    CrossAttention,
+    LayerSource,
+    Source,
+    attention,
+    merge_heads,
+    project_keys_values,
+    split_heads,
+)
+
+
+def drawn(seed: int, *shape: int) -> jax.Array:
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def qkv(queries: int, keys: int, heads: int = 2, dim: int = 8):
+    return (
+        drawn(0, 1, queries, heads, dim),
+        drawn(1, 1, keys, heads, dim),
+        drawn(2, 1, keys, heads, dim),
+    )
+
+
+def torchs(q, k, v, bias=None) -> np.ndarray:
+    q, k, v = (torch.tensor(np.array(x)).transpose(1, 2) for x in (q, k, v))
+    mask = None if bias is None else torch.tensor(np.array(bias))[:, None, None, :]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).numpy()
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_short_sequences(bias):
+    q, k, v = qkv(7, 5)
+    bias = jnp.array([[0.0, 1.0, -2.0, 0.5, -1e9]]) if bias else None
+    assert stock.relative(attention(q, k, v, bias), torchs(q, k, v, bias)) < 1e-6
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(2048, 512), (1500, 700)])
+def test_long_sequences_are_computed_in_chunks(queries, keys, monkeypatch):
+    """A CPU's way, with a length that 1,024 divides and one that it does not."""
+    calls = []
+    chunked = module._chunked_attention
+
+    def counted(*args, **more):
+        calls.append(1)
+        return chunked(*args, **more)
+
+    monkeypatch.setattr(module, "_chunked_attention", counted)
+    q, k, v = qkv(queries, keys)
+    assert queries * keys >= module._LONG
+    assert stock.relative(jax.jit(attention)(q, k, v), torchs(q, k, v)) < 1e-6
+    assert calls
+
+
+def test_chunks_have_the_same_gradient():
+    q, k, v = qkv(2048, 512, heads=1, dim=4)
+
+    def total(function):
+        return jax.jit(jax.grad(lambda q, k, v: (function(q, k, v) ** 2).sum(), (0, 1, 2)))(q, k, v)
+
+    for a, b in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
+        assert stock.relative(a, np.asarray(b)) < 1e-5
+
+
+def test_half_precision_keeps_softmax_in_float32():
+    """Logits near 60 in bfloat16: a bfloat16 softmax would be wrong by whole per cents."""
+    q, k, v = (x.astype(jnp.bfloat16) for x in qkv(6, 300))
+    q *= 12
+    ours = attention(q, k, v)
+    assert ours.dtype == jnp.bfloat16
+    exact = torchs(*(x.astype(jnp.float32) for x in (q, k, v)))
+    assert stock.relative(ours.astype(jnp.float32), exact) < 1e-2
+
+
+def test_a_bias_of_log_two_is_a_key_listed_twice():
+    q, k, v = qkv(4, 3)
+    twice = [jnp.concatenate([x, x[:, :1]], axis=1) for x in (k, v)]
+    bias = jnp.log(jnp.array([[2.0, 1.0, 1.0]]))
+    np.testing.assert_allclose(attention(q, k, v, bias), attention(q, *twice), atol=1e-6)
+
+
+def test_a_large_negative_bias_hides_a_key():
+    q, k, v = qkv(4, 3)
+    bias = jnp.array([[0.0, 0.0, -1e9]])
+    np.testing.assert_allclose(
+        attention(q, k, v, bias), attention(q, k[:, :2], v[:, :2]), atol=1e-6
+    )
+
+
+def test_heads():
+    x = drawn(0, 2, 3, 8)
+    assert split_heads(x, 4).shape == (2, 3, 4, 2)
+    np.testing.assert_array_equal(split_heads(x, 4)[0, 0, 1], x[0, 0, 2:4])
+    np.testing.assert_array_equal(merge_heads(split_heads(x, 4)), x)
+
+
+def test_projection_of_keys_and_values():
+    kernels = {"a": {"to_k": {"kernel": drawn(0, 4, 6)}, "to_v": {"kernel": drawn(1, 4, 6)}}}
+    tokens = drawn(2, 1, 3, 4)
+    keys, values = project_keys_values(kernels, tokens)
+    np.testing.assert_allclose(keys["a"], tokens @ kernels["a"]["to_k"]["kernel"], atol=1e-6)
+    np.testing.assert_allclose(values["a"], tokens @ kernels["a"]["to_v"]["kernel"], atol=1e-6)
+    half, _ = project_keys_values(kernels, tokens.astype(jnp.bfloat16))
+    assert half["a"].dtype == jnp.bfloat16
+
+
+X = drawn(9, 2, 4, 8)
+LAYER = CrossAttention(heads=2, source_dim=6)
+PARAMS = LAYER.init(jax.random.key(0), X, ())
+
+
+def a_source(seed: int, scale, length: int = 5) -> LayerSource:
+    return LayerSource(drawn(seed, 2, length, 8), drawn(seed + 1, 2, length, 8), None, scale)
+
+
+def read(*sources: LayerSource) -> jax.Array:
+    bias = PARAMS["params"]["to_out.0"]["bias"]
+    return LAYER.apply(PARAMS, X, sources) - bias
+
+
+def test_sources_add_up():
+    """Z = Σ_s λ_s Attn(Q, K_s, V_s), before the linear output layer."""
+    a, b = a_source(1, 1.0), a_source(3, 0.5, length=3)
+    np.testing.assert_allclose(read(a, b), read(a) + read(b), atol=1e-5)
+    np.testing.assert_allclose(read(b), 0.5 * read(b._replace(scale=1.0)), atol=1e-5)
+    np.testing.assert_array_equal(read(a, b._replace(scale=0.0)), read(a))
+    np.testing.assert_array_equal(read(), 0 * read(a))
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [0.5, jnp.array(0.5), jnp.array([[0.2], [0.7]]), jnp.linspace(0, 1, 4), drawn(5, 2, 4)],
+    ids=["number", "scalar", "per picture", "region", "region per picture"],
+)
+def test_scale_broadcasts_to_pictures_and_places(scale):
+    """λ is applied to what is attended to, place by place."""
+    whole = LAYER.bind(PARAMS)
+    source = a_source(1, scale)
+    q = split_heads(X @ PARAMS["params"]["to_q"]["kernel"], 2)
+    attended = torchs(q, *(split_heads(a, 2) for a in source[:2])).reshape(2, 4, 8)
+    expected = np.broadcast_to(scale, (2, 4))[..., None] * attended
+    out = PARAMS["params"]["to_out.0"]
+    np.testing.assert_allclose(
+        whole(X, (source,)), expected @ out["kernel"] + out["bias"], atol=1e-5
+    )
+
+
+def test_a_source_may_have_another_scale_in_each_layer():
+    source = Source({"a": X, "b": X}, {"a": X, "b": X}, None, {"a": 0.0, "b": jnp.ones(4)})
+    assert source.at("a").scale == 0.0
+    assert source.at("b").scale.shape == (4,)
+    assert Source({"a": X}, {"a": X}).at("a").scale == 1.0

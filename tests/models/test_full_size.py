@@ -1,0 +1,123 @@
+"""Stable Diffusion 1.5's towers and ViT-H at full size: parity, and the memory of loading.
+
+Slow, and up to about 12 GB of memory; best one at a time:
+``pytest --slow -s tests/models/test_full_size.py -k vae``.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+
+import pytest
+import stock
+import torch
+
+pytestmark = pytest.mark.slow
+
+UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+TEXT = {
+    "vocab_size": 49408,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_attention_heads": 12,
+    "projection_dim": 768,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+    "pad_token_id": 1,
+}
+VISION = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+
+
+@pytest.fixture(autouse=True)
+def all_cores():
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield
+    torch.set_num_threads(before)
+    gc.collect()
+
+
+def show(**differences: float) -> None:
+    for tower, difference in differences.items():
+        print(f"\n{tower}: relative difference {difference:.1e}")
+        assert difference < 1e-4
+
+
+def test_unet_at_64(tmp_path):
+    show(unet=stock.unet_difference(UNET, tmp_path, size=64))
+
+
+def test_vae_at_512(tmp_path):
+    encode, decode = stock.vae_differences(VAE, tmp_path, size=512)
+    show(vae_encode=encode, vae_decode=decode)
+
+
+def test_text_encoder(tmp_path):
+    hidden, pooled = stock.text_differences(TEXT, tmp_path)
+    show(text_hidden=hidden, text_pooled=pooled)
+
+
+def test_image_encoder_vit_h(tmp_path):
+    embedding, penultimate = stock.vision_differences(VISION, tmp_path)
+    show(vision_embedding=embedding, vision_penultimate=penultimate)
+
+
+SAVE = (
+    "import stock, test_full_size as t; stock.make_unet(t.UNET).save_pretrained({folder!r}, {kw})"
+)
+
+LOAD = """
+import re
+from pathlib import Path
+
+import jax, jax.numpy as jnp
+from persona_jax.interop.folders import load_tower
+
+def peak() -> int:
+    return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+
+jnp.zeros(1).block_until_ready()
+before = peak()
+params = load_tower(Path({folder!r}), "unet", param_dtype={dtype!r}).params
+jax.block_until_ready(params)
+print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
+"""
+
+
+def in_another_process(script: str) -> str:
+    here = os.path.dirname(__file__)
+    path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
+    # One device: here the parameters go to one, whatever the other tests force.
+    environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", script], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+@pytest.mark.parametrize("shards", ["", "max_shard_size='1GB'"], ids=["one file", "shards"])
+def test_memory_of_loading_the_unet(shards, tmp_path):
+    """Peak resident memory over what the process had before, in units of the weights' bytes."""
+    in_another_process(SAVE.format(folder=str(tmp_path), kw=shards))
+    for dtype in (None, "bfloat16"):
+        times = float(in_another_process(LOAD.format(folder=str(tmp_path), dtype=dtype)))
+        print(f"\nloading the UNet ({shards or 'one file'}, {dtype or 'float32'}): {times:.2f}×")
+        assert times < 1.3
