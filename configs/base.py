@@ -91,7 +91,7 @@ def unet() -> ConfigDict:
             "grid_every": 500,
             "grid_steps": 20,
             "grid_guidance": 3.0,
-            "optimizer": common.optimizer(1e-3, 4000, schedule="cosine"),
+            "optimizer": common.optimizer(1e-3, 3000, schedule="cosine"),
             "tower": {
                 "sample_size": 16,
                 "block_out_channels": (64, 96, 128),

@@ -28,7 +28,13 @@ from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
 from persona_jax.training.loop import fit
-from persona_jax.training.mesh import initialize_distributed, make_mesh, place, shard_params
+from persona_jax.training.mesh import (
+    initialize_distributed,
+    make_mesh,
+    place,
+    shard_params,
+    to_host,
+)
 from persona_jax.training.state import init_state, make_optimizer, make_step
 
 
@@ -168,7 +174,7 @@ def grid_drawer(
         return images.to_uint8(images.to_model(images.centre_crop(photo, crop), size))
 
     def draw(step: int, state) -> None:
-        params = jax.tree.map(np.asarray, state.params if state.ema is None else state.ema)
+        params = to_host(state.params if state.ema is None else state.ema)
         painted = images.to_uint8(np.asarray(painter(frozen, params, request)))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]

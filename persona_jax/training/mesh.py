@@ -9,13 +9,14 @@ import contextlib
 import math
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from persona_jax.errors import UserError
@@ -81,6 +82,14 @@ def _in_cluster() -> bool:
         Path("/dev").glob(pattern) for pattern in ("accel*", "vfio/[0-9]*")
     )
     return has_tpu and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
+
+
+def first_process(work: Callable[[], Any]) -> None:
+    """Do `work` in process 0, the others waiting until it is done: for files all of them read."""
+    if jax.process_index() == 0:
+        work()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("first_process")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
@@ -184,6 +193,17 @@ def place(tree: Any, shardings: Any) -> Any:
     if isinstance(shardings, NamedSharding):
         return jax.tree.map(lambda array: put(array, shardings), tree)
     return jax.tree.map(put, tree, shardings)
+
+
+def to_host(tree: Any) -> Any:
+    """Return tree as numpy arrays, whole in every process; all processes must ask together."""
+
+    def fetch(array: jax.Array) -> np.ndarray:
+        if array.is_fully_addressable or array.is_fully_replicated:
+            return np.asarray(array)
+        return multihost_utils.process_allgather(array, tiled=True)
+
+    return jax.tree.map(fetch, tree)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

@@ -1,0 +1,1 @@
+"""The three stages of training a base: VAE, CLIP pair, UNet."""

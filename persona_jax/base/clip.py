@@ -1,0 +1,126 @@
+"""Second stage: a text and a vision tower that agree, and an eye for who is on a photo."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from persona_jax import pipeline
+from persona_jax.base.stage import (
+    fit_stage,
+    in_parts,
+    picture_batches,
+    read_pictures,
+    save_tower,
+    to_float,
+)
+from persona_jax.data.photos import Photos
+from persona_jax.interop import folders, tensors
+from persona_jax.metrics.verification import verification
+from persona_jax.models import towers
+from persona_jax.training import contrastive
+from persona_jax.training.mesh import first_process
+
+
+def train_clip(
+    config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, rows, pictures: np.ndarray
+) -> None:
+    """Captions against pictures, and photos of one person drawn together."""
+    folder, clip = workdir / "pipeline", config.clip
+    tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
+    tokens, _ = pipeline.tokenize(tokenizer, [photos.captions[row] for row in rows])
+    end = len(tokenizer) - 1
+    text_settings = clip.text.to_dict() | {
+        "vocab_size": end + 1,
+        "eos_token_id": end,
+        "bos_token_id": end - 1,
+        "pad_token_id": end,
+    }
+    vision_settings = clip.vision.to_dict()
+    text = towers.build("text_encoder", text_settings)
+    vision = towers.build("image_encoder", vision_settings)
+    _, person = np.unique([photos.people[row] for row in rows], return_inverse=True)
+    partners = Partners(person)
+    seed, weight, temperature = config.seed, clip.identity_weight, clip.identity_temperature
+
+    def init():
+        keys = jax.random.split(jax.random.key(seed + 1), 3)
+        shape = (text.config.hidden_size, text.config.projection_dim)
+        return {
+            "text_encoder": towers.initialise(text, keys[0]),
+            "image_encoder": towers.initialise(vision, keys[1]),
+            "text_projection": {"kernel": 0.05 * jax.random.normal(keys[2], shape)},
+            "logit_scale": jnp.log(10.0),
+        }
+
+    def loss(params, frozen, batch, step):
+        keys = jax.vmap(jax.random.split)(example_keys(seed, step, batch["index"]))
+        views = jnp.concatenate([batch["image"], batch["partner"]])
+        views = jax.vmap(contrastive.augment)(keys.T.reshape(-1), views)
+        embedded = vision.apply({"params": params["image_encoder"]}, views).embedding
+        embedded = contrastive.normalise(embedded)
+        pooled = text.apply({"params": params["text_encoder"]}, batch["tokens"]).pooled
+        captions = contrastive.normalise(pooled @ params["text_projection"]["kernel"])
+        alike = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
+        scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
+        caption = contrastive.caption_loss(embedded[: len(captions)], captions, alike, scale)
+        who = jnp.concatenate([batch["person"], batch["person"]])
+        identity = contrastive.identity_loss(embedded, who, temperature)
+        return caption + weight * identity, {"caption": caption, "identity": identity}
+
+    def batches_from(start):
+        for batch in picture_batches(pictures, clip.batch_size, seed + 1, start):
+            photo, index = batch["photo"], batch["index"]
+            yield {
+                "image": batch["image"],
+                "partner": to_float(pictures[partners.draw(photo, index, seed)]),
+                "tokens": tokens[photo],
+                "person": person[photo].astype(np.int32),
+                "index": index,
+            }
+
+    learnt = fit_stage(config, clip, workdir / "clip", mesh, init, loss, {}, batches_from)
+    for tower, settings in (("text_encoder", text_settings), ("image_encoder", vision_settings)):
+        save_tower(folder, tower, settings, learnt[tower])
+    rest = {name: learnt[name] for name in ("text_projection", "logit_scale")}
+    preprocessing = folders.clip_preprocessing(vision.config.image_size)
+
+    def write() -> None:
+        # CLIPTextModel has no place for these; scoring text against pictures needs them.
+        tensors.save_tree(rest, folder / "text_projection.safetensors")
+        folders.write_json(folder / "feature_extractor/preprocessor_config.json", preprocessing)
+
+    first_process(write)
+
+
+class Partners:
+    """Another photo of the same person, where there is one; else the same photo."""
+
+    def __init__(self, person: np.ndarray):
+        """`person` [P]: who is on each photo."""
+        self._others = [np.flatnonzero(person == p) for p in range(person.max() + 1)]
+        self._person = person
+
+    def draw(self, photo: np.ndarray, index: np.ndarray, seed: int) -> np.ndarray:
+        """A partner per photo ``[B]``, a function of (seed, index)."""
+        out = photo.copy()
+        for i, (row, example) in enumerate(zip(photo, index, strict=True)):
+            others = self._others[self._person[row]]
+            others = others[others != row]
+            if len(others):
+                out[i] = np.random.default_rng((seed, int(example))).choice(others)
+        return out
+
+
+def score_clip(folder: Path, photos: Photos, rows: np.ndarray, config: ConfigDict) -> dict:
+    """How well the image embedding verifies people never seen in training: AUC over pairs."""
+    eye = folders.load_tower(folder / "image_encoder", "image_encoder")
+    pictures = to_float(read_pictures(photos, rows, config))
+    embed = jax.jit(lambda p, x: eye.module.apply({"params": p}, x).embedding)
+    embeddings = in_parts(lambda part: embed(eye.params, part), pictures)
+    people = [photos.people[row] for row in rows]
+    scores = verification(embeddings, people)
+    return {"unseen_people": len(set(people)), **{k: round(v, 4) for k, v in scores.items()}}
