@@ -1,12 +1,16 @@
 """Eight CPU devices, exact matmuls, and shapes checked at run time, for every test."""
 
 import os
+import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = (
-        os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-    )
+xla_flags = os.environ.get("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in xla_flags:
+    xla_flags += " --xla_force_host_platform_device_count=8"
+if "--slow" not in sys.argv and "xla_backend_optimization_level" not in xla_flags:
+    # Small tests spend their time compiling; full-size ones, running.
+    xla_flags += " --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = xla_flags
 
 import jax
 import pytest

@@ -18,6 +18,7 @@ from persona_jax.base.stage import (
     to_float,
 )
 from persona_jax.data.photos import Photos
+from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
 from persona_jax.metrics.verification import verification
 from persona_jax.models import towers

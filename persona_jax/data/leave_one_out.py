@@ -17,13 +17,13 @@ class Example(NamedTuple):
     """
 
     target: int
-    references: Int[np.ndarray, "N"]
-    mask: Float[np.ndarray, "N"]
+    references: Int[np.ndarray, " N"]
+    mask: Float[np.ndarray, " N"]
     flip: bool
 
 
 def leave_one_out(
-    photos: Int[np.ndarray, "K"],
+    photos: Int[np.ndarray, " K"],
     target: int,
     rng: np.random.Generator,
     *,

@@ -20,7 +20,7 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 def batches(
     encodings: Mapping[str, Shaped[np.ndarray, "P ..."]],
-    people_photos: Sequence[Int[np.ndarray, "_"]],
+    people_photos: Sequence[Int[np.ndarray, " _"]],
     *,
     batch_size: int,
     n: int,

@@ -72,7 +72,7 @@ def split_people(
     return People(train, sorted(drawn[test : test + validation]), sorted(drawn[:test]), base)
 
 
-def photos_of(people: Sequence[str], chosen: Iterable[str]) -> list[Int[np.ndarray, "_"]]:
+def photos_of(people: Sequence[str], chosen: Iterable[str]) -> list[Int[np.ndarray, " _"]]:
     """Rows of each chosen person's photos, one array a person, in the order of `chosen`.
 
     Args:

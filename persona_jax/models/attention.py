@@ -101,12 +101,21 @@ def _chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Arra
     return out.reshape(q.shape[0], q.shape[2], length, -1).transpose(0, 2, 1, 3)
 
 
+def _ampere_or_later() -> bool:
+    capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
+    major = capability.partition(".")[0]
+    return major.isdigit() and int(major) >= 8
+
+
 def _cudnn_takes(q: Array, bias: Array | None) -> bool:
+    # Heads beyond 128 (SD 1.5's deepest have 160) are for Hopper alone, beyond 256 (the VAE's one
+    # head has 512) for none.
     return (
-        jax.default_backend() == "gpu"
-        and q.dtype in (jnp.bfloat16, jnp.float16)
+        q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
+        and q.shape[-1] <= 128
         and bias is None
+        and _ampere_or_later()
     )
 
 

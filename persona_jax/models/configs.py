@@ -21,11 +21,12 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
       UserError: a setting has a value that is not supported. Unknown settings that are switched
         off (None or False) are harmless and pass; keys with a leading underscore are notes.
     """
-    fields = {f.name for f in dataclasses.fields(cls)}
+    fields = {f.name: f.type for f in dataclasses.fields(cls)}
 
     def understood(key: str, value: Any) -> bool:
         if key in fields:
-            return value is not None
+            plain = {float: (float, int), int: int, bool: bool, str: str}
+            return isinstance(value, plain.get(fields[key], (int, list, tuple)))
         return value in fixed[key] if key in fixed else value is None or value is False
 
     wrong = [

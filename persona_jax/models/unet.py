@@ -77,6 +77,10 @@ class UNetConfig:
             raise UserError(
                 f"UNetConfig: unsupported blocks {sorted(strange)}; known: {sorted(known)}"
             )
+        per_level = ("block_out_channels", "down_block_types", "up_block_types", "heads")
+        if len({len(getattr(config, name)) for name in per_level}) > 1:
+            found = ", ".join(f"{len(getattr(config, name))} {name}" for name in per_level)
+            raise UserError(f"UNetConfig: as many blocks down as up and as widths; found {found}")
         return config
 
     @property

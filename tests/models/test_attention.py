@@ -160,3 +160,34 @@ def test_a_source_may_have_another_scale_in_each_layer():
     assert source.at("a").scale == 0.0
     assert source.at("b").scale.shape == (4,)
     assert Source({"a": X}, {"a": X}).at("a").scale == 1.0
+
+
+@pytest.mark.parametrize(
+    ("takes", "dtype", "dim", "bias"),
+    [
+        (True, "bfloat16", 40, False),
+        (True, "float16", 128, False),
+        (False, "float32", 40, False),
+        (False, "bfloat16", 20, False),
+        (False, "bfloat16", 160, False),  # SD 1.5's deepest blocks: on Hopper only
+        (False, "bfloat16", 512, False),  # the VAE's one head
+        (False, "bfloat16", 40, True),
+    ],
+)
+def test_what_goes_to_cudnn(takes, dtype, dim, bias, monkeypatch):
+    q = jnp.zeros((1, 4, 2, dim), dtype)
+    bias = jnp.zeros((1, 4)) if bias else None
+    assert not module._cudnn_takes(q, bias)
+    monkeypatch.setattr(module, "_ampere_or_later", lambda: True)
+    assert module._cudnn_takes(q, bias) == takes
+
+
+@pytest.mark.parametrize(
+    ("capability", "it_is"), [("7.5", 0), ("8.0", 1), ("12.0", 1), ("gfx9", 0)]
+)
+def test_graphics_cards_from_ampere_on(capability, it_is, monkeypatch):
+    class Device:
+        compute_capability = capability
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    assert module._ampere_or_later() == it_is

@@ -6,6 +6,7 @@ Slow, and up to about 12 GB of memory; best one at a time:
 
 import gc
 import os
+import shutil
 import subprocess
 import sys
 
@@ -54,28 +55,35 @@ def all_cores():
     gc.collect()
 
 
+@pytest.fixture
+def folder(tmp_path):
+    """pytest keeps what its tests write, and this is gigabytes."""
+    yield tmp_path
+    shutil.rmtree(tmp_path)
+
+
 def show(**differences: float) -> None:
     for tower, difference in differences.items():
         print(f"\n{tower}: relative difference {difference:.1e}")
         assert difference < 1e-4
 
 
-def test_unet_at_64(tmp_path):
-    show(unet=stock.unet_difference(UNET, tmp_path, size=64))
+def test_unet_at_64(folder):
+    show(unet=stock.unet_difference(UNET, folder, size=64))
 
 
-def test_vae_at_512(tmp_path):
-    encode, decode = stock.vae_differences(VAE, tmp_path, size=512)
+def test_vae_at_512(folder):
+    encode, decode = stock.vae_differences(VAE, folder, size=512)
     show(vae_encode=encode, vae_decode=decode)
 
 
-def test_text_encoder(tmp_path):
-    hidden, pooled = stock.text_differences(TEXT, tmp_path)
+def test_text_encoder(folder):
+    hidden, pooled = stock.text_differences(TEXT, folder)
     show(text_hidden=hidden, text_pooled=pooled)
 
 
-def test_image_encoder_vit_h(tmp_path):
-    embedding, penultimate = stock.vision_differences(VISION, tmp_path)
+def test_image_encoder_vit_h(folder):
+    embedding, penultimate = stock.vision_differences(VISION, folder)
     show(vision_embedding=embedding, vision_penultimate=penultimate)
 
 
@@ -114,10 +122,10 @@ def in_another_process(script: str) -> str:
 
 
 @pytest.mark.parametrize("shards", ["", "max_shard_size='1GB'"], ids=["one file", "shards"])
-def test_memory_of_loading_the_unet(shards, tmp_path):
+def test_memory_of_loading_the_unet(shards, folder):
     """Peak resident memory over what the process had before, in units of the weights' bytes."""
-    in_another_process(SAVE.format(folder=str(tmp_path), kw=shards))
+    in_another_process(SAVE.format(folder=str(folder), kw=shards))
     for dtype in (None, "bfloat16"):
-        times = float(in_another_process(LOAD.format(folder=str(tmp_path), dtype=dtype)))
+        times = float(in_another_process(LOAD.format(folder=str(folder), dtype=dtype)))
         print(f"\nloading the UNet ({shards or 'one file'}, {dtype or 'float32'}): {times:.2f}×")
         assert times < 1.3
