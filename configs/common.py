@@ -85,7 +85,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "batch_size": 32 if small else 64,
             "accumulate": 1,
             "optimizer": optimizer(
-                1e-3 if small else 1e-4, 2000 if small else 50000, ema_decay=0.999
+                1e-3 if small else 1e-4, 1000 if small else 50000, ema_decay=0.999
             ),
             "log_every": 20,
             "save_every": 200 if small else 1000,

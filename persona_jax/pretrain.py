@@ -16,7 +16,7 @@ from persona_jax.base.clip import score_clip, train_clip
 from persona_jax.base.stage import read_pictures
 from persona_jax.base.unet import train_unet
 from persona_jax.base.vae import score_vae, train_vae
-from persona_jax.cli import run_with_config, write_run_files
+from persona_jax.cli import config_difference, read_config, run_with_config, write_run_files
 from persona_jax.data.tokenizer import learn_tokenizer
 from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.training.mesh import first_process, initialize_distributed, make_mesh
@@ -25,6 +25,10 @@ from persona_jax.training.mesh import first_process, initialize_distributed, mak
 def main(config: ConfigDict, workdir: Path) -> None:
     """VAE, CLIP pair, UNet, report."""
     initialize_distributed()
+    if (workdir / "report.json").exists() and not config_difference(read_config(workdir), config):
+        print(f"{workdir} holds this base already, finished: {workdir / 'pipeline'}")
+        return
+    first_process(lambda: (workdir / "report.json").unlink(missing_ok=True))
     mesh = make_mesh(**config.mesh)
     write_run_files(workdir, config)
     photos, people = open_dataset(config.data)

@@ -4,13 +4,12 @@ import os
 import sys
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-xla_flags = os.environ.get("XLA_FLAGS", "")
-if "xla_force_host_platform_device_count" not in xla_flags:
-    xla_flags += " --xla_force_host_platform_device_count=8"
-if "--slow" not in sys.argv and "xla_backend_optimization_level" not in xla_flags:
+os.environ.setdefault("XLA_FLAGS", "")
+if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+if "--slow" not in sys.argv and "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
     # Small tests spend their time compiling; full-size ones, running.
-    xla_flags += " --xla_backend_optimization_level=0"
-os.environ["XLA_FLAGS"] = xla_flags
+    os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
 
 import jax
 import pytest

@@ -46,6 +46,12 @@ def test_base_report_and_pictures(world):
     assert Image.open(base / "unet" / "grid_000002.png").size[0] > 16
 
 
+def test_a_finished_base_is_left_alone(world, capsys):
+    people, data_dir, pipeline, _ = world
+    pretrain.main(base_config(people, data_dir), pipeline.parent)
+    assert "finished" in capsys.readouterr().out
+
+
 def test_run_leaves_what_the_readme_says(world):
     workdir = world[3]
     lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
