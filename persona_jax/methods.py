@@ -24,7 +24,7 @@ from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline
 
-LossFn = Callable[[Mapping, Mapping, Mapping, Array], tuple[Array, dict[str, Array]]]
+LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[str, Array]]]
 
 
 def make_aggregator(config: ConfigDict) -> Aggregator:
@@ -117,7 +117,7 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
     aggregator, seed = make_aggregator(config.aggregator), config.seed
     gamma = config.min_snr_gamma or None
 
-    def loss(params: Mapping, frozen: Mapping, batch: Mapping, step: Array):
+    def loss(params: Mapping, frozen: Mapping, batch: Mapping, step: Array | int):
         keys = example_keys(seed, step, batch["index"])
         drop_key, latent_key, noise_key, t_key = jax.vmap(lambda k: jax.random.split(k, 4))(keys).T
         no_image, no_text = jax.vmap(lambda k: drop_conditions(k, config.drop))(drop_key)

@@ -24,7 +24,13 @@ from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL, draw_latents
 from persona_jax.training.mesh import first_process, to_host
 
-PROMPTS = ("a photo of a smiling woman", "a photo of an angry man", "a photo of a person", "")
+PROMPTS = (
+    "a photo of a smiling person",
+    "a photo of a person with a calm face",
+    "a photo of a surprised person",
+    "",
+)
+SAMPLES = 6
 
 
 def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, rows) -> None:
@@ -75,9 +81,10 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
 
     parts = dataclasses.replace(parts, unet=folders.Tower(module, {}, settings))
     painter = paint.make_painter(parts, steps=unet_config.grid_steps)
-    ids, _ = parts.tokenize([prompt for prompt in PROMPTS for _ in range(6)])
+    ids, _ = parts.tokenize([prompt for prompt in PROMPTS for _ in range(SAMPLES)])
     request = paint.Request(
-        keys=paint.picture_keys(seed, 6 * len(PROMPTS)),
+        # The same noise for every prompt, so that the rows differ by the prompt alone.
+        keys=jnp.tile(paint.picture_keys(seed, SAMPLES), len(PROMPTS)),
         ids=jnp.asarray(ids),
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
         guidance=unet_config.grid_guidance,

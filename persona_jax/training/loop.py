@@ -18,13 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import scalar
 from tqdm import tqdm
 
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints
+from persona_jax.training.events import EventFile
 from persona_jax.training.mesh import batch_sharding, put_batch, replicated
 from persona_jax.training.state import StepFn, TrainState
 
@@ -165,11 +163,7 @@ class _Log:
         self._path = workdir / "metrics.jsonl"
         _drop_beyond(self._path, start)
         self._file = self._path.open("a")
-        (workdir / "tensorboard").mkdir(exist_ok=True)
-        # SummaryWriter would add a thread that prints tracebacks when the disk is full.
-        self._board = EventsWriter(str(workdir / "tensorboard" / "events"))
-        restarted = SessionLog(status=SessionLog.START)  # TensorBoard drops what lies beyond
-        self._board.write_event(Event(wall_time=time.time(), step=start + 1, session_log=restarted))
+        self._board = EventFile(workdir / "tensorboard", start + 1)
         slow = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants few lines
         self._bar = tqdm(total=steps, initial=start, mininterval=slow, dynamic_ncols=True)
 
@@ -195,7 +189,7 @@ class _Log:
             if not math.isfinite(values.get(name, 0.0)):
                 raise UserError(
                     f"step {step}: {name} is {values[name]}; stopped, and that state is not saved: "
-                    "lower config.learning_rate or lengthen the warm-up"
+                    "lower config.optimizer.learning_rate or lengthen the warm-up"
                 )
         if self._main:
             self._add(step, values, examples)
@@ -215,14 +209,11 @@ class _Log:
         if step % self._every and step != self._steps:
             return
         means = {name: float(np.mean([v[name] for v in self._values])) for name in values}
-        line = {"step": step, **means, **rate}
-        scalars = [scalar(name, value) for name, value in line.items() if name != "step"]
+        line = means | rate
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write(json.dumps({"step": step} | line) + "\n")
             self._file.flush()
-            for summary in scalars:
-                self._board.write_event(Event(wall_time=time.time(), step=step, summary=summary))
-            self._board.flush()
+            self._board.add(step, line)
         except OSError as error:
             raise UserError(
                 f"{self._path}: {error.strerror}; make room, then run the same command again"
