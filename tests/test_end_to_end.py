@@ -229,7 +229,7 @@ def test_overfits_one_batch(world):
     params, frozen = methods.init_adapter(config, parts, dim), methods.frozen_params(parts)
 
     @jax.jit
-    def step(params, state):
+    def step(params, state, frozen, batch):
         # Always step 0: the same noise at the same diffusion steps.
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, 0)
         updates, state = optimizer.update(grads, state, params)
@@ -237,7 +237,7 @@ def test_overfits_one_batch(world):
 
     state, losses = optimizer.init(params), []
     for _ in range(150):
-        params, state, loss = step(params, state)
+        params, state, loss = step(params, state, frozen, batch)
         losses.append(float(loss))
     assert losses[-1] < 0.8 * losses[0]
 
