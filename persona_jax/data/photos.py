@@ -1,6 +1,6 @@
-"""Photos of people as tfds datasets: LFW deep-funneled, and a plain folder per person.
+"""Photos of people as tfds datasets: LFW deep-funneled, a plain folder per person, portraits.
 
-Both builders store the encoded bytes they were given, in ArrayRecord files, and are read by
+The builders store the encoded bytes they were given, in ArrayRecord files, and are read by
 random access; TensorFlow is not involved. A photo that cannot be decoded is left out when the
 dataset is built, so nothing later meets one.
 """
@@ -19,16 +19,18 @@ from typing import Any, SupportsIndex
 
 import numpy as np
 import tensorflow_datasets as tfds
+from jaxtyping import Shaped
 from PIL import Image
 from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
 from persona_jax.data import captions, images
+from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 
-DATASETS = ("lfw", "folder")
+DATASETS = ("portraits", "lfw", "folder")
 LABELS = "captions_meta.tsv"
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 SPLIT = "photos"
@@ -70,6 +72,12 @@ class Photos:
         """Photo `i` in RGB, turned the way EXIF says."""
         return images.decode(self.encoded(i))
 
+    def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
+        """A further feature of every photo, where the dataset has it: "identity" and "scene" of
+        portraits (see data/portraits/traits.py), or their "full_caption" ``[P]``."""
+        values = [self.source[row][name] for row in self.rows]
+        return np.asarray([v.decode() if isinstance(v, bytes) else v for v in values])
+
     def key(self, i: SupportsIndex) -> str:
         """A name for photo `i` that is unique in the dataset."""
         return f"{self.people[i]}_{self.indices[i]:04d}"
@@ -81,16 +89,19 @@ def load_photos(
     manual_dir: str | pathlib.Path | None = None,
     folder: str | pathlib.Path | None = None,
     sha256: str | None = None,
+    portraits: Settings | None = None,
 ) -> Photos:
     """Photos of a dataset, built on first use and whenever its source has changed.
 
     Args:
-      dataset: "lfw", or "folder" for one folder per person (`folder/person/photo.jpg`).
+      dataset: "portraits", drawn by a program; "lfw"; or "folder" for one folder per person
+        (`folder/person/photo.jpg`).
       data_dir: where built datasets are kept.
       manual_dir: "lfw": where the archive is or is to be downloaded to, and optionally
         `captions_meta.tsv`; `data_dir/manual` by default. A built dataset needs it no more.
       folder: "folder": the photos; may hold a `captions_meta.tsv` of its own.
       sha256: "lfw": digest of one more archive to accept beside those in third_party/.
+      portraits: "portraits": who to draw.
 
     Raises:
       UserError: no archive, unknown checksum, damaged archive, unknown dataset, empty folder, a
@@ -100,6 +111,8 @@ def load_photos(
     if dataset == "lfw":
         manual = pathlib.Path(manual_dir or data_dir / "manual").expanduser()
         return _read(_build_lfw(data_dir, manual, sha256))
+    if dataset == "portraits":
+        return _read(_build_portraits(data_dir, portraits))
     if dataset == "folder":
         if folder is None:
             raise UserError('dataset "folder": no folder given; set --config.data.folder=DIR')
@@ -266,6 +279,13 @@ def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.Dat
     with _alone(data_dir):
         place = data_dir / "folders" / f"{folder.resolve().name}-{listing[:12]}"
         builder = PhotoFolder(data_dir=place, folder=folder, file_format=ARRAY_RECORD)
+        return builder if builder.data_path.exists() else _prepare(builder, None)
+
+
+def _build_portraits(data_dir: pathlib.Path, settings: Settings) -> tfds.core.DatasetBuilder:
+    with _alone(data_dir):
+        place = data_dir / f"portraits-{settings.digest}"
+        builder = Portraits(data_dir=place, settings=settings, file_format=ARRAY_RECORD)
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
 

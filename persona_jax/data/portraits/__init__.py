@@ -1,0 +1,1 @@
+"""`portraits`: people drawn by a program, whose every look is known."""

@@ -1,0 +1,110 @@
+"""Captions of portraits: what a photo shows that may change, and what it shows of the person."""
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, IDENTITY, REGIONS
+
+# How each trait is said when low and when high; in between, and where None, it is not said.
+LOOKS = {
+    "skin_tone": ("light skin", "dark skin"),
+    "skin_warmth": ("rosy skin", "golden skin"),
+    "freckles": (None, "freckles"),
+    "mole_x": ("a mole on the left", "a mole on the right"),
+    "mole_y": ("a mole high up", "a mole low down"),
+    "hair_length": ("short hair", "long hair"),
+    "hair_volume": ("flat hair", "big hair"),
+    "hair_parting": ("hair parted on the left", "hair parted on the right"),
+    "hair_shade": ("black hair", "blond hair"),
+    "hair_redness": (None, "red hair"),
+    "hair_curl": ("straight hair", "curly hair"),
+    "brow_thickness": ("thin brows", "thick brows"),
+    "brow_tilt": ("worried brows", "stern brows"),
+    "brow_height": ("low brows", "high brows"),
+    "eye_size": ("small eyes", "big eyes"),
+    "eye_spacing": ("close-set eyes", "wide-set eyes"),
+    "eye_tilt": ("drooping eyes", "slanted eyes"),
+    "eye_colour": ("brown eyes", "blue eyes"),
+    "nose_length": ("a short nose", "a long nose"),
+    "nose_width": ("a narrow nose", "a wide nose"),
+    "mouth_width": ("a small mouth", "a wide mouth"),
+    "lip_fullness": ("thin lips", "full lips"),
+    "moustache": (None, "a moustache"),
+    "jaw_width": ("a narrow jaw", "a wide jaw"),
+    "chin_length": ("a short chin", "a long chin"),
+    "beard": (None, "a beard"),
+    "ear_size": ("small ears", "big ears"),
+}
+SAID = 6
+"""At most so many looks in a full caption."""
+
+
+def photo_caption(photo: Mapping[str, float]) -> str:
+    """Only what may change from photo to photo; whatever hides a part of the face is named.
+
+    photo: traits.SCENE by name.
+    """
+    return _sentence(photo, "")
+
+
+def full_caption(
+    who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator
+) -> str:
+    """The photo caption with a few of the looks that the photo shows, drawn by `rng`.
+
+    who: traits.IDENTITY by name.
+    """
+    seen = [
+        look
+        for region, traits in REGIONS.items()
+        if photo[f"hides_{region}"] < 0.5
+        for look in (_look(trait, who[trait]) for trait in traits)
+        if look
+    ]
+    chosen = sorted(rng.permutation(len(seen))[:SAID])
+    return _sentence(photo, _list([seen[i] for i in chosen]))
+
+
+def _look(trait: str, value: float) -> str | None:
+    low, high = LOOKS[trait]
+    return low if value < 1 / 3 else high if value > 2 / 3 else None
+
+
+def _sentence(photo: Mapping[str, float], looks: str) -> str:
+    expression = tuple(EXPRESSIONS)[round(photo["expression"])]
+    words = [f"a photo of a {expression} person"]
+    if looks:
+        words.append(f"with {looks}")
+    if worn := _list(_worn(photo)):
+        words.append(f"wearing {worn}")
+    if photo["hides_mouth"] > 0.5:
+        words.append("behind a mitten" if photo["mitten"] > 0.5 else "behind a microphone")
+    return " ".join([*words, f"on a {_colour(photo, 'background')} background"])
+
+
+def _worn(photo: Mapping[str, float]) -> list[str]:
+    things = {
+        "hides_hair": f"a {_colour(photo, 'hat_colour')} hat",
+        "hides_brows": f"a {_colour(photo, 'band_colour')} headband",
+        "glasses": "glasses",
+        "hides_eyes": "sunglasses",
+        "hides_nose": "a clown nose",
+        "hides_jaw": f"a {_colour(photo, 'scarf_colour')} scarf",
+        "hides_ears": "headphones",
+        "hides_skin": f"{_colour(photo, 'paint_colour')} face paint",
+    }
+    return [
+        text.replace("a orange", "an orange") for name, text in things.items() if photo[name] > 0.5
+    ]
+
+
+def _colour(photo: Mapping[str, float], name: str) -> str:
+    return tuple(COLOURS)[round(photo[name])]
+
+
+def _list(things: list[str]) -> str:
+    return " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
+
+
+assert set(LOOKS) == set(IDENTITY)
