@@ -16,7 +16,8 @@ def check(preset: str) -> str:
 def data() -> ConfigDict:
     return ConfigDict(
         {
-            "dataset": "lfw",  # or "folder": one folder per person, named by data.folder
+            # or "folder": one folder per person, named by data.folder; or "portraits"
+            "dataset": "lfw",
             "data_dir": "data",
             "manual_dir": "",  # where the archive lies; data_dir/manual if empty
             "folder": "",
@@ -26,6 +27,12 @@ def data() -> ConfigDict:
             "validation_people": -1,  # -1: all who remain with enough photos
             "least_photos": 10,  # of a validation or test person: nine references and a target
             "seed": 0,  # of the division of people
+            "portraits": {  # who is drawn, where the dataset is "portraits"
+                "people": {"train": 2048, "validation": 256, "test": 256},
+                "photos": 10,
+                "size": 64,
+                "seed": 0,
+            },
         }
     )
 

@@ -6,7 +6,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from persona_jax.data.photos import Photos, load_photos
-from persona_jax.data.splits import People, photos_of, split_people
+from persona_jax.data.portraits.builder import Settings
+from persona_jax.data.splits import People, grouped_people, photos_of, split_people
 
 
 def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
@@ -17,10 +18,13 @@ def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
         config.manual_dir or None,
         config.folder or None,
         config.archive_sha256 or None,
+        Settings(**config.portraits.to_dict()),
     )
     if photos.skipped:
         shown = ", ".join(photos.skipped[:5])
         print(f"{len(photos.skipped)} unreadable photos are left out: {shown}", flush=True)
+    if config.dataset == "portraits":
+        return photos, grouped_people(photos.people)
     people = split_people(
         photos.people,
         test=config.test_people,

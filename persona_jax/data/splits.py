@@ -72,6 +72,23 @@ def split_people(
     return People(train, sorted(drawn[test : test + validation]), sorted(drawn[:test]), base)
 
 
+def grouped_people(people: Iterable[str]) -> People:
+    """The groups that portraits are drawn in, from their names: ``GROUP-NUMBER``.
+
+    `unseen` serves the base as `validation` does adapters; nobody but `base` trains the base.
+    """
+    groups: dict[str, list[str]] = {}
+    for person in sorted(set(people)):
+        groups.setdefault(person.split("-")[0], []).append(person)
+    validation = [*groups.get("unseen", []), *groups.get("validation", [])]
+    return People(
+        train=groups.get("train", []),
+        validation=validation,
+        test=groups.get("test", []),
+        base=groups.get("base", []),
+    )
+
+
 def photos_of(people: Sequence[str], chosen: Iterable[str]) -> list[Int[np.ndarray, " _"]]:
     """Rows of each chosen person's photos, one array a person, in the order of `chosen`.
 

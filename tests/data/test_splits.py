@@ -5,7 +5,7 @@ import pytest
 from synthetic import SHARED
 
 from persona_jax.data.captions import read_labels
-from persona_jax.data.splits import photos_of, split_people
+from persona_jax.data.splits import grouped_people, photos_of, split_people
 from persona_jax.errors import UserError
 
 # 40 people with 12 photos, 60 with 3, 50 with one.
@@ -67,3 +67,9 @@ def test_lfw_defaults():
     split = split_people(file.split("/")[0] for file in files)
     assert (len(split.test), len(split.validation)) == (100, 40)
     assert len(split.base) == 5_731 - 140
+
+
+def test_portraits_come_in_groups():
+    people = grouped_people(["train-1", "test-0", "train-0", "train-0", "unseen-7", "base-3"])
+    assert people.train == ["train-0", "train-1"]
+    assert (people.validation, people.test, people.base) == (["unseen-7"], ["test-0"], ["base-3"])
