@@ -68,7 +68,8 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             else "stable-diffusion-v1-5/stable-diffusion-v1-5",
             "image_encoder": {
                 "kind": "clip",  # or "dlib"
-                # clip: folder or hub id, where the pipeline has none; dlib: its weights
+                # clip: folder or hub id, where the pipeline has none; dlib: its weights, where they
+                # are not installed (extra "faces")
                 "path": "" if small else "h94/IP-Adapter/models/image_encoder",
                 "sha256": "",  # dlib: of weights to accept beside those known
                 "face_centre": (0.5, 0.532),  # dlib: the face within the photo, as fractions

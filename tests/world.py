@@ -69,6 +69,7 @@ def base_config(people: Path, data_dir: Path) -> ConfigDict:
         config[stage].batch_size = 8
         config[stage].optimizer.steps = 2
     config.vae.tower.update({"block_out_channels": (8, 8), "sample_size": 16})
+    config.vae.tower.latent_channels = 4
     config.vae.tower.update(
         {f"{way}_block_types": config.vae.tower[f"{way}_block_types"][:2] for way in ("down", "up")}
     )
@@ -80,6 +81,8 @@ def base_config(people: Path, data_dir: Path) -> ConfigDict:
     config.unet.tower.update(
         {
             "sample_size": 8,
+            "in_channels": 4,
+            "out_channels": 4,
             "block_out_channels": (8, 16),
             "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
             "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),

@@ -33,7 +33,9 @@ def train_clip(
     folder, clip = workdir / "pipeline", config.clip
     tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
     tokens, _ = pipeline.tokenize(tokenizer, [photos.captions[row] for row in rows])
+    # What follows a caption's end changes nothing before it: the tower is causal.
     end = len(tokenizer) - 1
+    tokens = tokens[:, : (tokens == end).argmax(axis=1).max() + 1]
     text_settings = clip.text.to_dict() | {
         "vocab_size": end + 1,
         "eos_token_id": end,

@@ -6,6 +6,7 @@ and dlib's float32 original (`dlib_face_recognition_resnet_model_v1.dat`, 22 MB,
 """
 
 import hashlib
+import importlib.util
 import json
 import math
 import re
@@ -25,6 +26,15 @@ from persona_jax.models.face_resnet import BLOCKS, SIDE, FaceResNet
 # fractions of the photo: the alignment makes one fixed crop serve for all.
 LFW_CENTRE = (0.5, 0.532)
 LFW_CROP = 0.496
+
+
+def installed_face_weights() -> Path | None:
+    """dlib's `.dat` inside the package `face_recognition_models`, if that is installed."""
+    spec = importlib.util.find_spec("face_recognition_models")
+    if spec is None or spec.origin is None:
+        return None
+    file = Path(spec.origin).parent / "models" / "dlib_face_recognition_resnet_model_v1.dat"
+    return file if file.is_file() else None
 
 
 def load_face_weights(path: str | Path) -> dict:

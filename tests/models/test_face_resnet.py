@@ -1,6 +1,5 @@
 """The face network against torch's operators and against dlib's own answers."""
 
-import importlib.util
 import json
 import pathlib
 
@@ -11,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_jax.interop.face_weights import load_face_weights
+from persona_jax.interop.face_weights import installed_face_weights, load_face_weights
 from persona_jax.models.face_resnet import BLOCKS, FaceResNet, add_padded
 
 HERE = pathlib.Path(__file__).resolve()
@@ -21,11 +20,9 @@ GOLDEN = HERE.with_name("face_resnet_golden.json")
 
 def dlib_weights():
     """dlib's float32 file, where the package that carries it is installed."""
-    spec = importlib.util.find_spec("face_recognition_models")
-    if spec is None:
-        pytest.skip("pip install face_recognition_models for dlib's float32 weights")
-    root = pathlib.Path(spec.submodule_search_locations[0])
-    return root / "models/dlib_face_recognition_resnet_model_v1.dat"
+    return installed_face_weights() or pytest.skip(
+        "pip install face_recognition_models for dlib's float32 weights"
+    )
 
 
 def synthetic_chips():

