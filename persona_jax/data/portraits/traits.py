@@ -149,7 +149,7 @@ def as_vector(names: tuple[str, ...], values: dict) -> Float[np.ndarray, " _"]:
     return np.asarray([values.get(name, 0.0) for name in names], np.float32)
 
 
-def as_dict(names: tuple[str, ...], vector: Float[Array | np.ndarray, " _"]) -> dict:
-    """The reverse of :func:`as_vector`: plain numbers, or JAX scalars from a JAX array."""
+def as_dict(names: tuple[str, ...], vector: Float[Array | np.ndarray, "_ ..."]) -> dict:
+    """The reverse of :func:`as_vector`, by its first axis: plain numbers, or JAX arrays."""
     values = vector.tolist() if isinstance(vector, np.ndarray) else vector
     return {name: values[i] for i, name in enumerate(names)}
