@@ -38,6 +38,8 @@ def main(config, workdir):
     if config.name == "bug":
         raise KeyError("bug")
     if config.name == "interrupt":
+        # As under a terminal; a shell's background job starts with the signal ignored.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.kill(os.getpid(), signal.SIGINT)
         signal.pause()
     print(config.to_json(), workdir)
