@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, IDENTITY, REGIONS
+from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, REGIONS
 
 # How each trait is said when low and when high; in between, and where None, it is not said.
 LOOKS = {
@@ -105,6 +105,3 @@ def _colour(photo: Mapping[str, float], name: str) -> str:
 
 def _list(things: list[str]) -> str:
     return " and ".join([", ".join(things[:-1]), things[-1]] if len(things) > 1 else things)
-
-
-assert set(LOOKS) == set(IDENTITY)

@@ -87,6 +87,10 @@ def test_looks_are_independent_and_rates_differ():
     assert np.abs(np.corrcoef(hides.T) - np.eye(len(traits.REGIONS))).max() < 0.1
 
 
+def test_every_trait_has_its_words():
+    assert set(words.LOOKS) == set(traits.IDENTITY)
+
+
 def all_looks() -> set[str]:
     return {look for both in words.LOOKS.values() for look in both if look}
 
