@@ -13,9 +13,11 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from persona_jax.base.clip import score_clip, train_clip
+from persona_jax.base.reader import score_reader, train_reader
 from persona_jax.base.stage import read_pictures
 from persona_jax.base.unet import train_unet
 from persona_jax.base.vae import score_vae, train_vae
+from persona_jax.base.words import captions_of
 from persona_jax.cli import config_difference, read_config, run_with_config, write_run_files
 from persona_jax.data.tokenizer import learn_tokenizer
 from persona_jax.dataset import open_dataset, rows_of
@@ -37,7 +39,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(f"{len(rows)} photos of {len(people.base)} people; {len(held_out)} photos held out")
     pictures = read_pictures(photos, rows, config)
     folder = workdir / "pipeline"
-    captions = [photos.captions[row] for row in rows]
+    captions = [caption for kind in captions_of(photos, rows) for caption in kind]
     length = config.clip.text.max_position_embeddings
     vocabulary = folder / "tokenizer"
     first_process(lambda: learn_tokenizer(captions, config.vocab_size, length, vocabulary))
@@ -49,6 +51,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     report |= {"clip": score_clip(folder, photos, held_out, config)}
     print(json.dumps(report), flush=True)
     train_unet(config, workdir, mesh, photos, rows)
+    if "reader" in config:
+        train_reader(config, workdir, mesh)
+        report |= {"reader": score_reader(workdir / "reader")}
     text = json.dumps(report, indent=2) + "\n"
     first_process(lambda: (workdir / "report.json").write_text(text))
     print(

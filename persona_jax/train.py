@@ -127,6 +127,7 @@ def encode(
         encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
         cache_dir=Path(config.data.data_dir) / "encoded",
         key=f"train {vae.hash} {eye.hash} {pipeline.text_encoder.hash} {size} {crop}",
+        mirrored=config.flip,
     )
 
 

@@ -1,5 +1,6 @@
 """Second stage: a text and a vision tower that agree, and an eye for who is on a photo."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -17,6 +18,7 @@ from persona_jax.base.stage import (
     save_tower,
     to_float,
 )
+from persona_jax.base.words import captions_of, draw_caption
 from persona_jax.data.photos import Photos
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
@@ -32,10 +34,11 @@ def train_clip(
     """Captions against pictures, and photos of one person drawn together."""
     folder, clip = workdir / "pipeline", config.clip
     tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
-    tokens, _ = pipeline.tokenize(tokenizer, [photos.captions[row] for row in rows])
+    kinds = [pipeline.tokenize(tokenizer, kind)[0] for kind in captions_of(photos, rows)]
+    tokens = np.stack(kinds, axis=1)
     # What follows a caption's end changes nothing before it: the tower is causal.
     end = len(tokenizer) - 1
-    tokens = tokens[:, : (tokens == end).argmax(axis=1).max() + 1]
+    tokens = tokens[..., : (tokens == end).argmax(axis=-1).max() + 1]
     text_settings = clip.text.to_dict() | {
         "vocab_size": end + 1,
         "eos_token_id": end,
@@ -60,14 +63,16 @@ def train_clip(
         }
 
     def loss(params, frozen, batch, step):
-        keys = jax.vmap(jax.random.split)(example_keys(seed, step, batch["index"]))
+        keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(seed, step, batch["index"]))
         views = jnp.concatenate([batch["image"], batch["partner"]])
-        views = jax.vmap(contrastive.augment)(keys.T.reshape(-1), views)
+        if clip.augment:
+            views = jax.vmap(contrastive.augment)(keys[:, :2].T.reshape(-1), views)
         embedded = vision.apply({"params": params["image_encoder"]}, views).embedding
         embedded = contrastive.normalise(embedded)
-        pooled = text.apply({"params": params["text_encoder"]}, batch["tokens"]).pooled
+        ids = draw_caption(keys[:, 2], batch["tokens"], clip.full_captions)
+        pooled = text.apply({"params": params["text_encoder"]}, ids).pooled
         captions = contrastive.normalise(pooled @ params["text_projection"]["kernel"])
-        alike = (batch["tokens"][:, None] == batch["tokens"][None]).all(axis=-1)
+        alike = (ids[:, None] == ids[None]).all(axis=-1)
         scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
         caption = contrastive.caption_loss(embedded[: len(captions)], captions, alike, scale)
         who = jnp.concatenate([batch["person"], batch["person"]])
@@ -75,7 +80,7 @@ def train_clip(
         return caption + weight * identity, {"caption": caption, "identity": identity}
 
     def batches_from(start):
-        for batch in picture_batches(pictures, clip.batch_size, seed + 1, start):
+        for batch in picture_batches(pictures, clip.batch_size, config.flip, seed + 1, start):
             photo, index = batch["photo"], batch["index"]
             yield {
                 "image": batch["image"],
@@ -119,11 +124,58 @@ class Partners:
 
 
 def score_clip(folder: Path, photos: Photos, rows: np.ndarray, config: ConfigDict) -> dict:
-    """How well the image embedding verifies people never seen in training: AUC over pairs."""
+    """How well the image embedding verifies people never seen in training: AUC over pairs.
+
+    And, where full captions describe the person, how often the photo that a caption was made for
+    is the nearest of 64, each of another person.
+    """
     eye = folders.load_tower(folder / "image_encoder", "image_encoder")
     pictures = to_float(read_pictures(photos, rows, config))
     embed = jax.jit(lambda p, x: eye.module.apply({"params": p}, x).embedding)
     embeddings = in_parts(lambda part: embed(eye.params, part), pictures)
     people = [photos.people[row] for row in rows]
     scores = verification(embeddings, people)
+    kinds = captions_of(photos, rows)
+    if len(kinds) > 1:
+        texts = embed_captions(folder, kinds[-1])
+        scores["retrieval"] = retrieval(embeddings, texts, people)
     return {"unseen_people": len(set(people)), **{k: round(v, 4) for k, v in scores.items()}}
+
+
+def embed_captions(folder: Path, captions: list[str]) -> np.ndarray:
+    """Captions in the space of the image embeddings ``[P, D]``."""
+    text = folders.load_tower(folder / "text_encoder", "text_encoder")
+    ids, _ = pipeline.tokenize(pipeline.load_tokenizer(folder / "tokenizer"), captions)
+    files = tensors.TensorFiles([folder / "text_projection.safetensors"], str(folder))
+    shape = (text.module.config.hidden_size, text.module.config.projection_dim)
+    abstract = {
+        "text_projection": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
+        "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
+    embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
+    return in_parts(lambda part: embed(text.params, part), ids)
+
+
+def retrieval(
+    pictures: np.ndarray, texts: np.ndarray, people: Sequence[str], among: int = 64
+) -> float:
+    """Share of captions whose own photo is the nearest of `among`, each of another person.
+
+    Args:
+      pictures, texts: embeddings ``[P, D]`` of photos and of their captions.
+      people: the person of each row; several rounds are made of their 1st, 2nd, … photos.
+    """
+    pictures = pictures / np.linalg.norm(pictures, axis=1, keepdims=True)
+    numbers = dict.fromkeys(people, 0)
+    place = np.empty(len(people), np.int64)
+    for row, person in enumerate(people):
+        place[row], numbers[person] = numbers[person], numbers[person] + 1
+    right = []
+    for number in range(place.max() + 1):
+        rows = np.flatnonzero(place == number)
+        for start in range(0, len(rows) - among + 1, among):
+            chosen = rows[start : start + among]
+            nearest = (texts[chosen] @ pictures[chosen].T).argmax(axis=1)
+            right.append((nearest == np.arange(among)).mean())
+    return float(np.mean(right)) if right else float("nan")

@@ -40,13 +40,13 @@ def in_parts(function, array: np.ndarray, size: int = 64) -> np.ndarray:
 
 
 def picture_batches(
-    pictures: np.ndarray, batch_size: int, seed: int, start: int
+    pictures: np.ndarray, batch_size: int, flip: bool, seed: int, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """{"image" [B, S, S, 3] in [−1, 1], mirrored half of the time, "photo" [B], "index" [B]}."""
+    """{"image" [B, S, S, 3] in [−1, 1], half of them mirrored if `flip`, "photo", "index" [B]}."""
     chosen = photo_batches(
         len(pictures),
         batch_size,
-        flip=True,
+        flip=flip,
         seed=seed,
         start_step=start,
         process_index=jax.process_index(),

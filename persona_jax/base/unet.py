@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, pipeline
 from persona_jax.base.stage import fit_stage, save_tower
+from persona_jax.base.words import captions_of, draw_caption
 from persona_jax.data import images
 from persona_jax.data.encodings import encode_photos
 from persona_jax.data.loader import photo_batches
@@ -38,18 +39,24 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     folder, unet_config = workdir / "pipeline", config.unet
     settings = unet_config.tower.to_dict()
     module = towers.build("unet", settings)
-    first_process(lambda: write_scaffold(folder))
+    first_process(lambda: write_scaffold(folder, unet_config.prediction))
     parts = pipeline.load(str(folder), only=("vae", "text_encoder"))
     text, vae = parts.text_encoder, parts.vae
     encodings = encode_latents(photos, rows, parts, config)
+    kinds = [parts.tokenize(kind)[0] for kind in captions_of(photos, rows)]
+    tokens = np.stack(kinds, axis=1)
     empty, _ = parts.tokenize([""])
     schedule, seed, scale = parts.schedule, config.seed, vae.module.config.scaling_factor
+    gamma = unet_config.min_snr_gamma or None
 
     def loss(params, frozen, batch, step):
         keys = example_keys(seed, step, batch["index"])
-        drop_key, latent_key, noise_key, t_key = jax.vmap(lambda k: jax.random.split(k, 4))(keys).T
+        drop_key, caption_key, latent_key, noise_key, t_key = jax.vmap(
+            lambda k: jax.random.split(k, 5)
+        )(keys).T
         dropped = jax.vmap(jax.random.uniform)(drop_key) < unet_config.empty_caption
-        ids = jnp.where(dropped[:, None], frozen["empty"], batch["tokens"])
+        ids = draw_caption(caption_key, batch["tokens"], unet_config.full_captions)
+        ids = jnp.where(dropped[:, None], frozen["empty"], ids)
         hidden = text.module.apply({"params": frozen["text_encoder"]}, ids).hidden
         source = Source(*project_keys_values(text_kernels(params, module.config), hidden))
         latents = jax.vmap(lambda k, m: draw_latents(k, m, scale))(latent_key, batch["moments"])
@@ -59,13 +66,13 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
         def predict(z, t):
             return module.apply({"params": params}, z, t, (source,))
 
-        return denoising_loss(predict, schedule, latents, noise, t).mean(), {}
+        return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
 
     def batches_from(start):
         chosen = photo_batches(
             len(rows),
             unet_config.batch_size,
-            flip=True,
+            flip=config.flip,
             seed=seed + 2,
             start_step=start,
             process_index=jax.process_index(),
@@ -75,7 +82,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
             photo, side = batch["photo"], batch["flip"].astype(np.int64)
             yield {
                 "moments": encodings.arrays["moments"][photo, side],
-                "tokens": encodings.arrays["tokens"][photo],
+                "tokens": tokens[photo],
                 "index": batch["index"],
             }
 
@@ -111,14 +118,15 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     save_tower(folder, "unet", settings, learnt)
 
 
-def write_scaffold(folder: Path) -> None:
+def write_scaffold(folder: Path, prediction: str) -> None:
     """The small files that make the towers' folders a pipeline."""
-    folders.write_json(folder / "scheduler/scheduler_config.json", STABLE_DIFFUSION)
+    scheduler = STABLE_DIFFUSION | {"prediction_type": prediction}
+    folders.write_json(folder / "scheduler/scheduler_config.json", scheduler)
     folders.write_json(folder / "model_index.json", folders.model_index())
 
 
 def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: ConfigDict):
-    """The moments of every base photo, in both orientations, and its caption's tokens."""
+    """The moments of every base photo, and of its mirror image where the stages flip."""
     vae, size, crop = parts.vae, config.image_size, config.data.crop
     encode = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
 
@@ -130,7 +138,8 @@ def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: Confi
         photos,
         rows,
         encode_images=encode_images,
-        encode_captions=lambda captions: {"tokens": parts.tokenize(captions)[0]},
+        encode_captions=lambda captions: {},
         cache_dir=Path(config.data.data_dir) / "encoded",
         key=f"base {vae.hash} {size} {crop}",
+        mirrored=config.flip,
     )

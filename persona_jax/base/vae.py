@@ -35,7 +35,7 @@ def train_vae(config: ConfigDict, workdir: Path, mesh: Mesh, pictures: np.ndarra
         return total, {"psnr": 10 * jnp.log10(4.0 / squared), "kl": kl}
 
     def batches_from(start):
-        return picture_batches(pictures, config.vae.batch_size, seed, start)
+        return picture_batches(pictures, config.vae.batch_size, config.flip, seed, start)
 
     learnt = fit_stage(
         config,

@@ -27,8 +27,8 @@ class Encodings:
     """Memory-mapped arrays with one row a photo.
 
     Attributes:
-      arrays: by name; [P, 2, ...] (axis 1: as it is, mirrored) for what was made of the picture,
-        [P, ...] for what was made of the caption.
+      arrays: by name; [P, 2, ...] (axis 1: as it is, mirrored; [P, 1, ...] where nothing is
+        mirrored) for what was made of the picture, [P, ...] for what was made of the caption.
       people: the person of each row.
     """
 
@@ -44,24 +44,28 @@ def encode_photos(
     encode_captions: Callable[[list[str]], Arrays],
     cache_dir: str | pathlib.Path,
     key: str,
+    mirrored: bool = True,
     batch_size: int = 32,
 ) -> Encodings:
-    """Encodes the chosen photos in both orientations, or maps what an earlier run has stored.
+    """Encodes the chosen photos, or maps what an earlier run has stored.
 
     Args:
       rows: which photos, in the order wanted.
-      encode_images: pictures to arrays of as many rows; always given 2 * batch_size pictures, so
-        that it compiles once. Crops and sizes are its own business.
+      encode_images: pictures to arrays of as many rows; always given 2 * batch_size pictures
+        (batch_size where nothing is mirrored), so that it compiles once. Crops and sizes are
+        its own business.
       encode_captions: captions to arrays of as many rows; given all of them at once.
       cache_dir: folder for caches, one subfolder each.
       key: whatever the encode functions depend on (content hashes of the towers, sizes, crop).
         The photos themselves are added here.
-      batch_size: photos, each in two orientations, encoded at a time.
+      mirrored: encode each photo's mirror image too.
+      batch_size: photos encoded at a time.
 
     Returns:
       The encodings, mapped from disk.
     """
     people = [photos.people[row] for row in rows]
+    key = key if mirrored else f"{key} as it is"
     name = [key, photos.fingerprint, [photos.key(row) for row in rows]]
     digest = hashlib.sha256(json.dumps(name).encode()).hexdigest()
     place = pathlib.Path(cache_dir).expanduser() / digest[:20]
@@ -75,7 +79,7 @@ def encode_photos(
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
         work = pathlib.Path(temporary) / "encodings"
         work.mkdir()
-        arrays = _encode_images(photos, rows, encode_images, work, batch_size)
+        arrays = _encode_images(photos, rows, encode_images, work, mirrored, batch_size)
         for label, array in encode_captions([photos.captions[row] for row in rows]).items():
             np.save(work / f"{label}.npy", array)
             arrays[label] = array
@@ -90,9 +94,10 @@ def _encode_images(
     rows: Sequence[int] | Int[np.ndarray, " P"],
     encode: Callable[[list[Image.Image]], Arrays],
     work: pathlib.Path,
+    mirrored: bool,
     batch_size: int,
 ) -> Arrays:
-    """Writes [P, 2, ...] arrays to `work`, a batch at a time."""
+    """Writes [P, 2 or 1, ...] arrays to `work`, a batch at a time."""
     files: Arrays = {}
     with tqdm(total=len(rows), desc="encode photos", unit=" photos") as bar:
         for start in range(0, len(rows), batch_size):
@@ -100,9 +105,9 @@ def _encode_images(
             images = [photos.image(row) for row in chosen]
             # The last batch is filled up: one shape, one compilation.
             images += [images[-1]] * (batch_size - len(images))
-            both = encode(images + [ImageOps.mirror(image) for image in images])
-            for label, array in both.items():
-                pairs = np.stack(np.split(np.asarray(array), 2), axis=1)
+            mirrors = [ImageOps.mirror(image) for image in images] if mirrored else []
+            for label, array in encode(images + mirrors).items():
+                pairs = np.stack(np.split(np.asarray(array), 1 + mirrored), axis=1)
                 if label not in files:
                     files[label] = np.lib.format.open_memmap(
                         work / f"{label}.npy", "w+", pairs.dtype, (len(rows), *pairs.shape[1:])

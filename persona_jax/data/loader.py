@@ -35,7 +35,7 @@ def batches(
 
     Args:
       encodings: "moments" [P, 2, h, w, 2C], "embeddings" [P, 2, D], "tokens" [P, T]; axis 1 is
-        the orientation (0 as it is, 1 mirrored).
+        the orientation (0 as it is, 1 mirrored; the latter only where `flip`).
       people_photos: rows of each person's photos, two or more (see splits.photos_of).
       batch_size: over all processes; each yields batch_size / process_count examples.
       n: photos drawn for an example, the target included: N = n - 1.

@@ -72,6 +72,10 @@ class Photos:
         """Photo `i` in RGB, turned the way EXIF says."""
         return images.decode(self.encoded(i))
 
+    def has(self, name: str) -> bool:
+        """Whether :meth:`truth` knows of this feature."""
+        return name in self.source[self.rows[0]]
+
     def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
         """A further feature of every photo, where the dataset has it: "identity" and "scene" of
         portraits (see data/portraits/traits.py), or their "full_caption" ``[P]``."""

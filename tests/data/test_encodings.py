@@ -111,6 +111,15 @@ def test_damaged_cache_is_made_again(photos, tmp_path, capsys, damage):
         np.testing.assert_array_equal(array, again.arrays[name])
 
 
+def test_nothing_is_mirrored_where_left_and_right_differ(photos, tmp_path):
+    both, _ = encode(photos, tmp_path)
+    once, encoder = encode(photos, tmp_path, mirrored=False)
+    assert encoder.sizes == [3, 3, 3]
+    for name in ("moments", "embeddings"):
+        assert once.arrays[name].shape[:2] == (7, 1)
+        np.testing.assert_array_equal(once.arrays[name][:, 0], both.arrays[name][:, 0])
+
+
 def test_interrupted_run_leaves_nothing(photos, tmp_path):
     def fail(texts):
         raise KeyboardInterrupt
