@@ -112,6 +112,7 @@ def unet() -> ConfigDict:
             "full_captions": 0.5,  # share of captions with the looks, where there are such
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,
+            "scored": 256,  # pictures read back at the end, where there is a reader
             "grid_every": 500,
             "grid_steps": 20,
             "grid_guidance": 3.0,

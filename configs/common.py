@@ -4,13 +4,25 @@ from ml_collections import ConfigDict
 
 from persona_jax.errors import UserError
 
-PRESETS = ("lfw", "sd15")
-
-
-def check(preset: str) -> str:
-    if preset not in PRESETS:
-        raise UserError(f"preset {preset!r}; presets: {', '.join(PRESETS)}")
-    return preset
+PRESETS = {
+    "tiny": {
+        "pipeline": "bases/tiny/pipeline",
+        "flip": False,  # partings and moles have a side
+        "data": {"dataset": "portraits", "crop": 1.0},
+    },
+    "lfw": {"pipeline": "bases/lfw/pipeline"},
+    "sd15": {
+        "pipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "image_encoder": {"path": "h94/IP-Adapter/models/image_encoder"},
+        "aggregator": {"width": 512},
+        "batch_size": 64,
+        "optimizer": {"learning_rate": 1e-4, "steps": 50000},
+        "save_every": 1000,
+        "grid_every": 5000,
+        "sampling": {"steps": 50, "guidance": 7.5},
+    },
+}
+"""What each preset changes of an adapter's training on a small base."""
 
 
 def data() -> ConfigDict:
@@ -57,20 +69,19 @@ def mesh() -> ConfigDict:
 
 def adapter(preset: str, aggregator: str) -> ConfigDict:
     """An adapter's training at one of the presets."""
-    small = check(preset) == "lfw"
-    return ConfigDict(
+    if preset not in PRESETS:
+        raise UserError(f"preset {preset!r}; presets: {', '.join(PRESETS)}")
+    config = ConfigDict(
         {
             "preset": preset,
             "method": "adapter",
             "seed": 0,
-            "pipeline": "bases/lfw/pipeline"
-            if small
-            else "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "pipeline": "",  # folder or hub id
             "image_encoder": {
                 "kind": "clip",  # or "dlib"
                 # clip: folder or hub id, where the pipeline has none; dlib: its weights, where they
                 # are not installed (extra "faces")
-                "path": "" if small else "h94/IP-Adapter/models/image_encoder",
+                "path": "",
                 "sha256": "",  # dlib: of weights to accept beside those known
                 "face_centre": (0.5, 0.532),  # dlib: the face within the photo, as fractions
                 "face_side": 0.496,
@@ -80,7 +91,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "kind": aggregator,
                 "depth": 2,
                 "heads": 8,
-                "width": 128 if small else 512,
+                "width": 128,
                 "pooling_heads": 8,
             },
             "references": {"n": 10, "fixed": False},
@@ -90,20 +101,15 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "data": data(),
             "mesh": mesh(),
             "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
-            "batch_size": 32 if small else 64,
+            "batch_size": 32,
             "accumulate": 1,
-            "optimizer": optimizer(
-                1e-3 if small else 1e-4, 1000 if small else 50000, ema_decay=0.999
-            ),
+            "optimizer": optimizer(1e-3, 1000, ema_decay=0.999),
             "log_every": 20,
-            "save_every": 200 if small else 1000,
-            "grid_every": 500 if small else 5000,
+            "save_every": 200,
+            "grid_every": 500,
             "grid": {"people": 6, "samples": 4},
-            "sampling": {
-                "steps": 30 if small else 50,
-                "guidance": 3.0 if small else 7.5,
-                "scale": 1.0,
-                "eta": 0.0,
-            },
+            "sampling": {"steps": 30, "guidance": 3.0, "scale": 1.0, "eta": 0.0},
         }
     )
+    config.update(PRESETS[preset])
+    return config

@@ -16,7 +16,9 @@ from ml_collections import ConfigDict
 from persona_jax.cli import read_config
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
+from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, SelfAttentionAggregator
 from persona_jax.models.attention import Source, project_keys_values
@@ -41,7 +43,11 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
 
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
-    """The trainable tree: fresh, or continuing from the run that ``init_from`` names."""
+    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
+    an IP-Adapter file (the plain layout, ``.safetensors``), or "tiny" for the one in the package.
+
+    A file has no aggregator: a fresh one learns on top.
+    """
     unet = pipeline.unet
     kernels = text_kernels(unet.params, unet.module.config)
     fresh = adapter.init(
@@ -51,7 +57,13 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
         unet.module.config.cross_attention_dim,
         kernels,
     )
-    return start_from(Path(config.init_from), fresh) if config.init_from else fresh
+    if not config.init_from:
+        return fresh
+    place = folders.asset(config.init_from, "ip_adapter.safetensors")
+    if place.suffix == ".safetensors":
+        learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
+        return fresh | learnt
+    return start_from(place, fresh)
 
 
 def start_from(workdir: Path, fresh: Mapping) -> dict:

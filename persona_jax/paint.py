@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
@@ -126,6 +127,27 @@ def make_painter(
         return jnp.clip(pixels, -1.0, 1.0)
 
     return paint
+
+
+def in_batches(
+    painter: Callable[[Mapping, Mapping | None, Request], Array],
+    frozen: Mapping,
+    adapter_params: Mapping | None,
+    request: Request,
+    size: int = 32,
+) -> Float[np.ndarray, "P H W 3"]:
+    """A request for any number of pictures, `size` at a time: one compilation."""
+    count, parts = len(request.keys), []
+    for start in range(0, count, size):
+        part = _some(request, np.minimum(np.arange(start, start + size), count - 1))
+        parts.append(np.asarray(painter(frozen, adapter_params, part)))
+    return np.concatenate(parts)[:count]
+
+
+def _some(request: Request, rows: np.ndarray) -> Request:
+    """The request for some of its pictures; what is not per picture stays."""
+    count = len(request.keys)
+    return jax.tree.map(lambda x: x[rows] if jnp.shape(x)[:1] == (count,) else x, request)
 
 
 def frozen_params(pipeline: Pipeline) -> dict:

@@ -2,9 +2,9 @@
 
 python -m persona_jax.pretrain --config configs/base.py:lfw --workdir bases/lfw
 
-Three stages, each resumable by running the same command again: VAE, CLIP pair, UNet. The people
-kept for validation and test are in none of them. Writes WORKDIR/pipeline, a pipeline folder, and
-WORKDIR/report.json.
+Three stages, each resumable by running the same command again: VAE, CLIP pair, UNet; for drawn
+portraits a fourth, the reader that measures what is painted. The people kept for validation and
+test are in none of them. Writes WORKDIR/pipeline, a pipeline folder, and WORKDIR/report.json.
 """
 
 import json
@@ -13,6 +13,7 @@ from pathlib import Path
 from ml_collections import ConfigDict
 
 from persona_jax.base.clip import score_clip, train_clip
+from persona_jax.base.prompts import score_prompts
 from persona_jax.base.reader import score_reader, train_reader
 from persona_jax.base.stage import read_pictures
 from persona_jax.base.unet import train_unet
@@ -54,6 +55,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     if "reader" in config:
         train_reader(config, workdir, mesh)
         report |= {"reader": score_reader(workdir / "reader")}
+        report |= {"prompts": score_prompts(workdir, config)}
     text = json.dumps(report, indent=2) + "\n"
     first_process(lambda: (workdir / "report.json").write_text(text))
     print(

@@ -37,11 +37,11 @@ def write_people(folder: Path, people: int = 6, photos: int = 4) -> Path:
     return folder
 
 
-def config_of(name: str) -> ConfigDict:
-    """What configs/NAME.py gives by default."""
+def config_of(name: str, *preset: str) -> ConfigDict:
+    """What configs/NAME.py gives, by default or for a preset."""
     sys.path.insert(0, str(ROOT / "configs"))
     try:
-        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"]()
+        return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*preset)
     finally:
         sys.path.remove(str(ROOT / "configs"))
 
@@ -61,9 +61,13 @@ def use_people(config: ConfigDict, people: Path, data_dir: Path) -> None:
 
 
 def base_config(people: Path, data_dir: Path) -> ConfigDict:
-    """Two steps of every stage, at 16 px."""
-    config = config_of("base")
+    """Two steps of every stage, at 16 px, on a folder of people."""
+    config = config_of("base", "lfw")
     use_people(config, people, data_dir)
+    return shrink_base(config)
+
+
+def shrink_base(config: ConfigDict) -> ConfigDict:
     config.update({"image_size": 16, "vocab_size": 560, "log_every": 1})
     for stage in ("vae", "clip", "unet"):
         config[stage].batch_size = 8
@@ -95,9 +99,13 @@ def base_config(people: Path, data_dir: Path) -> ConfigDict:
 
 
 def adapter_config(name: str, people: Path, data_dir: Path, pipeline: Path) -> ConfigDict:
-    """Three steps of configs/NAME.py on the small base."""
-    config = config_of(name)
+    """Three steps of configs/NAME.py on the small base, with a folder of people."""
+    config = config_of(name, "lfw")
     use_people(config, people, data_dir)
+    return shrink_adapter(config, pipeline)
+
+
+def shrink_adapter(config: ConfigDict, pipeline: Path) -> ConfigDict:
     config.update({"pipeline": str(pipeline), "batch_size": 8, "log_every": 1, "save_every": 2})
     config.references.n = 4
     config.optimizer.steps = 3

@@ -198,7 +198,8 @@ def save_tree(params: Mapping, file: Path) -> None:
     """Writes a parameter tree as one safetensors file in torch's names and layouts."""
     flat = traverse_util.flatten_dict(dict(params))
     tensors = {
-        torch_name(path): np.ascontiguousarray(to_torch(path, np.asarray(leaf)))
+        # (ascontiguousarray would make a vector of a scalar)
+        torch_name(path): np.asarray(to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flat.items()
     }
     part = file.with_name(file.name + ".part")

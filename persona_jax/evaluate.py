@@ -1,0 +1,152 @@
+"""Measures, on people never seen in training, how much of a person an adapter's samples keep.
+
+python -m persona_jax.evaluate --workdir runs/sa
+
+For drawn portraits, whose people are known number by number: paints each test person from 1, 3 and
+9 of their photos and reads the traits back off the pictures. Beside it stand the same adapter
+given another person's photos, and real photos of the person. Writes WORKDIR/evaluation/
+report.json, curve.png and a grid.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from persona_jax import methods, paint
+from persona_jax.cli import read_config, run_with_arguments
+from persona_jax.data import images
+from persona_jax.data.portraits import traits
+from persona_jax.data.splits import photos_of
+from persona_jax.dataset import open_dataset
+from persona_jax.errors import UserError
+from persona_jax.eyes import open_eye
+from persona_jax.interop.checkpoints import load_params
+from persona_jax.metrics import fidelity, reading
+from persona_jax.pipeline import open_pipeline
+
+PROMPT = fidelity.prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
+"""A calm face with nothing on it, so that every trait shows."""
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """People → references → pictures → readings → report."""
+    workdir = Path(arguments.workdir)
+    config = read_config(workdir)
+    photos, people = open_dataset(config.data)
+    if not photos.has("identity"):
+        raise UserError(
+            f"evaluate: nobody knows the true traits of {config.data.dataset} people; only runs on "
+            "portraits can be read back"
+        )
+    chosen = getattr(people, arguments.group)[: arguments.people]
+    most = max(arguments.references)
+    if len(chosen) < arguments.people or arguments.people < 2:
+        raise UserError(f"--people {arguments.people}: there are {len(chosen)}, and 2 are needed")
+    sets = photos_of(photos.people, chosen)
+    if min(arguments.references) < 1 or most >= min(map(len, sets)):
+        raise UserError(
+            f"--references {most}: each person has {min(map(len, sets))} photos, of which one is "
+            "held out"
+        )
+    reader = reading.load_reader(Path(config.pipeline).parent / "reader")
+    pipeline = open_pipeline(config)
+    eye = open_eye(config, pipeline)
+    params = load_params(workdir / "checkpoints", "ema" if config.optimizer.ema_decay else "params")
+    identity = photos.truth("identity")[[rows[0] for rows in sets]]
+    hidden = reading.hidden_traits(photos.truth("scene"))
+    embeddings = np.stack([eye.look([photos.image(row) for row in rows[:most]]) for rows in sets])
+    sampling = config.sampling
+    scale = sampling.scale if arguments.scale is None else arguments.scale
+    guidance = sampling.guidance if arguments.guidance is None else arguments.guidance
+    aggregator = methods.make_aggregator(config.aggregator)
+    painter = paint.make_painter(pipeline, aggregator, steps=arguments.steps or sampling.steps)
+    frozen = paint.frozen_params(pipeline)
+    ids, _ = pipeline.tokenize([PROMPT])
+    empty, _ = pipeline.tokenize([""])
+
+    def painted(references: np.ndarray, count: int) -> np.ndarray:
+        """One picture per person and sample ``[P · samples, S, S, 3]``, the same noise for all
+        numbers of references."""
+        total = len(references) * arguments.samples
+        mask = np.zeros((total, most), np.float32)
+        mask[:, :count] = 1
+        request = paint.Request(
+            keys=paint.picture_keys(arguments.seed, total),
+            ids=jnp.repeat(jnp.asarray(ids), total, axis=0),
+            negative_ids=jnp.repeat(jnp.asarray(empty), total, axis=0),
+            references=paint.References(
+                jnp.repeat(jnp.asarray(references), arguments.samples, axis=0),
+                jnp.asarray(mask),
+                scale,
+            ),
+            guidance=guidance,
+            eta=sampling.eta,
+        )
+        return paint.in_batches(painter, frozen, params, request)
+
+    truth = np.repeat(identity, arguments.samples, axis=0)
+    report: dict = {"people": len(chosen), "samples": arguments.samples, "references": {}}
+    report |= {"scale": scale, "guidance": guidance, "prompt": PROMPT, "group": arguments.group}
+    shown = {}
+    for count in arguments.references:
+        shown[count] = painted(embeddings, count)
+        read = reader.read(shown[count]).identity
+        times = np.stack([hidden[rows[:count]].sum(axis=0) for rows in sets])
+        report["references"][count] = fidelity.identity_fidelity(reader, read, truth) | {
+            "by_hiding": fidelity.error_by_hiding(
+                read, truth, np.repeat(times, arguments.samples, axis=0)
+            )
+        }
+    wrong = reader.read(painted(np.roll(embeddings, 1, axis=0), most)).identity
+    report["another_person"] = fidelity.identity_fidelity(reader, wrong, truth)
+    held_out = [rows[-1] for rows in sets]
+    squares = [images.to_model(photos.image(row), pipeline.image_size) for row in held_out]
+    report["held_out_photo"] = fidelity.identity_fidelity(
+        reader, reader.read(np.stack(squares)).identity, identity, 1 - hidden[held_out]
+    )
+    write(workdir / "evaluation", report, photos, sets, shown, pipeline.image_size)
+
+
+def write(out: Path, report: dict, photos, sets, shown: dict[int, np.ndarray], size: int) -> None:
+    """report.json; a grid of the first people: their references, then a sample per number."""
+    out.mkdir(exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    most, samples = max(shown), report["samples"]
+    cells = []
+    for i, rows in enumerate(sets[:8]):
+        references = [np.asarray(photos.image(row).resize((size, size))) for row in rows[:most]]
+        target = np.asarray(photos.image(rows[-1]).resize((size, size)))
+        pictures = [images.to_uint8(shown[count][i * samples]) for count in shown]
+        cells.append([*references, target, *pictures])
+    titles = ["references", *[""] * (most - 1), "held out", *(f"from {n}" for n in shown)]
+    images.grid(cells, titles=titles).save(out / "grid.png")
+    print("| photos | named, of 32 | error of the traits |\n|---|---|---|")
+    rows = {f"{n}": found for n, found in report["references"].items()}
+    rows |= {"another person's": report["another_person"], "a real one": report["held_out_photo"]}
+    for name, found in rows.items():
+        print(f"| {name} | {found['named']:.3f} | {found['error']:.4f} |")
+    print(f"written to {out}")
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--workdir", required=True, help="a run of persona_jax.train")
+    flags.add_argument("--group", choices=("validation", "test"), default="test")
+    flags.add_argument("--people", type=int, default=128)
+    flags.add_argument("--samples", type=int, default=1, help="pictures of each person")
+    flags.add_argument("--references", type=int, nargs="+", default=[1, 3, 9])
+    flags.add_argument("--scale", type=float, help="λ of the adapter")
+    flags.add_argument("--guidance", type=float, help="classifier-free guidance")
+    flags.add_argument("--steps", type=int, help="DDIM steps")
+    flags.add_argument("--seed", type=int, default=0)
+    return flags
+
+
+if __name__ == "__main__":
+    run_with_arguments(parser(), main)

@@ -1,0 +1,70 @@
+"""IP-Adapter's published plain layout: ``image_proj.*`` and ``ip_adapter.{k}.to_k_ip/to_v_ip``.
+
+k numbers the layers as diffusers' ``attn_processors`` does: odd for cross-attention, mid last.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from persona_jax.errors import UserError
+from persona_jax.interop import tensors
+from persona_jax.models.adapter import TOKENS, ImageProjection
+from persona_jax.models.unet import UNetConfig, cross_attention_layers
+
+
+def save_ip_adapter(
+    params: Mapping, config: UNetConfig, file: Path, dtype: DTypeLike = np.float32
+) -> None:
+    """Writes an adapter without its aggregator as one safetensors file that stock diffusers loads.
+
+    params: ``{"image_proj": …, "ip_adapter": {layer: {"to_k", "to_v"}}}``. config: of the UNet.
+    """
+    numbered = {
+        str(2 * i + 1): {
+            f"{name}_ip": params["ip_adapter"][layer][name] for name in ("to_k", "to_v")
+        }
+        for i, layer in enumerate(cross_attention_layers(config))
+    }
+    tree = {"image_proj": params["image_proj"], "ip_adapter": numbered}
+    tensors.save_tree(jax.tree.map(lambda x: np.asarray(x, dtype), tree), file)
+
+
+def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_dim: int) -> dict:
+    """Reads such a file, float32.
+
+    Args:
+      file: the safetensors file.
+      config: of the UNet that it is for.
+      kernels: that UNet's text W_k, W_v, whose shapes the adapter's must have.
+      embedding_dim: D of the image embeddings that it reads.
+
+    Raises:
+      UserError: no such file; every missing, unexpected and misshapen tensor, by name.
+    """
+    if not file.is_file():
+        raise UserError(f"{file}: no such file; expected an IP-Adapter in safetensors")
+    layers = cross_attention_layers(config)
+    projection = ImageProjection(config.cross_attention_dim, TOKENS)
+    abstract = jax.eval_shape(
+        lambda: {
+            "image_proj": projection.init(jax.random.key(0), jnp.zeros((1, embedding_dim)))[
+                "params"
+            ],
+            "ip_adapter": {
+                str(2 * i + 1): {f"{name}_ip": kernels[layer][name] for name in ("to_k", "to_v")}
+                for i, layer in enumerate(layers)
+            },
+        }
+    )
+    found = tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)), dtype=jnp.float32)
+    numbered = [found["ip_adapter"][str(2 * i + 1)] for i in range(len(layers))]
+    renamed = {
+        layer: {"to_k": its["to_k_ip"], "to_v": its["to_v_ip"]}
+        for layer, its in zip(layers, numbered, strict=True)
+    }
+    return {"image_proj": found["image_proj"], "ip_adapter": renamed}

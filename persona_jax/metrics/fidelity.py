@@ -1,0 +1,125 @@
+"""How true painted portraits are: to the prompt, and to the person."""
+
+import numpy as np
+from jaxtyping import Float
+
+from persona_jax.data.portraits import traits, words
+from persona_jax.metrics import reading
+
+AMONG = 32
+"""How many people a picture's person is picked from."""
+
+
+def draw_wishes(count: int, seed: int) -> Float[np.ndarray, "P J"]:
+    """Scenes ``[P, 31]`` that ask for an expression and a background, half of them for a hat, half
+    for glasses, independently; nothing else is on them."""
+    rng = np.random.default_rng((seed, count))
+    wishes = []
+    for _ in range(count):
+        asked = {
+            "expression": int(rng.integers(len(traits.EXPRESSIONS))),
+            "background": int(rng.integers(len(traits.COLOURS))),
+            "hides_hair": rng.random() < 0.5,
+            "hat_colour": int(rng.integers(len(traits.COLOURS))),
+            "glasses": rng.random() < 0.5,
+        }
+        wishes.append(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE | asked))
+    return np.stack(wishes)
+
+
+def prompt_of(scene: Float[np.ndarray, " J"]) -> str:
+    """The photo caption of a scene."""
+    return words.photo_caption(traits.as_dict(traits.SCENE, scene))
+
+
+def prompt_fidelity(
+    readings: reading.Readings, scene: Float[np.ndarray, "P J"]
+) -> dict[str, float]:
+    """Share of pictures that show what was asked for.
+
+    "hat", "glasses" and "smile" count pictures asked for one; "no hat" and "no glasses" those
+    asked for none; "hat_colour" those with a hat asked for; "background" and "expression" all.
+
+    Args:
+      readings: of pictures painted for the scenes' captions.
+      scene: what was asked for, as :func:`draw_wishes` gives it.
+    """
+    hat = scene[:, traits.SCENE.index("hides_hair")] > 0.5
+    glasses = scene[:, traits.SCENE.index("glasses")] > 0.5
+    expression = reading.truth(scene, "expression")
+    smiling = expression == list(traits.EXPRESSIONS).index("smiling")
+    has_hat = readings.hides[:, list(traits.REGIONS).index("hair")] > 0.5
+    has_glasses = readings.choices["glasses"] == 1
+    right = {
+        name: readings.choices[name] == reading.truth(scene, name)
+        for name in ("expression", "background", "hat_colour")
+    }
+    return {
+        "hat": _share(has_hat, hat),
+        "no_hat": _share(~has_hat, ~hat),
+        "hat_colour": _share(right["hat_colour"], hat),
+        "glasses": _share(has_glasses, glasses),
+        "no_glasses": _share(~has_glasses, ~glasses),
+        "background": _share(right["background"]),
+        "smile": _share(right["expression"], smiling),
+        "expression": _share(right["expression"]),
+    }
+
+
+def identity_fidelity(
+    reader: reading.Reader,
+    identity: Float[np.ndarray, "P K"],
+    truth: Float[np.ndarray, "P K"],
+    seen: Float[np.ndarray, "P K"] | None = None,
+) -> dict:
+    """How far the people on pictures are from who they should be.
+
+    Args:
+      reader: what read them.
+      identity: traits read off the pictures.
+      truth: traits of who should be there.
+      seen: which of them the picture shows at all; all, if None.
+
+    Returns:
+      "error": root mean square over pictures and traits (guessing the middle is 0.289);
+      "traits": the same of each; "named": share of pictures whose person is picked from
+      :data:`AMONG`, each from the people next to them in `truth`; NaN with fewer.
+    """
+    seen = np.ones_like(truth) if seen is None else seen
+    squared = (identity - truth) ** 2 * seen
+    spread = np.sqrt(squared.sum(axis=0) / np.maximum(seen.sum(axis=0), 1))
+    people, who = np.unique(truth, axis=0, return_inverse=True)
+    named = []
+    for start in range(0, len(people) - AMONG + 1, AMONG):
+        chosen = (who >= start) & (who < start + AMONG)
+        picked = reader.name(identity[chosen], people[start : start + AMONG])
+        named.append(picked == who[chosen] - start)
+    return {
+        "error": round(float(np.sqrt(squared.sum() / seen.sum())), 4),
+        "named": round(float(np.concatenate(named).mean()), 4) if named else float("nan"),
+        "traits": {
+            name: round(float(value), 3)
+            for name, value in zip(traits.IDENTITY, spread, strict=True)
+        },
+    }
+
+
+def error_by_hiding(
+    identity: Float[np.ndarray, "P K"],
+    truth: Float[np.ndarray, "P K"],
+    hidden: Float[np.ndarray, "P K"],
+) -> dict[int, float]:
+    """Root mean square error of the traits, by how many of the references hide them.
+
+    hidden: that number, for every picture and trait.
+    """
+    count = np.rint(hidden).astype(np.int64)
+    return {
+        int(n): round(float(np.sqrt(((identity - truth) ** 2)[count == n].mean())), 4)
+        for n in np.unique(count)
+    }
+
+
+def _share(right: np.ndarray, among: np.ndarray | None = None) -> float:
+    chosen = right if among is None else right[among]
+    return round(float(chosen.mean()), 4) if len(chosen) else float("nan")

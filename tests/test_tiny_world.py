@@ -1,0 +1,111 @@
+"""The tiny world at its smallest: drawn people, a base and its reader, an adapter, measures."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+from world import config_of, shrink_adapter, shrink_base, use_people
+
+from persona_jax import evaluate, pretrain, probe, train
+from persona_jax.cli import run_with_arguments
+from persona_jax.errors import UserError
+
+
+def few_people(config, data_dir, **people: int) -> None:
+    config.data.data_dir = str(data_dir)
+    config.data.portraits.update({"photos": 4, "size": 16})
+    with config.data.portraits.unlocked():
+        config.data.portraits.people = people
+
+
+def adapter_config(data_dir, base):
+    config = config_of("sa", "tiny")
+    few_people(config, data_dir, train=6, validation=3, test=4)
+    return shrink_adapter(config, base / "pipeline")
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(data_dir, base, workdir of an adapter)."""
+    root = tmp_path_factory.mktemp("tiny")
+    config = config_of("base", "tiny")
+    few_people(config, root / "data", base=8, unseen=64)
+    shrink_base(config)
+    config.clip.batch_size = 16
+    config.unet.scored = 8
+    config.reader.update({"batch_size": 8, "unseen": 8})
+    config.reader.optimizer.steps = 2
+    pretrain.main(config, root / "base")
+    train.main(adapter_config(root / "data", root / "base"), root / "sa")
+    return root / "data", root / "base", root / "sa"
+
+
+def test_the_base_is_scored_by_its_reader(tiny):
+    _, base, _ = tiny
+    report = json.loads((base / "report.json").read_text())
+    assert set(report) == {"vae", "clip", "reader", "prompts"}
+    assert 0 <= report["clip"]["retrieval"] < 0.5
+    assert report["prompts"]["pictures"] == 8
+    assert 0 <= report["prompts"]["background"] <= 1
+    assert Image.open(base / "prompts.png").size[0] > 8 * 16
+
+
+def run_evaluate(workdir, *flags: str) -> None:
+    argv = ["evaluate", "--workdir", str(workdir), "--steps", "2", *flags]
+    run_with_arguments(evaluate.parser(), evaluate.main, argv)
+
+
+def test_evaluation_reads_every_number_of_references(tiny, capsys):
+    _, _, workdir = tiny
+    run_evaluate(workdir, "--people", "4", "--references", "1", "3", "--samples", "2")
+    report = json.loads((workdir / "evaluation" / "report.json").read_text())
+    assert set(report["references"]) == {"1", "3"}
+    for found in (*report["references"].values(), report["another_person"]):
+        assert 0 < found["error"] < 5
+    assert set(report["references"]["1"]["by_hiding"]) <= {"0", "1"}
+    assert "| a real one |" in capsys.readouterr().out
+    # Three references, the held-out photo, a sample from each number.
+    assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 6 * 18 + 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--people", "5", "--references", "1"], "--people"),
+        (["--people", "4", "--references", "4"], "--references"),
+        (["--people", "4", "--references", "0"], "--references"),
+    ],
+)
+def test_wrong_flags_of_evaluate(tiny, capsys, flags, word):
+    with pytest.raises(SystemExit) as stop:
+        run_evaluate(tiny[2], *flags)
+    assert stop.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+def test_the_probe_tells_aggregators_apart_on_unseen_people(tiny, tmp_path, monkeypatch, capsys):
+    data, base, _ = tiny
+    monkeypatch.setattr(probe, "STEPS", 3)
+    monkeypatch.setattr(probe, "SIZES", (1, 3))
+    probe.main(adapter_config(data, base), tmp_path)
+    table = json.loads((tmp_path / "probe.json").read_text())
+    assert set(table) == set(probe.KINDS)
+    # Three steps teach nothing: everyone is guessed to be about the middle.
+    errors = np.array([list(row.values()) for row in table.values()])
+    assert errors.shape == (4, 2)
+    assert ((errors > 0.2) & (errors < 0.5)).all()
+
+
+def test_people_nobody_knows_by_number_cannot_be_probed(tiny, tmp_path):
+    data, base, _ = tiny
+    config = adapter_config(data, base)
+    (tmp_path / "people").mkdir()
+    for person in "abcd":
+        (tmp_path / "people" / person).mkdir()
+        for number in range(4):
+            picture = Image.new("RGB", (16, 16), (10 * number, 9, 99))
+            picture.save(tmp_path / "people" / person / f"{number}.png")
+    use_people(config, tmp_path / "people", tmp_path / "data")
+    with pytest.raises(UserError, match="portraits"):
+        probe.main(config, tmp_path)
