@@ -4,8 +4,8 @@ python -m persona_jax.evaluate --workdir runs/sa
 
 For drawn portraits, whose people are known number by number: paints each test person from 1, 3 and
 9 of their photos and reads the traits back off the pictures. Beside it stand the same adapter
-given another person's photos, and real photos of the person. Writes WORKDIR/evaluation/
-report.json, curve.png and a grid.
+given another person's photos, and real photos of the person. Writes report.json, curve.svg
+(identity by number of photos) and grid.png into WORKDIR/evaluation.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.eyes import open_eye
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.metrics import fidelity, reading
+from persona_jax.metrics import fidelity, plots, reading
 from persona_jax.pipeline import open_pipeline
 
 PROMPT = fidelity.prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
@@ -114,6 +114,7 @@ def write(out: Path, report: dict, photos, sets, shown: dict[int, np.ndarray], s
     """report.json; a grid of the first people: their references, then a sample per number."""
     out.mkdir(exist_ok=True)
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    (out / "curve.svg").write_text(curve(report))
     most, samples = max(shown), report["samples"]
     cells = []
     for i, rows in enumerate(sets[:8]):
@@ -129,6 +130,16 @@ def write(out: Path, report: dict, photos, sets, shown: dict[int, np.ndarray], s
     for name, found in rows.items():
         print(f"| {name} | {found['named']:.3f} | {found['error']:.4f} |")
     print(f"written to {out}")
+
+
+def curve(report: dict) -> str:
+    """Identity by number of photos, between another person's photos and a real one."""
+    named = {count: found["named"] for count, found in report["references"].items()}
+    lines = {"samples": named}
+    for name in ("held_out_photo", "another_person"):
+        lines[name.replace("_", " ")] = dict.fromkeys(named, report[name]["named"])
+    title = f"samples that name the right one of {fidelity.AMONG}"
+    return plots.line_plot(lines, title=title, x_label="reference photos", top=1.0)
 
 
 def parser() -> argparse.ArgumentParser:
