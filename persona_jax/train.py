@@ -3,7 +3,8 @@
 python -m persona_jax.train --config configs/sa.py:lfw --workdir runs/sa
 
 Run the same command again to resume. Writes into WORKDIR: checkpoints/, metrics.jsonl,
-tensorboard/, grids/ (references | target | samples, for people not trained on), config.json.
+tensorboard/, grids/ (references | target | samples, for people not trained on), example/ (photos
+of one of them, to sample with), config.json.
 """
 
 from collections.abc import Sequence
@@ -21,7 +22,7 @@ from persona_jax.data import images
 from persona_jax.data.encodings import Encodings, encode_photos
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
-from persona_jax.data.splits import photos_of
+from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step
@@ -97,9 +98,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
         },
     )
     if jax.process_index() == 0:
+        write_example(workdir / "example", photos, people, config.references.n)
         print(
-            f"{int(state.step)} steps done. Look at {workdir}/grids, then paint someone:\n"
-            f"  python -m persona_jax.sample --workdir {workdir} --photos a.jpg b.jpg "
+            f"{int(state.step)} steps done. Look at {workdir}/grids, then paint someone, with your "
+            f"own photos or these:\n"
+            f"  python -m persona_jax.sample --workdir {workdir} --photos {workdir}/example/*.png "
             f'--prompt "a photo of a smiling person" --num 8 --out out'
         )
 
@@ -131,21 +134,33 @@ def encode(
     )
 
 
+def not_trained_on(people: People) -> list[str]:
+    """Whom to show: validation people where there are any, else people trained on."""
+    return people.validation or people.train
+
+
+def write_example(folder: Path, photos: Photos, people: People, n: int) -> None:
+    """The references of the grids' first person, as files to sample with."""
+    (rows,) = photos_of(photos.people, not_trained_on(people)[:1])
+    folder.mkdir(exist_ok=True)
+    for i, row in enumerate(rows[:n][:-1]):
+        photos.image(row).save(folder / f"{i + 1}.png")
+
+
 def grid_drawer(
     config: ConfigDict,
     workdir: Path,
     photos: Photos,
-    people,
+    people: People,
     pipeline: Pipeline,
     eye: Eye,
 ):
     """A callback that paints people not trained on beside their references and target.
 
-    Validation people where there are any, else people trained on. Always the same people, photos,
-    prompts and seeds, so that grids can be compared.
+    Always the same people, photos, prompts and seeds, so that grids can be compared.
     """
     grid, n = config.grid, config.references.n
-    shown = (people.validation or people.train)[: grid.people]
+    shown = not_trained_on(people)[: grid.people]
     rows = [found[:n] for found in photos_of(photos.people, shown)]
     targets = [photos.image(found[-1]) for found in rows]
     references = [[photos.image(row) for row in found[:-1]] for found in rows]

@@ -61,6 +61,7 @@ def test_run_leaves_what_the_readme_says(world):
     width, height = Image.open(workdir / "grids" / "step_000003.png").size
     assert (width, height) == (6 * 18 + 2, 18 + 2 + 14)
     assert (workdir / "config.json").exists()
+    assert sorted(p.name for p in (workdir / "example").iterdir()) == ["1.png", "2.png", "3.png"]
 
 
 def test_stock_diffusers_opens_the_base(world):

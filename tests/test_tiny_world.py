@@ -2,14 +2,23 @@
 
 import json
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from world import config_of, shrink_adapter, shrink_base, use_people
 
-from persona_jax import evaluate, pretrain, probe, train
+from persona_jax import evaluate, methods, pipeline, pretrain, probe, train
+from persona_jax.base import ship
 from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
+from persona_jax.interop.checkpoints import load_params
+from persona_jax.metrics import reading
+
+
+def assert_close(ours, theirs) -> None:
+    """Equal up to half precision."""
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), ours, theirs)
 
 
 def few_people(config, data_dir, **people: int) -> None:
@@ -95,6 +104,31 @@ def test_the_probe_tells_aggregators_apart_on_unseen_people(tiny, tmp_path, monk
     errors = np.array([list(row.values()) for row in table.values()])
     assert errors.shape == (4, 2)
     assert ((errors > 0.2) & (errors < 0.5)).all()
+
+
+def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
+    data, base, _ = tiny
+    config = adapter_config(data, base)
+    config.aggregator.kind = "first"
+    train.main(config, tmp_path / "ip")
+    argv = ["ship", "--base", str(base), "--adapter", str(tmp_path / "ip")]
+    run_with_arguments(ship.parser(), ship.main, [*argv, "--out", str(tmp_path / "out")])
+
+    whole, packed = (pipeline.load(str(place / "pipeline")) for place in (base, tmp_path / "out"))
+    for tower in ("unet", "vae", "text_encoder", "image_encoder"):
+        assert_close(getattr(packed, tower).params, getattr(whole, tower).params)
+    both = [parts.tokenize(["a red hat"])[0] for parts in (whole, packed)]
+    np.testing.assert_array_equal(*both)
+    reading.load_reader(tmp_path / "out" / "reader")
+
+    # A set method goes on from the packed adapter.
+    config = adapter_config(data, tmp_path / "out")
+    config.init_from = str(tmp_path / "out" / "ip_adapter.safetensors")
+    begun = methods.init_adapter(config, packed, 16)
+    learnt = load_params(tmp_path / "ip" / "checkpoints", "ema")
+    for part in ("image_proj", "ip_adapter"):
+        assert_close(begun[part], learnt[part])
+    assert begun["aggregator"]
 
 
 def test_people_nobody_knows_by_number_cannot_be_probed(tiny, tmp_path):
