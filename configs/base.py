@@ -46,6 +46,9 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     config.flip = False
     config.clip.augment = False
+    config.vae.optimizer.steps = 1600
+    config.clip.optimizer.steps = 2500
+    config.unet.optimizer.steps = 8000
     config.reader = reader()
     return config
 
@@ -139,6 +142,6 @@ def reader() -> ConfigDict:
             "batch_size": 64,
             "noise": 0.15,  # at most so much of it on a picture in [-1, 1]
             "unseen": 512,  # people to measure its errors on
-            "optimizer": common.optimizer(1e-3, 4000, schedule="cosine"),
+            "optimizer": common.optimizer(1e-3, 3000, schedule="cosine"),
         }
     )
