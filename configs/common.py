@@ -10,7 +10,12 @@ PRESETS = {
         "flip": False,  # partings and moles have a side
         "data": {"dataset": "portraits", "crop": 1.0},
     },
-    "lfw": {"pipeline": "bases/lfw/pipeline"},
+    "lfw": {
+        "pipeline": "bases/lfw/pipeline",
+        "optimizer": {"steps": 4000},
+        "save_every": 500,
+        "grid_every": 1000,
+    },
     "sd15": {
         "pipeline": "stable-diffusion-v1-5/stable-diffusion-v1-5",
         "image_encoder": {"path": "h94/IP-Adapter/models/image_encoder"},
