@@ -16,7 +16,7 @@ from persona_jax.base.clip import score_clip, train_clip
 from persona_jax.base.prompts import score_prompts
 from persona_jax.base.reader import score_reader, train_reader
 from persona_jax.base.stage import read_pictures
-from persona_jax.base.unet import train_unet
+from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
 from persona_jax.base.words import captions_of
 from persona_jax.cli import config_difference, read_config, run_with_config, write_run_files
@@ -44,6 +44,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     length = config.clip.text.max_position_embeddings
     vocabulary = folder / "tokenizer"
     first_process(lambda: learn_tokenizer(captions, config.vocab_size, length, vocabulary))
+    first_process(lambda: write_scaffold(folder, config.unet.prediction))
 
     train_vae(config, workdir, mesh, pictures)
     report = {"vae": score_vae(folder, read_pictures(photos, held_out[:256], config))}

@@ -19,16 +19,16 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from persona_jax import methods
+from persona_jax import methods, pipeline
 from persona_jax.cli import run_with_config
+from persona_jax.data.encodings import Encodings, encode_photos
 from persona_jax.data.loader import batches
+from persona_jax.data.photos import Photos
 from persona_jax.data.splits import photos_of
 from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.errors import UserError
-from persona_jax.eyes import open_eye
+from persona_jax.eyes import Eye, open_eye
 from persona_jax.models.aggregators import Aggregator
-from persona_jax.pipeline import open_pipeline
-from persona_jax.train import encode
 
 KINDS = ("first", "max", "avg", "self_attention")
 SIZES = (1, 3, 9)
@@ -43,16 +43,19 @@ def main(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"probe: nobody knows the true traits of {config.data.dataset} people; use portraits"
         )
-    pipeline = open_pipeline(config)
-    eye = open_eye(config, pipeline)
-    data = {}
+    # The eye alone: a base whose UNet is yet to be trained is what this is for.
+    wanted = ("image_encoder",) if config.image_encoder.kind == "clip" else ()
+    path = config.image_encoder.path or None
+    parts = pipeline.load(config.pipeline, only=wanted, image_encoder=path if wanted else None)
+    eye = open_eye(config, parts)
+    data, identity = {}, photos.truth("identity")
     for group in ("train", "validation"):
         chosen = getattr(people, group)
         rows = rows_of(photos, chosen)
-        encodings = encode(photos, rows, pipeline, eye, config)
+        encodings = embed(photos, rows, eye, config)
         sets = photos_of(encodings.people, chosen)
-        embeddings = np.array(encodings.arrays["embeddings"])[:, :1]
-        data[group] = embeddings, photos.truth("identity")[rows], sets
+        embeddings = np.array(encodings.arrays["embeddings"])
+        data[group] = embeddings, identity[rows], sets
     table = {}
     for kind in KINDS:
         changed = ConfigDict(config.aggregator.to_dict() | {"kind": kind})
@@ -66,6 +69,22 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print("|---|" + "---|" * len(SIZES))
     for kind, errors in table.items():
         print(f"| {kind} | " + " | ".join(f"{error:.4f}" for error in errors.values()) + " |")
+
+
+def embed(photos: Photos, rows: np.ndarray, eye: Eye, config: ConfigDict) -> Encodings:
+    """Image embeddings of the chosen photos ``[P, 1, D]``, computed once."""
+    look = jax.jit(eye.embed)
+    return encode_photos(
+        photos,
+        rows,
+        encode_images=lambda pictures: {
+            "embeddings": look(eye.params, np.stack([eye.preprocess(p) for p in pictures]))
+        },
+        encode_captions=lambda captions: {},
+        cache_dir=Path(config.data.data_dir) / "encoded",
+        key=f"probe {eye.hash}",
+        mirrored=False,
+    )
 
 
 def predict(

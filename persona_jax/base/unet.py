@@ -23,7 +23,7 @@ from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL, draw_latents
-from persona_jax.training.mesh import first_process, to_host
+from persona_jax.training.mesh import to_host
 
 PROMPTS = (
     "a photo of a smiling person",
@@ -39,7 +39,6 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     folder, unet_config = workdir / "pipeline", config.unet
     settings = unet_config.tower.to_dict()
     module = towers.build("unet", settings)
-    first_process(lambda: write_scaffold(folder, unet_config.prediction))
     parts = pipeline.load(str(folder), only=("vae", "text_encoder"))
     text, vae = parts.text_encoder, parts.vae
     encodings = encode_latents(photos, rows, parts, config)
