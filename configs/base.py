@@ -1,6 +1,6 @@
 """A small base with Stable Diffusion's layout, trained from captioned pictures.
 
-`--config configs/base.py:tiny`: drawn portraits, the base that comes with the package.
+`--config configs/base.py:tiny`: drawn portraits.
 `--config configs/base.py:lfw`: photos of LFW; an hour of two CPU cores.
 Both: 64 px, 16×16×8 latents.
 """
@@ -46,7 +46,6 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     config.flip = False
     config.clip.augment = False
-    config.vae.optimizer.steps = 1600
     config.clip.optimizer.steps = 2500
     config.unet.optimizer.steps = 8000
     config.reader = reader()

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from persona_jax.cli import read_config
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
-from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter
@@ -43,8 +42,8 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
 
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
-    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
-    an IP-Adapter file (the plain layout, ``.safetensors``), or "tiny" for the one in the package.
+    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run
+    or an IP-Adapter file (the plain layout, ``.safetensors``).
 
     A file has no aggregator: a fresh one learns on top.
     """
@@ -59,7 +58,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
     )
     if not config.init_from:
         return fresh
-    place = folders.asset(config.init_from, "ip_adapter.safetensors")
+    place = Path(config.init_from).expanduser()
     if place.suffix == ".safetensors":
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
         return fresh | learnt

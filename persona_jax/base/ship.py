@@ -1,6 +1,6 @@
-"""Packs a finished base, its reader and a plain adapter into the folder that the package ships.
+"""Packs a finished base, its reader and a plain adapter, in half precision, to be shipped.
 
-python -m persona_jax.base.ship --base bases/tiny --adapter runs/ip --out persona_jax/assets/tiny
+python -m persona_jax.base.ship --base bases/tiny --adapter runs/ip --out tiny
 """
 
 import argparse

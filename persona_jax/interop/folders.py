@@ -67,22 +67,12 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
 }
 
 
-ASSETS = Path(__file__).parents[1] / "assets"
-
-
-def asset(name: str, part: str) -> Path:
-    """A part of what comes with the package where `name` is one of those ("tiny"), else the path
-    that `name` is."""
-    return ASSETS / name / part if name in ("tiny",) else Path(name).expanduser()
-
-
 def find(path_or_id: str) -> Path:
-    """A pipeline folder: "tiny" for the one in the package, a local one, or a hub id's snapshot,
-    downloaded when first asked for.
+    """A pipeline folder: a local one, or a hub id's snapshot, downloaded when first asked for.
 
     A hub id reads ``owner/name``, or ``owner/name/folder`` for a folder within.
     """
-    local = asset(path_or_id, "pipeline")
+    local = Path(path_or_id).expanduser()
     if path_or_id and local.is_dir():
         return local
     owner, name, *inside = [*path_or_id.split("/"), ""]
