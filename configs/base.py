@@ -110,7 +110,6 @@ def unet() -> ConfigDict:
             # A network this small never learns to hand on the noise as it is, which is what
             # "epsilon" asks of it where there is little else: faces stay blotches.
             "prediction": "v_prediction",
-            "min_snr_gamma": 0.0,  # 0: off
             "full_captions": 0.5,  # share of captions with the looks, where there are such
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,

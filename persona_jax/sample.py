@@ -55,23 +55,22 @@ def main(arguments: argparse.Namespace) -> None:
     aggregator = methods.make_aggregator(config.aggregator)
     painter = paint.make_painter(pipeline, aggregator, steps=settings["steps"])
     frozen = paint.frozen_params(pipeline)
-    batch = min(arguments.num, arguments.batch_size)
-    pictures = []
-    for first in range(0, arguments.num, batch):
-        request = paint.Request(
-            keys=paint.picture_keys(arguments.seed, batch, first),
-            ids=jnp.repeat(jnp.asarray(ids), batch, axis=0),
-            negative_ids=jnp.repeat(jnp.asarray(negative), batch, axis=0),
-            references=paint.References(
-                jnp.repeat(embeddings[None], batch, axis=0),
-                jnp.repeat(jnp.asarray([weights], jnp.float32), batch, axis=0),
-                settings["scale"],
-            ),
-            guidance=settings["guidance"],
-            eta=settings["eta"],
-        )
-        pictures.extend(images.to_uint8(np.asarray(painter(frozen, params, request))))
-    pictures = pictures[: arguments.num]
+    num = arguments.num
+    request = paint.Request(
+        keys=paint.picture_keys(arguments.seed, num),
+        ids=jnp.repeat(jnp.asarray(ids), num, axis=0),
+        negative_ids=jnp.repeat(jnp.asarray(negative), num, axis=0),
+        references=paint.References(
+            jnp.repeat(embeddings[None], num, axis=0),
+            jnp.repeat(jnp.asarray([weights], jnp.float32), num, axis=0),
+            settings["scale"],
+        ),
+        guidance=settings["guidance"],
+        eta=settings["eta"],
+    )
+    size = min(num, arguments.batch_size)
+    painted = paint.in_batches(painter, frozen, params, request, size)
+    pictures = list(images.to_uint8(painted))
 
     record = {
         "workdir": str(workdir.absolute()),

@@ -46,7 +46,6 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     tokens = np.stack(kinds, axis=1)
     empty, _ = parts.tokenize([""])
     schedule, seed, scale = parts.schedule, config.seed, vae.module.config.scaling_factor
-    gamma = unet_config.min_snr_gamma or None
 
     def loss(params, frozen, batch, step):
         keys = example_keys(seed, step, batch["index"])
@@ -65,7 +64,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
         def predict(z, t):
             return module.apply({"params": params}, z, t, (source,))
 
-        return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
+        return denoising_loss(predict, schedule, latents, noise, t).mean(), {}
 
     def batches_from(start):
         chosen = photo_batches(

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from world import SHARED
+from stock import SHARED, TINY_UNET
 
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter
@@ -15,16 +15,6 @@ from persona_jax.models import adapter, towers
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.unet import text_kernels
 
-SMALL = {
-    "sample_size": 8,
-    "block_out_channels": (8, 16),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 12,
-    "norm_num_groups": 4,
-}
 DIM = 10
 
 
@@ -52,7 +42,7 @@ def test_names_and_shapes_are_those_published(tmp_path):
 
 
 def test_a_file_comes_back(tmp_path):
-    params, config, kernels = make(SMALL, DIM)
+    params, config, kernels = make(TINY_UNET, DIM)
     params = jax.tree.map(lambda x: x + 0.1, params)
     save_ip_adapter(params, config, tmp_path / "a.safetensors")
     again = load_ip_adapter(tmp_path / "a.safetensors", config, kernels, DIM)
@@ -62,7 +52,7 @@ def test_a_file_comes_back(tmp_path):
 
 
 def test_what_does_not_fit_is_named(tmp_path):
-    params, config, kernels = make(SMALL, DIM)
+    params, config, kernels = make(TINY_UNET, DIM)
     file = tmp_path / "a.safetensors"
     save_ip_adapter(params, config, file)
     found = load_file(file)
