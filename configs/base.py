@@ -76,7 +76,9 @@ def clip() -> ConfigDict:
         {
             "batch_size": 64,
             "augment": True,  # flip, shift and recolour
-            "full_captions": 0.8,  # share of captions with the looks, where there are such
+            # Where captions of looks exist, most show nothing else: the scene alone would tell
+            # a batch's photos apart, and the tower would never learn to see who is on them.
+            "captions": {"full": 0.2, "looks": 0.6},
             "identity_weight": 1.0,
             "identity_temperature": 0.1,
             "optimizer": common.optimizer(1e-3, 1200, schedule="cosine", weight_decay=0.05),
@@ -110,7 +112,7 @@ def unet() -> ConfigDict:
             # A network this small never learns to hand on the noise as it is, which is what
             # "epsilon" asks of it where there is little else: faces stay blotches.
             "prediction": "v_prediction",
-            "full_captions": 0.5,  # share of captions with the looks, where there are such
+            "captions": {"full": 0.5, "looks": 0.0},  # shares; the rest are plain
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,
             "scored": 256,  # pictures read back at the end, where there is a reader

@@ -40,7 +40,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(f"{len(rows)} photos of {len(people.base)} people; {len(held_out)} photos held out")
     pictures = read_pictures(photos, rows, config)
     folder = workdir / "pipeline"
-    captions = [caption for kind in captions_of(photos, rows) for caption in kind]
+    captions = [caption for kind in captions_of(photos, rows).values() for caption in kind]
     length = config.clip.text.max_position_embeddings
     vocabulary = folder / "tokenizer"
     first_process(lambda: learn_tokenizer(captions, config.vocab_size, length, vocabulary))

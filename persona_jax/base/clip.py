@@ -18,7 +18,7 @@ from persona_jax.base.stage import (
     save_tower,
     to_float,
 )
-from persona_jax.base.words import captions_of, draw_caption
+from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data.photos import Photos
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
@@ -34,8 +34,9 @@ def train_clip(
     """Captions against pictures, and photos of one person drawn together."""
     folder, clip = workdir / "pipeline", config.clip
     tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
-    kinds = [pipeline.tokenize(tokenizer, kind)[0] for kind in captions_of(photos, rows)]
-    tokens = np.stack(kinds, axis=1)
+    kinds = captions_of(photos, rows)
+    odds = odds_of(kinds, clip.captions)
+    tokens = np.stack([pipeline.tokenize(tokenizer, kind)[0] for kind in kinds.values()], axis=1)
     # What follows a caption's end changes nothing before it: the tower is causal.
     end = len(tokenizer) - 1
     tokens = tokens[..., : (tokens == end).argmax(axis=-1).max() + 1]
@@ -69,7 +70,7 @@ def train_clip(
             views = jax.vmap(contrastive.augment)(keys[:, :2].T.reshape(-1), views)
         embedded = vision.apply({"params": params["image_encoder"]}, views).embedding
         embedded = contrastive.normalise(embedded)
-        ids = draw_caption(keys[:, 2], batch["tokens"], clip.full_captions)
+        ids = draw_caption(keys[:, 2], batch["tokens"], odds)
         pooled = text.apply({"params": params["text_encoder"]}, ids).pooled
         captions = contrastive.normalise(pooled @ params["text_projection"]["kernel"])
         alike = (ids[:, None] == ids[None]).all(axis=-1)
@@ -136,8 +137,8 @@ def score_clip(folder: Path, photos: Photos, rows: np.ndarray, config: ConfigDic
     people = [photos.people[row] for row in rows]
     scores = verification(embeddings, people)
     kinds = captions_of(photos, rows)
-    if len(kinds) > 1:
-        texts = embed_captions(folder, kinds[-1])
+    if "full" in kinds:
+        texts = embed_captions(folder, kinds["full"])
         scores["retrieval"] = retrieval(embeddings, texts, people)
     return {"unseen_people": len(set(people)), **{k: round(v, 4) for k, v in scores.items()}}
 

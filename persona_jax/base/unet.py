@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, pipeline
 from persona_jax.base.stage import fit_stage, save_tower
-from persona_jax.base.words import captions_of, draw_caption
+from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data import images
 from persona_jax.data.encodings import encode_photos
 from persona_jax.data.loader import photo_batches
@@ -42,8 +42,9 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     parts = pipeline.load(str(folder), only=("vae", "text_encoder"))
     text, vae = parts.text_encoder, parts.vae
     encodings = encode_latents(photos, rows, parts, config)
-    kinds = [parts.tokenize(kind)[0] for kind in captions_of(photos, rows)]
-    tokens = np.stack(kinds, axis=1)
+    kinds = captions_of(photos, rows)
+    odds = odds_of(kinds, unet_config.captions)
+    tokens = np.stack([parts.tokenize(kind)[0] for kind in kinds.values()], axis=1)
     empty, _ = parts.tokenize([""])
     schedule, seed, scale = parts.schedule, config.seed, vae.module.config.scaling_factor
 
@@ -53,7 +54,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
             lambda k: jax.random.split(k, 5)
         )(keys).T
         dropped = jax.vmap(jax.random.uniform)(drop_key) < unet_config.empty_caption
-        ids = draw_caption(caption_key, batch["tokens"], unet_config.full_captions)
+        ids = draw_caption(caption_key, batch["tokens"], odds)
         ids = jnp.where(dropped[:, None], frozen["empty"], ids)
         hidden = text.module.apply({"params": frozen["text_encoder"]}, ids).hidden
         source = Source(*project_keys_values(text_kernels(params, module.config), hidden))

@@ -1,28 +1,42 @@
-"""The captions a base learns from: a photo may have several, and each step draws one."""
+"""The captions a base learns from: a photo may have several kinds, and each step draws one."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, Key
+from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.data.photos import Photos
 
 
-def captions_of(photos: Photos, rows: Sequence[int] | Int[np.ndarray, " P"]) -> list[list[str]]:
-    """One list of P captions per kind: what may change from photo to photo; and, of portraits,
-    the same with the looks that the photo shows."""
-    plain = [photos.captions[row] for row in rows]
-    if not photos.has("full_caption"):
-        return [plain]
-    full = photos.truth("full_caption")
-    return [plain, [str(full[row]) for row in rows]]
+def captions_of(
+    photos: Photos, rows: Sequence[int] | Int[np.ndarray, " P"]
+) -> dict[str, list[str]]:
+    """P captions by kind.
+
+    "plain" says what may change from photo to photo; of portraits, "looks" says what the photo
+    shows of the person, and "full" both.
+    """
+    kinds = {"plain": [photos.captions[row] for row in rows]}
+    for kind in ("full", "looks"):
+        if photos.has(f"{kind}_caption"):
+            texts = photos.truth(f"{kind}_caption")
+            kinds[kind] = [str(texts[row]) for row in rows]
+    return kinds
+
+
+def odds_of(kinds: Collection[str], shares: Mapping[str, float]) -> Float[np.ndarray, " V"]:
+    """How often each of the V kinds is drawn: its share; "plain" has what is left, and the shares
+    of kinds that the photos lack."""
+    odds = {kind: float(shares.get(kind, 0.0)) for kind in kinds}
+    odds["plain"] = 1.0 - sum(odds.values())
+    return np.asarray([odds[kind] for kind in kinds], np.float32)
 
 
 def draw_caption(
-    keys: Key[Array, " B"], tokens: Int[Array, "B V T"], full: float
+    keys: Key[Array, " B"], tokens: Int[Array, "B V T"], odds: Float[Array | np.ndarray, " V"]
 ) -> Int[Array, "B T"]:
-    """The full caption, the last of V, with probability `full`; else the plain one."""
-    chosen = jax.vmap(jax.random.uniform)(keys) < full
-    return jnp.where(chosen[:, None], tokens[:, -1], tokens[:, 0])
+    """One of the V kinds for each photo, drawn with these odds."""
+    draw = jax.vmap(lambda key: jax.random.choice(key, len(odds), p=jnp.asarray(odds)))
+    return jnp.take_along_axis(tokens, draw(keys)[:, None, None], axis=1)[:, 0]

@@ -5,30 +5,36 @@ import jax.numpy as jnp
 import numpy as np
 
 from persona_jax.base.clip import retrieval
-from persona_jax.base.words import captions_of, draw_caption
+from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data.photos import load_photos
 from persona_jax.data.portraits.builder import Settings
 
 
-def test_portraits_have_full_captions_too(tmp_path):
+def test_portraits_have_captions_with_looks_and_of_looks_alone(tmp_path):
     settings = Settings({"base": 3}, photos=2, size=16)
     photos = load_photos("portraits", tmp_path, portraits=settings)
     rows = [5, 0, 2]
-    plain, full = captions_of(photos, rows)
+    kinds = captions_of(photos, rows)
+    assert list(kinds) == ["plain", "full", "looks"]
+    plain, full, looks = kinds.values()
     assert plain == [photos.captions[row] for row in rows]
     for short, long in zip(plain, full, strict=True):
         assert long.startswith(short.split(" person")[0])
         assert len(long) > len(short)
+    assert not any("photo" in text or "background" in text for text in looks)
 
 
-def test_a_share_of_the_draws_is_full():
+def test_each_kind_is_drawn_as_often_as_its_share_says():
     keys = jax.random.split(jax.random.key(0), 2000)
-    tokens = jnp.stack([jnp.zeros((2000, 3), int), jnp.ones((2000, 3), int)], axis=1)
-    drawn = np.asarray(draw_caption(keys, tokens, 0.3))
+    tokens = jnp.stack([jnp.full((2000, 3), kind) for kind in range(3)], axis=1)
+    odds = odds_of(("plain", "full", "looks"), {"full": 0.3, "looks": 0.5})
+    drawn = np.asarray(draw_caption(keys, tokens, odds))
     assert (drawn == drawn[:, :1]).all()
-    assert abs(drawn[:, 0].mean() - 0.3) < 0.04
-    # With one kind of caption there is nothing to draw.
-    assert (np.asarray(draw_caption(keys, tokens[:, :1], 0.3)) == 0).all()
+    counted = np.bincount(drawn[:, 0], minlength=3) / 2000
+    np.testing.assert_allclose(counted, [0.2, 0.3, 0.5], atol=0.04)
+    # Where there is one kind of caption, it has all the shares.
+    odds = odds_of(("plain",), {"full": 0.3, "looks": 0.5})
+    assert (np.asarray(draw_caption(keys, tokens[:, :1], odds)) == 0).all()
 
 
 def test_retrieval_asks_for_each_captions_own_photo():

@@ -35,7 +35,7 @@ _IRIS = ((0.30, 0.17, 0.08), (0.52, 0.42, 0.18), (0.30, 0.55, 0.32), (0.30, 0.55
 _BROW, _BEARD = np.float32((0.20, 0.14, 0.11)), np.float32((0.24, 0.17, 0.13))
 _DARK, _WHITE = np.float32((0.11, 0.11, 0.13)), np.float32((1.0, 1.0, 1.0))
 # The same pattern on everyone, fainter or stronger: x and y within the cheeks, strength.
-_FRECKLES = np.random.default_rng(7).uniform((-0.33, 0.02, 0.5), (0.33, 0.19, 1.0), (26, 3))
+_FRECKLES = np.random.default_rng(7).uniform((-0.33, 0.06, 0.6), (0.33, 0.26, 1.0), (18, 3))
 
 
 @functools.partial(jax.jit, static_argnames="size")
@@ -78,9 +78,9 @@ class _View:
 def _view(photo: dict, size: int) -> _View:
     line = (jnp.arange(size) + 0.5) * (2.0 / size) - 1.0
     u, v = jnp.meshgrid(line, line)
-    scale = 0.80 / photo["zoom"]
-    u = (u - 0.08 * photo["shift_x"]) * scale
-    v = (v - 0.08 * photo["shift_y"]) * scale - 0.10
+    scale = 0.74 / photo["zoom"]
+    u = (u - 0.06 * photo["shift_x"]) * scale
+    v = (v - 0.06 * photo["shift_y"]) * scale - 0.02
     roll = 0.22 * photo["roll"]
     x, y = u * jnp.cos(roll) + v * jnp.sin(roll), v * jnp.cos(roll) - u * jnp.sin(roll)
 
@@ -131,7 +131,7 @@ def _named(index: Array) -> Float[Array, "3"]:
 
 def _skin(who: dict, photo: dict) -> Float[Array, "3"]:
     warmth = who["skin_warmth"] - 0.5
-    tint = jnp.stack([1 + 0.10 * warmth, 1 - 0.10 * warmth, 1 - 0.35 * warmth])
+    tint = jnp.stack([1 + 0.04 * warmth, 1 + 0.06 * warmth, 1 - 0.50 * warmth])
     own = _between(_SKIN, who["skin_tone"]) * tint
     return jnp.where(photo["hides_skin"] > 0, _named(photo["paint_colour"]), own)
 
@@ -157,7 +157,7 @@ def _body(picture, view, who, photo, skin, hair):
     x, y = view.x, view.y
     clothes = view.lit(0.85 * _named(photo["clothes"]), 0.3)
     picture = over(picture, clothes, view.cover(box(x, y, 0.0, 1.10, 0.80, 0.50, 0.34)))
-    low, half = -0.05 + 0.95 * who["hair_length"], 0.48 + 0.08 * who["hair_volume"]
+    low, half = -0.05 + 0.95 * who["hair_length"], 0.47 + 0.14 * who["hair_volume"]
     behind = box(x, y, 0.0, 0.5 * (low - 0.45), half, 0.5 * (low + 0.45), 0.22)
     behind = view.cover(behind + _curls(view, who)) * (photo["hides_hair"] < 0.5)
     picture = over(picture, view.lit(hair, 0.3), behind)
@@ -165,8 +165,8 @@ def _body(picture, view, who, photo, skin, hair):
     grown = who["ear_size"]
     for side in (-1.0, 1.0):
         middle = side * 0.425 - 0.03 * photo["yaw"]
-        outer = ellipse(x, y, middle, 0.0, 0.045 + 0.060 * grown, 0.075 + 0.090 * grown)
-        inner = ellipse(x, y, middle, 0.0, 0.025 + 0.035 * grown, 0.045 + 0.055 * grown)
+        outer = ellipse(x, y, middle, 0.0, 0.035 + 0.100 * grown, 0.055 + 0.120 * grown)
+        inner = ellipse(x, y, middle, 0.0, 0.015 + 0.060 * grown, 0.030 + 0.075 * grown)
         picture = over(picture, 0.93 * skin, view.cover(outer))
         picture = over(picture, 0.76 * skin, view.cover(inner))
     return picture
@@ -174,7 +174,7 @@ def _body(picture, view, who, photo, skin, hair):
 
 def _head_shape(x: Plane, y: Plane, who: dict) -> Plane:
     cranium = ellipse(x, y, 0.0, -0.12, 0.42, 0.46)
-    jaw = ellipse(x, y, 0.0, 0.18, 0.22 + 0.17 * who["jaw_width"], 0.27 + 0.18 * who["chin_length"])
+    jaw = ellipse(x, y, 0.0, 0.18, 0.19 + 0.24 * who["jaw_width"], 0.31 + 0.22 * who["chin_length"])
     return union(cranium, jaw, 0.12)
 
 
@@ -183,48 +183,49 @@ def _head(picture, view, who, photo, skin):
     shadow = view.cover(_head_shape(view.x, view.y - 0.05, who), 3.0)
     picture = over(picture, 0.72 * skin, 0.35 * shadow)
     picture = over(picture, view.lit(skin, 0.45), view.cover(_head_shape(view.x, view.y, who)))
-    blush = jnp.exp(-(((jnp.abs(fx) - 0.23) / 0.10) ** 2) - ((fy - 0.12) / 0.08) ** 2)
+    blush = jnp.exp(-(((jnp.abs(fx) - 0.23) / 0.10) ** 2) - ((fy - 0.16) / 0.08) ** 2)
     picture = over(picture, skin * jnp.asarray((1.0, 0.78, 0.76)), 0.40 * blush * bare)
-    spots = [s * view.cover(circle(fx, fy, px, py, 0.013)) for px, py, s in _FRECKLES]
+    spots = [s * view.cover(circle(fx, fy, px, py, 0.020)) for px, py, s in _FRECKLES]
     freckles = functools.reduce(jnp.maximum, spots) * who["freckles"]
     picture = over(picture, 0.55 * skin, freckles * bare)
-    mole_x, mole_y = 0.60 * (who["mole_x"] - 0.5), 0.10 + 0.22 * (who["mole_y"] - 0.5)
-    mole = view.cover(circle(fx, fy, mole_x, mole_y, 0.030))
+    mole_x, mole_y = 0.68 * (who["mole_x"] - 0.5), 0.13 + 0.30 * (who["mole_y"] - 0.5)
+    mole = view.cover(circle(fx, fy, mole_x, mole_y, 0.048))
     return over(picture, skin * jnp.asarray((0.35, 0.28, 0.26)), mole * bare)
 
 
 def _eye(picture, view, who, photo, skin, side):
-    half = 0.070 + 0.045 * who["eye_size"]
-    middle, level = 0.145 + 0.055 * who["eye_spacing"], -0.07
+    half = 0.065 + 0.080 * who["eye_size"]
+    middle, level = 0.145 + 0.085 * who["eye_spacing"], -0.02
     opened = half * 0.62 * jnp.clip(photo["eyes_open"], 0.1, 1.1)
     u = side * view.fx - middle
-    v = view.fy - level + 0.55 * (who["eye_tilt"] - 0.5) * u
+    v = view.fy - level + 0.9 * (who["eye_tilt"] - 0.5) * u
     almond = ellipse(u, v, 0.0, 0.0, half, opened)
     inside = view.cover(almond)
     picture = over(picture, 0.80 * skin, 0.5 * view.cover(almond - 0.022, 2.0))
     picture = over(picture, 0.96 * _WHITE, inside)
     gaze = 0.02 * side * photo["yaw"]
-    iris = view.cover(circle(u, v, gaze, 0.0, 0.62 * half))
+    iris = view.cover(circle(u, v, gaze, 0.0, 0.66 * half))
     picture = over(picture, _between(_IRIS, who["eye_colour"]), iris * inside)
-    picture = over(picture, _DARK, view.cover(circle(u, v, gaze, 0.0, 0.30 * half)) * inside)
+    picture = over(picture, _DARK, view.cover(circle(u, v, gaze, 0.0, 0.28 * half)) * inside)
     glint = circle(view.fx, view.fy, side * middle - 0.02, level - 0.02, 0.014)
     picture = over(picture, _WHITE, view.cover(glint) * inside)
     picture = over(picture, _DARK, view.cover(arch(u, v, 0.0, 0.0, half * 1.05, opened, 0.014)))
-    level = -0.185 - 0.06 * (who["brow_height"] - 0.5) - 0.035 * photo["brow_raise"]
+    level = -0.205 - 0.13 * (who["brow_height"] - 0.5) - 0.035 * photo["brow_raise"]
     u = side * view.fx - 0.17
-    v = view.fy - level + 0.6 * (who["brow_tilt"] - 0.5) * u
-    brow = arch(u, v, 0.0, 0.0, 0.115, 0.03, 0.012 + 0.028 * who["brow_thickness"])
+    v = view.fy - level + 1.1 * (who["brow_tilt"] - 0.5) * u
+    brow = arch(u, v, 0.0, 0.0, 0.125, 0.025, 0.010 + 0.045 * who["brow_thickness"])
     return over(picture, _BROW, view.cover(brow))
 
 
 def _nose(picture, view, who, skin):
     fx, fy = view.fx, view.fy
-    tip, wide = 0.085 + 0.085 * who["nose_length"], 0.040 + 0.07 * who["nose_width"]
-    bridge = segment(fx, fy, (0.012, -0.02), (0.4 * wide, tip), 0.012)
-    picture = over(picture, 0.80 * skin, 0.6 * view.cover(bridge, 2.0))
+    tip, wide = 0.075 + 0.135 * who["nose_length"], 0.035 + 0.095 * who["nose_width"]
+    bridge = segment(fx, fy, (0.012, -0.02), (0.4 * wide, tip), 0.014)
+    picture = over(picture, 0.74 * skin, 0.7 * view.cover(bridge, 2.0))
     under = ellipse(fx, fy, 0.0, tip + 0.018, wide * 1.05, 0.034)
-    picture = over(picture, 0.66 * skin, 0.8 * view.cover(under))
-    picture = over(picture, 1.04 * skin, view.cover(ellipse(fx, fy, 0.0, tip, wide, 0.040), 1.5))
+    picture = over(picture, 0.58 * skin, 0.9 * view.cover(under))
+    rosy = skin * jnp.asarray((1.06, 0.84, 0.80))
+    picture = over(picture, rosy, view.cover(ellipse(fx, fy, 0.0, tip, wide, 0.045), 1.5))
     for side in (-0.5, 0.5):
         nostril = ellipse(fx, fy, side * wide, tip + 0.026, 0.016, 0.011)
         picture = over(picture, 0.35 * skin, view.cover(nostril))
@@ -234,18 +235,18 @@ def _nose(picture, view, who, skin):
 def _mouth(picture, view, who, photo, skin):
     """Two lips above and below a gap, all following one curve, and a moustache."""
     fx, fy, smile = view.fx, view.fy, photo["smile"]
-    half = (0.095 + 0.075 * who["mouth_width"]) * (1 + 0.18 * jnp.maximum(smile, 0.0))
+    half = (0.065 + 0.155 * who["mouth_width"]) * (1 + 0.18 * jnp.maximum(smile, 0.0))
     u = jnp.clip(fx / half, -1.0, 1.0)
     bow = jnp.sqrt(1.0 - u * u + 1e-6)
     off = jnp.maximum(jnp.abs(fx) - half, 0.0)
-    below = fy - 0.30 - 0.11 * smile * (0.45 - u * u)
-    gap, full = 0.055 * photo["mouth_open"] * bow, (0.008 + 0.042 * who["lip_fullness"]) * bow
+    below = fy - 0.355 - 0.15 * smile * (0.45 - u * u)
+    gap, full = 0.065 * photo["mouth_open"] * bow, (0.008 + 0.070 * who["lip_fullness"]) * bow
 
     def strip(centre: Plane, thickness: Plane) -> Plane:
         beyond = jnp.maximum(jnp.abs(below - centre) - thickness, 0.0)
         return jnp.sqrt(beyond**2 + off**2 + 1e-12) - 0.005
 
-    lip = 0.45 * skin * jnp.asarray((1.15, 0.75, 0.75)) + 0.5 * jnp.asarray((0.74, 0.30, 0.32))
+    lip = 0.35 * skin * jnp.asarray((1.15, 0.75, 0.75)) + 0.6 * jnp.asarray((0.78, 0.22, 0.28))
     picture = over(picture, 0.86 * lip, view.cover(strip(-gap - 0.5 * full, 0.5 * full)))
     picture = over(picture, 1.06 * lip, view.cover(strip(gap + 0.7 * full, 0.7 * full)))
     inner = view.cover(strip(jnp.zeros_like(gap), gap))
@@ -253,13 +254,13 @@ def _mouth(picture, view, who, photo, skin):
     teeth = view.cover(strip(-0.5 * gap, 0.4 * gap)) * (photo["mouth_open"] > 0.1)
     picture = over(picture, 0.97 * _WHITE, teeth * inner)
     grown = who["moustache"]
-    hair = arch(fx, fy, 0.0, 0.262, 0.05 + 0.10 * grown, 0.035, 0.006 + 0.030 * grown)
+    hair = arch(fx, fy, 0.0, 0.285, 0.05 + 0.15 * grown, 0.03, 0.006 + 0.042 * grown)
     return over(picture, _BEARD, view.cover(hair) * jnp.minimum(8 * grown, 1.0))
 
 
 def _jaw_line(view: _View) -> Plane:
     """The upper edge of beards and scarves, rising towards the ears; positive below it."""
-    return view.fy - 0.385 + 1.1 * jnp.maximum(jnp.abs(view.fx) - 0.17, 0.0)
+    return view.fy - 0.43 + 1.1 * jnp.maximum(jnp.abs(view.fx) - 0.17, 0.0)
 
 
 def _beard(picture, view, who):
@@ -270,17 +271,17 @@ def _beard(picture, view, who):
 
 def _curls(view: _View, who: dict) -> Plane:
     angle = jnp.arctan2(view.x, -(view.y + 0.1))
-    return 0.045 * who["hair_curl"] * jnp.sin(15 * angle) * jnp.cos(11 * (view.y + 0.3))
+    return 0.075 * who["hair_curl"] * jnp.sin(13 * angle) * jnp.cos(9 * (view.y + 0.3))
 
 
 def _top_hair(picture, view, who, photo, hair):
     fx, fy, volume = view.fx, view.fy, who["hair_volume"]
     dome = ellipse(
-        view.x, view.y, 0.0, -0.14 - 0.05 * volume, 0.445 + 0.05 * volume, 0.47 + 0.11 * volume
+        view.x, view.y, 0.0, -0.14 - 0.05 * volume, 0.435 + 0.12 * volume, 0.46 + 0.13 * volume
     )
-    parting = 0.44 * (who["hair_parting"] - 0.5)
-    notch = 0.17 * jnp.exp(-(((fx - parting) / 0.15) ** 2))
-    line = -0.27 - notch + 0.55 * jnp.maximum(jnp.abs(fx) - 0.30, 0.0)
+    parting = 0.60 * (who["hair_parting"] - 0.5)
+    notch = 0.20 * jnp.exp(-(((fx - parting) / 0.15) ** 2))
+    line = -0.29 - notch + 0.55 * jnp.maximum(jnp.abs(fx) - 0.30, 0.0)
     front = view.cover(jnp.maximum(dome + _curls(view, who), fy - line))
     strands = 1.0 + 0.10 * jnp.sin(42 * (fx - parting) / (0.6 + jnp.abs(fy)))
     return over(picture, view.lit(hair, 0.5) * strands, front * (photo["hides_hair"] < 0.5))
@@ -291,10 +292,10 @@ def _top_hair(picture, view, who, photo, hair):
 
 def _headband(picture, view, photo):
     band, worn = _named(photo["band_colour"]), photo["hides_brows"]
-    height = jnp.abs(view.fy + 0.205)
-    around = jnp.maximum(ellipse(view.x, view.y, 0.0, -0.10, 0.45, 0.50), height - 0.098)
+    height = jnp.abs(view.fy + 0.225)
+    around = jnp.maximum(ellipse(view.x, view.y, 0.0, -0.10, 0.45, 0.50), height - 0.145)
     picture = over(picture, view.lit(band, 0.4), worn * view.cover(around))
-    stripe = jnp.maximum(around, jnp.abs(height - 0.066) - 0.010)
+    stripe = jnp.maximum(around, jnp.abs(height - 0.105) - 0.010)
     return over(picture, 0.75 * band, worn * view.cover(stripe))
 
 
@@ -302,30 +303,30 @@ def _glasses(picture, view, photo):
     """Clear glasses, or sunglasses over the eyes."""
     fx, fy, clear, dark = view.fx, view.fy, photo["glasses"], photo["hides_eyes"]
     for side in (-1.0, 1.0):
-        lens = box(fx, fy, side * 0.18, -0.06, 0.165, 0.105, 0.085)
-        arm = segment(fx, fy, (side * 0.33, -0.09), (side * 0.46, -0.08), 0.014)
-        glare = segment(fx, fy, (side * 0.18 - 0.06, -0.03), (side * 0.18, -0.11), 0.016)
+        lens = box(fx, fy, side * 0.20, -0.02, 0.185, 0.120, 0.095)
+        arm = segment(fx, fy, (side * 0.37, -0.05), (side * 0.47, -0.04), 0.014)
+        glare = segment(fx, fy, (side * 0.20 - 0.06, 0.01), (side * 0.20, -0.07), 0.016)
         frame = view.cover(jnp.minimum(jnp.abs(lens) - 0.012, arm))
         picture = over(picture, _WHITE, 0.12 * clear * view.cover(lens))
         picture = over(picture, _DARK, jnp.maximum(clear * frame, dark * view.cover(lens)))
         picture = over(picture, _DARK, dark * view.cover(arm))
         picture = over(picture, jnp.asarray((0.45, 0.50, 0.58)), 0.8 * dark * view.cover(glare))
-    bridge = arch(fx, fy, 0.0, -0.07, 0.05, 0.02, 0.016)
+    bridge = arch(fx, fy, 0.0, -0.03, 0.05, 0.02, 0.016)
     return over(picture, _DARK, jnp.maximum(clear, dark) * view.cover(bridge))
 
 
 def _clown_nose(picture, view, photo):
     worn = photo["hides_nose"]
     ball = view.lit(jnp.asarray((0.88, 0.12, 0.14)), 0.4)
-    picture = over(picture, ball, worn * view.cover(circle(view.fx, view.fy, 0.0, 0.105, 0.128)))
-    glint = ellipse(view.fx, view.fy, -0.045, 0.055, 0.030, 0.022)
+    picture = over(picture, ball, worn * view.cover(circle(view.fx, view.fy, 0.0, 0.135, 0.150)))
+    glint = ellipse(view.fx, view.fy, -0.050, 0.075, 0.034, 0.025)
     return over(picture, jnp.asarray((1.0, 0.75, 0.75)), worn * view.cover(glint))
 
 
 def _scarf(picture, view, photo):
     wool, worn = view.lit(_named(photo["scarf_colour"]), 0.5), photo["hides_jaw"]
     below = _jaw_line(view) + 0.015 + 0.6 * jnp.maximum(jnp.abs(view.fx) - 0.17, 0.0)
-    wrap = jnp.maximum(box(view.x, view.y, 0.0, 0.50, 0.455, 0.44, 0.16), -below)
+    wrap = jnp.maximum(box(view.x, view.y, 0.0, 0.52, 0.465, 0.48, 0.16), -below)
     folds = jnp.maximum(wrap, jnp.abs(jnp.mod(below, 0.13) - 0.065) - 0.012)
     picture = over(picture, wool, worn * view.cover(wrap))
     return over(picture, 0.78 * wool, worn * view.cover(folds))
@@ -338,11 +339,11 @@ def _held(picture, view, photo):
     stick = segment(fx, fy, (0.08, 0.40), (0.30, 1.2), 0.075)
     picture = over(picture, jnp.asarray((0.55, 0.56, 0.60)), held * view.cover(stick))
     foam = 0.29 * (1.0 + 0.15 * jnp.sin(70 * fx) * jnp.sin(70 * fy))
-    ball = ellipse(fx, fy, 0.0, 0.315, 0.235, 0.135)
+    ball = ellipse(fx, fy, 0.0, 0.350, 0.255, 0.145)
     picture = over(picture, foam * _WHITE[:, None, None], held * view.cover(ball))
     held, wool = photo["hides_mouth"] * mitten, view.lit(_named(photo["clothes"]), 0.5)
     arm = segment(fx, fy, (0.10, 0.40), (0.34, 1.2), 0.14)
-    palm = union(box(fx, fy, 0.02, 0.315, 0.245, 0.125, 0.11), arm, 0.08)
+    palm = union(box(fx, fy, 0.02, 0.350, 0.255, 0.135, 0.11), arm, 0.08)
     picture = over(picture, 0.70 * wool, held * view.cover(palm - 0.014))
     return over(picture, wool, held * view.cover(palm))
 
@@ -350,12 +351,12 @@ def _held(picture, view, photo):
 def _hat(picture, view, photo):
     wool, worn = view.lit(_named(photo["hat_colour"]), 0.5), photo["hides_hair"]
     x, y, fx, fy = view.x, view.y, view.fx, view.fy
-    dome = jnp.maximum(ellipse(x, y, 0.0, -0.26, 0.50, 0.46), fy + 0.285)
+    dome = jnp.maximum(ellipse(x, y, 0.0, -0.25, 0.50, 0.44), fy + 0.30)
     picture = over(picture, wool, worn * view.cover(dome))
-    rim = jnp.maximum(ellipse(x, y, 0.0, -0.26, 0.52, 0.48), jnp.abs(fy + 0.345) - 0.062)
+    rim = jnp.maximum(ellipse(x, y, 0.0, -0.25, 0.52, 0.46), jnp.abs(fy + 0.365) - 0.062)
     ribs = 0.86 - 0.12 * (jnp.sin(55 * fx) > 0)
     picture = over(picture, wool * ribs, worn * view.cover(rim))
-    return over(picture, 0.92 * wool, worn * view.cover(circle(x, y, 0.0, -0.75, 0.09)))
+    return over(picture, 0.92 * wool, worn * view.cover(circle(x, y, 0.0, -0.69, 0.09)))
 
 
 def _headphones(picture, view, photo):

@@ -127,16 +127,16 @@ def draw_scene(rng: np.random.Generator, hiding_rate: float) -> Float[np.ndarray
         "mouth_open": max(0.0, mouth_open * rng.uniform(0.8, 1.1)),
         "brow_raise": brow_raise + rng.uniform(-0.15, 0.15),
         "eyes_open": eyes_open * rng.uniform(0.85, 1.1),
-        "yaw": np.clip(rng.normal(0, 0.45), -1, 1),
-        "pitch": np.clip(rng.normal(0, 0.4), -1, 1),
-        "roll": np.clip(rng.normal(0, 0.4), -1, 1),
+        "yaw": np.clip(rng.normal(0, 0.35), -1, 1),
+        "pitch": np.clip(rng.normal(0, 0.3), -1, 1),
+        "roll": np.clip(rng.normal(0, 0.3), -1, 1),
         "light_x": rng.uniform(-1, 1),
         "light_y": rng.uniform(-1, 0.2),
         "warmth": rng.uniform(-1, 1),
-        "zoom": rng.uniform(0.92, 1.12),
+        "zoom": rng.uniform(0.93, 1.07),
         "shift_x": rng.uniform(-1, 1),
         "shift_y": rng.uniform(-1, 1),
-        "blur": max(0.0, rng.normal(0, 0.6)),
+        "blur": max(0.0, rng.normal(0, 0.45)),
     }
     colours = ("background", "clothes", "hat_colour", "band_colour", "scarf_colour")
     scene |= {name: int(rng.integers(len(COLOURS))) for name in colours}

@@ -37,7 +37,7 @@ LOOKS = {
     "ear_size": ("small ears", "big ears"),
 }
 SAID = 6
-"""At most so many looks in a full caption."""
+"""At most so many looks in a caption."""
 
 
 def photo_caption(photo: Mapping[str, float]) -> str:
@@ -55,6 +55,18 @@ def full_caption(
 
     who: traits.IDENTITY by name.
     """
+    return _sentence(photo, _looks(who, photo, rng))
+
+
+def looks_caption(
+    who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator
+) -> str:
+    """A few of the looks that the photo shows, drawn by `rng`, and nothing else."""
+    looks = _looks(who, photo, rng)
+    return f"a person with {looks}" if looks else "a person"
+
+
+def _looks(who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator) -> str:
     seen = [
         look
         for region, traits in REGIONS.items()
@@ -63,7 +75,7 @@ def full_caption(
         if look
     ]
     chosen = sorted(rng.permutation(len(seen))[:SAID])
-    return _sentence(photo, _list([seen[i] for i in chosen]))
+    return _list([seen[i] for i in chosen])
 
 
 def _look(trait: str, value: float) -> str | None:

@@ -110,12 +110,13 @@ def test_the_photo_caption_says_what_may_change_and_no_looks():
         assert caption.endswith(f"{tuple(traits.COLOURS)[int(photo['background'])]} background")
 
 
-def test_the_full_caption_says_only_looks_that_show():
+@pytest.mark.parametrize("say", [words.full_caption, words.looks_caption])
+def test_captions_say_only_looks_that_show(say):
     for i in range(200):
         rng = np.random.default_rng(i)
         who = traits.as_dict(traits.IDENTITY, traits.draw_identity(rng))
         photo = traits.as_dict(traits.SCENE, traits.draw_scene(rng, 0.4))
-        caption = words.full_caption(who, photo, rng)
+        caption = say(who, photo, rng)
         said = [
             trait for trait, both in words.LOOKS.items() if any(b and b in caption for b in both)
         ]
