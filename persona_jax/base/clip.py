@@ -35,7 +35,7 @@ def train_clip(
     folder, clip = workdir / "pipeline", config.clip
     tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
     kinds = captions_of(photos, rows)
-    odds = odds_of(kinds, clip.captions)
+    odds = odds_of(kinds, clip.captions.to_dict())
     tokens = np.stack([pipeline.tokenize(tokenizer, kind)[0] for kind in kinds.values()], axis=1)
     # What follows a caption's end changes nothing before it: the tower is causal.
     end = len(tokenizer) - 1

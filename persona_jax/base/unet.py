@@ -43,7 +43,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
     text, vae = parts.text_encoder, parts.vae
     encodings = encode_latents(photos, rows, parts, config)
     kinds = captions_of(photos, rows)
-    odds = odds_of(kinds, unet_config.captions)
+    odds = odds_of(kinds, unet_config.captions.to_dict())
     tokens = np.stack([parts.tokenize(kind)[0] for kind in kinds.values()], axis=1)
     empty, _ = parts.tokenize([""])
     schedule, seed, scale = parts.schedule, config.seed, vae.module.config.scaling_factor
