@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.data.photos import Photos
+from persona_jax.errors import UserError
 
 
 def captions_of(
@@ -28,7 +29,13 @@ def captions_of(
 
 def odds_of(kinds: Collection[str], shares: Mapping[str, float]) -> Float[np.ndarray, " V"]:
     """How often each of the V kinds is drawn: its share; "plain" has what is left, and the shares
-    of kinds that the photos lack."""
+    of kinds that the photos lack.
+
+    Raises:
+      UserError: a negative share, or shares of more than 1 together.
+    """
+    if min(shares.values()) < 0 or sum(shares.values()) > 1:
+        raise UserError(f"captions: shares {dict(shares)}; expected 0 or more, at most 1 together")
     odds = {kind: float(shares.get(kind, 0.0)) for kind in kinds}
     odds["plain"] = 1.0 - sum(odds.values())
     return np.asarray([odds[kind] for kind in kinds], np.float32)

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from persona_jax.base.clip import retrieval
 from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data.photos import load_photos
 from persona_jax.data.portraits.builder import Settings
+from persona_jax.errors import UserError
 
 
 def test_portraits_have_captions_with_looks_and_of_looks_alone(tmp_path):
@@ -35,6 +37,12 @@ def test_each_kind_is_drawn_as_often_as_its_share_says():
     # Where there is one kind of caption, it has all the shares.
     odds = odds_of(("plain",), {"full": 0.3, "looks": 0.5})
     assert (np.asarray(draw_caption(keys, tokens[:, :1], odds)) == 0).all()
+
+
+@pytest.mark.parametrize("shares", [{"full": 0.7, "looks": 0.5}, {"full": -0.1, "looks": 0.5}])
+def test_shares_that_make_no_odds_are_named(shares):
+    with pytest.raises(UserError, match="shares"):
+        odds_of(("plain", "full", "looks"), shares)
 
 
 def test_retrieval_asks_for_each_captions_own_photo():
