@@ -46,7 +46,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     )
     config.flip = False
     config.clip.augment = False
-    config.clip.optimizer.steps = 2500
+    config.clip.optimizer.steps = 3000
     config.unet.optimizer.steps = 8000
     config.reader = reader()
     return config
@@ -76,9 +76,8 @@ def clip() -> ConfigDict:
         {
             "batch_size": 64,
             "augment": True,  # flip, shift and recolour
-            # Where captions of looks exist, most show nothing else: the scene alone would tell
-            # a batch's photos apart, and the tower would never learn to see who is on them.
-            "captions": {"full": 0.2, "looks": 0.6},
+            "captions": {"full": 0.5},  # share; the rest are plain
+            "looks_weight": 4.0,  # of telling looks from their opposites
             "identity_weight": 1.0,
             "identity_temperature": 0.1,
             "optimizer": common.optimizer(1e-3, 1200, schedule="cosine", weight_decay=0.05),
@@ -112,7 +111,7 @@ def unet() -> ConfigDict:
             # A network this small never learns to hand on the noise as it is, which is what
             # "epsilon" asks of it where there is little else: faces stay blotches.
             "prediction": "v_prediction",
-            "captions": {"full": 0.5, "looks": 0.0},  # shares; the rest are plain
+            "captions": {"full": 0.5},  # share; the rest are plain
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,
             "scored": 256,  # pictures read back at the end, where there is a reader

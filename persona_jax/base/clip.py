@@ -18,7 +18,7 @@ from persona_jax.base.stage import (
     save_tower,
     to_float,
 )
-from persona_jax.base.words import captions_of, draw_caption, odds_of
+from persona_jax.base.words import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.data.photos import Photos
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
@@ -31,7 +31,12 @@ from persona_jax.training.mesh import first_process
 def train_clip(
     config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, rows, pictures: np.ndarray
 ) -> None:
-    """Captions against pictures, and photos of one person drawn together."""
+    """Captions against pictures, looks against their opposites, and photos of one person drawn
+    together.
+
+    The scene alone tells a batch's photos apart, so captions teach the tower little of who is on
+    them; where sentences about single looks are known, choosing between opposites does.
+    """
     folder, clip = workdir / "pipeline", config.clip
     tokenizer = pipeline.load_tokenizer(folder / "tokenizer")
     kinds = captions_of(photos, rows)
@@ -39,7 +44,10 @@ def train_clip(
     tokens = np.stack([pipeline.tokenize(tokenizer, kind)[0] for kind in kinds.values()], axis=1)
     # What follows a caption's end changes nothing before it: the tower is causal.
     end = len(tokenizer) - 1
-    tokens = tokens[..., : (tokens == end).argmax(axis=-1).max() + 1]
+    tokens = _cut(tokens, end)
+    opposites, which = looks_of(photos, rows)
+    sentences = [sentence for pair in opposites for sentence in pair]
+    look_tokens = _cut(pipeline.tokenize(tokenizer, sentences)[0], end) if opposites else None
     text_settings = clip.text.to_dict() | {
         "vocab_size": end + 1,
         "eos_token_id": end,
@@ -63,6 +71,10 @@ def train_clip(
             "logit_scale": jnp.log(10.0),
         }
 
+    def describe(params, ids):
+        pooled = text.apply({"params": params["text_encoder"]}, ids).pooled
+        return contrastive.normalise(pooled @ params["text_projection"]["kernel"])
+
     def loss(params, frozen, batch, step):
         keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(seed, step, batch["index"]))
         views = jnp.concatenate([batch["image"], batch["partner"]])
@@ -71,21 +83,29 @@ def train_clip(
         embedded = vision.apply({"params": params["image_encoder"]}, views).embedding
         embedded = contrastive.normalise(embedded)
         ids = draw_caption(keys[:, 2], batch["tokens"], odds)
-        pooled = text.apply({"params": params["text_encoder"]}, ids).pooled
-        captions = contrastive.normalise(pooled @ params["text_projection"]["kernel"])
+        captions = describe(params, ids)
         alike = (ids[:, None] == ids[None]).all(axis=-1)
         scale = jnp.exp(jnp.minimum(params["logit_scale"], jnp.log(100.0)))
         caption = contrastive.caption_loss(embedded[: len(captions)], captions, alike, scale)
         who = jnp.concatenate([batch["person"], batch["person"]])
         identity = contrastive.identity_loss(embedded, who, temperature)
-        return caption + weight * identity, {"caption": caption, "identity": identity}
+        parts = {"caption": caption, "identity": identity}
+        total = caption + weight * identity
+        if look_tokens is not None:
+            told = describe(params, look_tokens).reshape(len(opposites), 2, -1)
+            true = jnp.concatenate([batch["which"][:, 0], batch["which"][:, 1]])
+            parts["looks"] = contrastive.opposites_loss(embedded, told, true, scale)
+            total += clip.looks_weight * parts["looks"]
+        return total, parts
 
     def batches_from(start):
         for batch in picture_batches(pictures, clip.batch_size, config.flip, seed + 1, start):
             photo, index = batch["photo"], batch["index"]
+            partner = partners.draw(photo, index, seed)
             yield {
                 "image": batch["image"],
-                "partner": to_float(pictures[partners.draw(photo, index, seed)]),
+                "partner": to_float(pictures[partner]),
+                "which": np.stack([which[photo], which[partner]], axis=1),
                 "tokens": tokens[photo],
                 "person": person[photo].astype(np.int32),
                 "index": index,
@@ -103,6 +123,11 @@ def train_clip(
         folders.write_json(folder / "feature_extractor/preprocessor_config.json", preprocessing)
 
     first_process(write)
+
+
+def _cut(tokens: np.ndarray, end: int) -> np.ndarray:
+    """Tokens ``[..., T]`` without the columns in which every text has ended already."""
+    return tokens[..., : (tokens == end).argmax(axis=-1).max() + 1]
 
 
 class Partners:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.data.photos import Photos
+from persona_jax.data.portraits import words
 from persona_jax.errors import UserError
 
 
@@ -16,15 +17,29 @@ def captions_of(
 ) -> dict[str, list[str]]:
     """P captions by kind.
 
-    "plain" says what may change from photo to photo; of portraits, "looks" says what the photo
-    shows of the person, and "full" both.
+    "plain" says what may change from photo to photo; of portraits, "full" says also what the photo
+    shows of the person.
     """
     kinds = {"plain": [photos.captions[row] for row in rows]}
-    for kind in ("full", "looks"):
-        if photos.has(f"{kind}_caption"):
-            texts = photos.truth(f"{kind}_caption")
-            kinds[kind] = [str(texts[row]) for row in rows]
+    if photos.has("full_caption"):
+        texts = photos.truth("full_caption")
+        kinds["full"] = [str(texts[row]) for row in rows]
     return kinds
+
+
+def looks_of(
+    photos: Photos, rows: Sequence[int] | Int[np.ndarray, " P"]
+) -> tuple[list[tuple[str, str]], Int[np.ndarray, "P K"]]:
+    """K pairs of opposite sentences about looks, and which of each is true of P photos.
+
+    Returns:
+      The sentences, and 0 or 1, or −1 where the photo says neither ``[P, K]``; no pairs at all
+      where a dataset knows nothing of looks.
+    """
+    if not photos.has("identity"):
+        return [], np.empty((len(rows), 0), np.int32)
+    identity, scene = photos.truth("identity")[rows], photos.truth("scene")[rows]
+    return words.opposites(), words.which_opposite(identity, scene)
 
 
 def odds_of(kinds: Collection[str], shares: Mapping[str, float]) -> Float[np.ndarray, " V"]:

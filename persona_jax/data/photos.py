@@ -78,8 +78,7 @@ class Photos:
 
     def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
         """A further feature of every photo, where the dataset has it: "identity" and "scene" of
-        portraits (see data/portraits/traits.py), or their "full_caption" and
-        "looks_caption" ``[P]``."""
+        portraits (see data/portraits/traits.py), or their "full_caption" ``[P]``."""
         values = [self.source[row][name] for row in self.rows]
         return np.asarray([v.decode() if isinstance(v, bytes) else v for v in values])
 

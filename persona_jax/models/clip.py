@@ -223,7 +223,8 @@ class CLIPVisionModelWithProjection(nn.Module):
             (config.image_size // patch) ** 2 + 1,
             config.hidden_size,
             dtype=self.dtype,
-            embedding_init=nn.initializers.normal(0.02),
+            # As large as patches are: a tower cannot look where it cannot tell places apart.
+            embedding_init=nn.initializers.normal(0.5),
             name=f"{prefix}.position_embedding",
         )(jnp.arange(x.shape[1]))
         x = _norm(config, self.dtype, "vision_model.pre_layrnorm")(x)

@@ -1,4 +1,4 @@
-"""Losses of the base's CLIP pair: captions, and photos of one person drawn together."""
+"""Losses of the base's CLIP pair: captions, looks, and photos of one person drawn together."""
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +24,25 @@ def caption_loss(
     target = same / same.sum(axis=1, keepdims=True)
     both = [-(target * jax.nn.log_softmax(x, axis=1)).sum(axis=1) for x in (logits, logits.T)]
     return 0.5 * (both[0] + both[1]).mean()
+
+
+def opposites_loss(
+    images: Float[Array, "P D"],
+    texts: Float[Array, "K 2 D"],
+    which: Int[Array, "P K"],
+    scale: Float[Array, ""],
+) -> Float[Array, ""]:
+    """CLIP's zero-shot choice between two sentences, as a loss: cross-entropy of the true one, over
+    all pairs that say something about the photo. log 2 is guessing.
+
+    images, texts: unit rows. which: 0, 1, or −1 where neither is true. scale: 1/temperature.
+    """
+    logits = scale * jnp.einsum("pd,knd->pkn", images, texts)
+    true = jnp.take_along_axis(
+        jax.nn.log_softmax(logits), jnp.maximum(which, 0)[..., None], axis=-1
+    )
+    said = which >= 0
+    return -(true[..., 0] * said).sum() / jnp.maximum(said.sum(), 1)
 
 
 def identity_loss(

@@ -4,45 +4,75 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from world import write_people
 
 from persona_jax.base.clip import retrieval
-from persona_jax.base.words import captions_of, draw_caption, odds_of
+from persona_jax.base.words import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.data.photos import load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.errors import UserError
+from persona_jax.training import contrastive
 
 
-def test_portraits_have_captions_with_looks_and_of_looks_alone(tmp_path):
+def test_portraits_have_captions_with_looks(tmp_path):
     settings = Settings({"base": 3}, photos=2, size=16)
     photos = load_photos("portraits", tmp_path, portraits=settings)
     rows = [5, 0, 2]
     kinds = captions_of(photos, rows)
-    assert list(kinds) == ["plain", "full", "looks"]
-    plain, full, looks = kinds.values()
+    assert list(kinds) == ["plain", "full"]
+    plain, full = kinds.values()
     assert plain == [photos.captions[row] for row in rows]
     for short, long in zip(plain, full, strict=True):
         assert long.startswith(short.split(" person")[0])
         assert len(long) > len(short)
-    assert not any("photo" in text or "background" in text for text in looks)
+    opposites, which = looks_of(photos, rows)
+    assert which.shape == (3, len(opposites))
+    # What a full caption says of looks is what the truth says of them.
+    for text, row in zip(full, which, strict=True):
+        for pair, value in zip(opposites, row, strict=True):
+            for side, sentence in enumerate(pair):
+                if "without" not in sentence and sentence.removeprefix("a person with") in text:
+                    assert value == side
+
+
+def test_photos_of_unknown_people_have_no_looks(tmp_path):
+    people = write_people(tmp_path / "people", 2, 2)
+    photos = load_photos("folder", tmp_path / "data", folder=people)
+    opposites, which = looks_of(photos, [0, 1])
+    assert opposites == []
+    assert which.shape == (2, 0)
+
+
+def test_the_true_sentence_of_each_pair_is_to_be_nearer():
+    images = jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
+    texts = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [0.8, 0.6]]])
+    which = jnp.asarray([[0, -1], [-1, 1]])
+    scale = jnp.asarray(5.0)
+    # The first is nearer to its true sentence by 1, the second farther by 0.2; -1 counts nothing.
+    expected = (np.log1p(np.exp(-5.0)) + np.log1p(np.exp(1.0))) / 2
+    loss = contrastive.opposites_loss(images, texts, which, scale)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    nothing = contrastive.opposites_loss(images, texts, jnp.full((2, 2), -1), scale)
+    assert nothing == 0
 
 
 def test_each_kind_is_drawn_as_often_as_its_share_says():
     keys = jax.random.split(jax.random.key(0), 2000)
-    tokens = jnp.stack([jnp.full((2000, 3), kind) for kind in range(3)], axis=1)
-    odds = odds_of(("plain", "full", "looks"), {"full": 0.3, "looks": 0.5})
+    tokens = jnp.stack([jnp.full((2000, 3), kind) for kind in range(2)], axis=1)
+    odds = odds_of(("plain", "full"), {"full": 0.3})
     drawn = np.asarray(draw_caption(keys, tokens, odds))
     assert (drawn == drawn[:, :1]).all()
-    counted = np.bincount(drawn[:, 0], minlength=3) / 2000
-    np.testing.assert_allclose(counted, [0.2, 0.3, 0.5], atol=0.04)
+    counted = np.bincount(drawn[:, 0], minlength=2) / 2000
+    np.testing.assert_allclose(counted, [0.7, 0.3], atol=0.04)
     # Where there is one kind of caption, it has all the shares.
-    odds = odds_of(("plain",), {"full": 0.3, "looks": 0.5})
+    odds = odds_of(("plain",), {"full": 0.3})
     assert (np.asarray(draw_caption(keys, tokens[:, :1], odds)) == 0).all()
 
 
-@pytest.mark.parametrize("shares", [{"full": 0.7, "looks": 0.5}, {"full": -0.1, "looks": 0.5}])
+@pytest.mark.parametrize("shares", [{"full": 1.2}, {"full": -0.1}])
 def test_shares_that_make_no_odds_are_named(shares):
     with pytest.raises(UserError, match="shares"):
-        odds_of(("plain", "full", "looks"), shares)
+        odds_of(("plain", "full"), shares)
 
 
 def test_retrieval_asks_for_each_captions_own_photo():

@@ -61,7 +61,7 @@ class Settings:
 class Portraits(tfds.core.GeneratorBasedBuilder):
     """Drawn people whose every look is known (traits.IDENTITY and traits.SCENE)."""
 
-    VERSION = tfds.core.Version("1.1.0")  # raise it whenever a pixel or a word changes
+    VERSION = tfds.core.Version("1.2.0")  # raise it whenever a pixel or a word changes
 
     def __init__(self, *, settings: Settings, **kwargs: Any):
         """`settings`: who to draw, and how."""
@@ -76,7 +76,6 @@ class Portraits(tfds.core.GeneratorBasedBuilder):
             "photo": tfds.features.Scalar(np.int32),
             "caption": tfds.features.Text(),
             "full_caption": tfds.features.Text(),
-            "looks_caption": tfds.features.Text(),
         } | {
             name: tfds.features.Tensor(shape=(length,), dtype=np.float32)
             for name, length in numbers.items()
@@ -124,7 +123,6 @@ def draw(settings: Settings) -> Iterator[dict]:
                     "photo": number,
                     "caption": words.photo_caption(photo),
                     "full_caption": words.full_caption(who, photo, rng),
-                    "looks_caption": words.looks_caption(who, photo, rng),
                     "identity": identity,
                     "scene": scene,
                 }

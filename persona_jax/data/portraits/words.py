@@ -3,8 +3,9 @@
 from collections.abc import Mapping
 
 import numpy as np
+from jaxtyping import Float, Int
 
-from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, REGIONS
+from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, IDENTITY, REGIONS, SCENE
 
 # How each trait is said when low and when high; in between, and where None, it is not said.
 LOOKS = {
@@ -36,6 +37,7 @@ LOOKS = {
     "beard": (None, "a beard"),
     "ear_size": ("small ears", "big ears"),
 }
+LOW, HIGH = 1 / 3, 2 / 3
 SAID = 6
 """At most so many looks in a caption."""
 
@@ -58,12 +60,23 @@ def full_caption(
     return _sentence(photo, _looks(who, photo, rng))
 
 
-def looks_caption(
-    who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator
-) -> str:
-    """A few of the looks that the photo shows, drawn by `rng`, and nothing else."""
-    looks = _looks(who, photo, rng)
-    return f"a person with {looks}" if looks else "a person"
+def opposites() -> list[tuple[str, str]]:
+    """A sentence for a low and one for a high value of each of traits.IDENTITY, in its order."""
+    pairs = (LOOKS[trait] for trait in IDENTITY)
+    return [
+        (f"a person with {low}" if low else f"a person without {high}", f"a person with {high}")
+        for low, high in pairs
+    ]
+
+
+def which_opposite(
+    identity: Float[np.ndarray, "P K"], scene: Float[np.ndarray, "P J"]
+) -> Int[np.ndarray, "P K"]:
+    """Which of its two sentences is true of each look of P photos: 0 or 1, or −1 where neither is
+    or where the photo hides it."""
+    regions = [region for region, traits in REGIONS.items() for _ in traits]
+    hidden = scene[:, [SCENE.index(f"hides_{region}") for region in regions]] > 0.5
+    return np.select([hidden, identity < LOW, identity > HIGH], [-1, 0, 1], -1).astype(np.int32)
 
 
 def _looks(who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator) -> str:
@@ -80,7 +93,7 @@ def _looks(who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.
 
 def _look(trait: str, value: float) -> str | None:
     low, high = LOOKS[trait]
-    return low if value < 1 / 3 else high if value > 2 / 3 else None
+    return low if value < LOW else high if value > HIGH else None
 
 
 def _sentence(photo: Mapping[str, float], looks: str) -> str:

@@ -110,13 +110,12 @@ def test_the_photo_caption_says_what_may_change_and_no_looks():
         assert caption.endswith(f"{tuple(traits.COLOURS)[int(photo['background'])]} background")
 
 
-@pytest.mark.parametrize("say", [words.full_caption, words.looks_caption])
-def test_captions_say_only_looks_that_show(say):
+def test_full_captions_say_only_looks_that_show():
     for i in range(200):
         rng = np.random.default_rng(i)
         who = traits.as_dict(traits.IDENTITY, traits.draw_identity(rng))
         photo = traits.as_dict(traits.SCENE, traits.draw_scene(rng, 0.4))
-        caption = say(who, photo, rng)
+        caption = words.full_caption(who, photo, rng)
         said = [
             trait for trait, both in words.LOOKS.items() if any(b and b in caption for b in both)
         ]
@@ -164,3 +163,23 @@ def test_the_dataset_keeps_the_truth(tmp_path):
 def test_wrong_settings_are_named(settings, named):
     with pytest.raises(UserError, match=named):
         Settings(**settings)
+
+
+def test_opposites_are_told_by_the_truth():
+    pairs = words.opposites()
+    assert len(pairs) == len(traits.IDENTITY)
+    assert all(low != high for low, high in pairs)
+    low, high = pairs[traits.IDENTITY.index("beard")]
+    assert (low, high) == ("a person without a beard", "a person with a beard")
+    identity = np.full((3, len(traits.IDENTITY)), 0.5, np.float32)
+    identity[0, traits.IDENTITY.index("beard")] = 0.9
+    identity[1, traits.IDENTITY.index("ear_size")] = 0.1
+    identity[2] = 0.9
+    scene = np.zeros((3, len(traits.SCENE)), np.float32)
+    scene[2, traits.SCENE.index("hides_hair")] = 1
+    which = words.which_opposite(identity, scene)
+    assert which[0, traits.IDENTITY.index("beard")] == 1
+    assert which[1, traits.IDENTITY.index("ear_size")] == 0
+    assert (which[:2] >= 0).sum() == 2
+    hair = [trait in traits.REGIONS["hair"] for trait in traits.IDENTITY]
+    np.testing.assert_array_equal(which[2], np.where(hair, -1, 1))
