@@ -92,7 +92,7 @@ def train_clip(
         parts = {"caption": caption, "identity": identity}
         total = caption + weight * identity
         if look_tokens is not None:
-            told = describe(params, look_tokens).reshape(len(opposites), 2, -1)
+            told = describe(params, jnp.asarray(look_tokens)).reshape(len(opposites), 2, -1)
             true = jnp.concatenate([batch["which"][:, 0], batch["which"][:, 1]])
             parts["looks"] = contrastive.opposites_loss(embedded, told, true, scale)
             total += clip.looks_weight * parts["looks"]
