@@ -56,7 +56,7 @@ def main(arguments: argparse.Namespace) -> None:
     eye = open_eye(config, pipeline)
     params = load_params(workdir / "checkpoints", "ema" if config.optimizer.ema_decay else "params")
     identity = photos.truth("identity")[[rows[0] for rows in sets]]
-    hidden = reading.hidden_traits(photos.truth("scene"))
+    hidden = traits.hidden_traits(photos.truth("scene"))
     embeddings = np.stack([eye.look([photos.image(row) for row in rows[:most]]) for rows in sets])
     sampling = config.sampling
     scale = sampling.scale if arguments.scale is None else arguments.scale

@@ -53,7 +53,7 @@ def train_reader(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     reader = reading.Reader(learnt, np.ones(len(traits.IDENTITY), np.float32), size)
     identity, scene, answers = read_unseen(reader, people=settings.unseen)
     error = (answers.identity - identity)[:, None, :] ** 2
-    seen = 1 - reading.hidden_traits(scene)[:, None, :]
+    seen = 1 - traits.hidden_traits(scene)[:, None, :]
     spread = np.sqrt((error * seen).sum(axis=(0, 1)) / seen.sum(axis=(0, 1)))
     finished = reading.Reader(learnt, spread.astype(np.float32), size)
     first_process(lambda: reading.save_reader(finished, workdir / "reader"))
@@ -69,10 +69,10 @@ def score_reader(folder: Path, people: int = 512) -> dict:
     """
     reader = reading.load_reader(folder)
     identity, scene, answers = read_unseen(reader, people)
-    seen = 1 - reading.hidden_traits(scene)
+    seen = 1 - traits.hidden_traits(scene)
     error = (answers.identity - identity) ** 2 * seen
     traits_error = np.sqrt(error.sum(axis=0) / seen.sum(axis=0))
-    scores = {"hides": ((answers.hides > 0.5) == (reading.hidden(scene) > 0.5)).mean()}
+    scores = {"hides": ((answers.hides > 0.5) == (traits.hidden(scene) > 0.5)).mean()}
     for name, choice in answers.choices.items():
         shown = reading.SHOWN_BY.get(name)
         there = np.ones(len(scene), bool) if shown is None else reading.truth(scene, shown) == 1

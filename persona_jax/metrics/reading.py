@@ -132,17 +132,6 @@ def truth(scene: Float[np.ndarray, "P J"], name: str) -> Int[np.ndarray, " P"]:
     return np.rint(scene[:, SCENE.index(name)]).astype(np.int64)
 
 
-def hidden(scene: Float[np.ndarray, "P J"]) -> Float[np.ndarray, "P R"]:
-    """1 where a region is hidden ``[P, 8]``."""
-    return scene[:, [SCENE.index(f"hides_{region}") for region in REGIONS]]
-
-
-def hidden_traits(scene: Float[np.ndarray, "P J"]) -> Float[np.ndarray, "P K"]:
-    """1 where a trait cannot be seen ``[P, 27]``."""
-    lengths = [len(traits) for traits in REGIONS.values()]
-    return np.repeat(hidden(scene), lengths, axis=1)
-
-
 def save_reader(reader: Reader, folder: Path) -> None:
     """Writes ``config.json`` and ``model.safetensors``."""
     config = {

@@ -144,6 +144,17 @@ def draw_scene(rng: np.random.Generator, hiding_rate: float) -> Float[np.ndarray
     return as_vector(SCENE, scene)
 
 
+def hidden(scene: Float[np.ndarray, "P J"]) -> Float[np.ndarray, "P R"]:
+    """1 where a region is hidden ``[P, 8]``."""
+    return scene[:, [SCENE.index(f"hides_{region}") for region in REGIONS]]
+
+
+def hidden_traits(scene: Float[np.ndarray, "P J"]) -> Float[np.ndarray, "P K"]:
+    """1 where a trait cannot be seen ``[P, 27]``."""
+    lengths = [len(traits) for traits in REGIONS.values()]
+    return np.repeat(hidden(scene), lengths, axis=1)
+
+
 def as_vector(names: tuple[str, ...], values: dict) -> Float[np.ndarray, " _"]:
     """Named numbers in the order of `names`; 0 for those not given."""
     return np.asarray([values.get(name, 0.0) for name in names], np.float32)

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 import numpy as np
 from jaxtyping import Float, Int
 
-from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, IDENTITY, REGIONS, SCENE
+from persona_jax.data.portraits.traits import (
+    COLOURS,
+    EXPRESSIONS,
+    IDENTITY,
+    REGIONS,
+    hidden_traits,
+)
 
 # How each trait is said when low and when high; in between, and where None, it is not said.
 LOOKS = {
@@ -74,8 +80,7 @@ def which_opposite(
 ) -> Int[np.ndarray, "P K"]:
     """Which of its two sentences is true of each look of P photos: 0 or 1, or −1 where neither is
     or where the photo hides it."""
-    regions = [region for region, traits in REGIONS.items() for _ in traits]
-    hidden = scene[:, [SCENE.index(f"hides_{region}") for region in regions]] > 0.5
+    hidden = hidden_traits(scene) > 0.5
     return np.select([hidden, identity < LOW, identity > HIGH], [-1, 0, 1], -1).astype(np.int32)
 
 
