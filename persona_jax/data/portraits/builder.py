@@ -3,11 +3,13 @@
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Float
@@ -94,8 +96,8 @@ class Portraits(tfds.core.GeneratorBasedBuilder):
         settings, built = self._settings, pathlib.Path(self.data_dir)
         total = sum(settings.people.values()) * settings.photos
         with tqdm(total=total, desc="draw portraits", unit=" photos") as bar:
-            for chunk in _chunks(draw(settings)):
-                for photo, picture in zip(chunk, _render(chunk, settings.size), strict=True):
+            for chunk, pictures in _pictures(draw(settings), settings.size):
+                for photo, picture in zip(chunk, pictures, strict=True):
                     data = io.BytesIO()
                     Image.fromarray(picture).save(data, "PNG", compress_level=1)
                     data.seek(0)
@@ -128,22 +130,26 @@ def draw(settings: Settings) -> Iterator[dict]:
                 }
 
 
-def _chunks(photos: Iterator[dict]) -> Iterator[list[dict]]:
-    chunk: list[dict] = []
-    for photo in photos:
-        chunk.append(photo)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
+def _pictures(photos: Iterator[dict], size: int) -> Iterator[tuple[list[dict], np.ndarray]]:
+    """Some photos at a time, and their pictures ``[P, S, S, 3]``.
+
+    The next ones are drawn in the background while the caller stores these.
+    """
+    begun = None
+    while chunk := list(itertools.islice(photos, CHUNK)):
+        ahead = chunk, _render(chunk, size)
+        if begun:
+            yield begun[0], np.asarray(begun[1])[: len(begun[0])]
+        begun = ahead
+    if begun:
+        yield begun[0], np.asarray(begun[1])[: len(begun[0])]
 
 
-def _render(photos: list[dict], size: int) -> np.ndarray:
-    """Pictures ``[P, S, S, 3]``; the last chunk is filled up, for one compilation."""
+def _render(photos: list[dict], size: int) -> jax.Array:
+    """Pictures ``[CHUNK, S, S, 3]``; a last chunk is filled up, for one compilation."""
 
     def stacked(name: str) -> Float[np.ndarray, "P _"]:
         filled = photos + [photos[-1]] * (CHUNK - len(photos))
         return np.stack([photo[name] for photo in filled])
 
-    return np.asarray(render(stacked("identity"), stacked("scene"), size))[: len(photos)]
+    return render(stacked("identity"), stacked("scene"), size)
