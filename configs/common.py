@@ -81,7 +81,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "preset": preset,
             "method": "adapter",
             "seed": 0,
-            "pipeline": "",  # folder or hub id
+            "pipeline": "",  # folder or hub id, or the name of a shipped base
             "image_encoder": {
                 "kind": "clip",  # or "dlib"
                 # clip: folder or hub id, where the pipeline has none; dlib: its weights, where they
@@ -91,7 +91,8 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "face_centre": (0.5, 0.532),  # dlib: the face within the photo, as fractions
                 "face_side": 0.496,
             },
-            "init_from": "",  # workdir of an earlier run whose adapter to start from
+            # Whose adapter to start from: the workdir of an earlier run, a file, a shipped base.
+            "init_from": "",
             "aggregator": {
                 "kind": aggregator,
                 "depth": 2,

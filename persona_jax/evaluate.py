@@ -23,6 +23,7 @@ from persona_jax.data.splits import photos_of
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.eyes import open_eye
+from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.metrics import fidelity, plots, reading
 from persona_jax.pipeline import open_pipeline
@@ -51,7 +52,7 @@ def main(arguments: argparse.Namespace) -> None:
             f"--references {most}: each person has {min(map(len, sets))} photos, of which one is "
             "held out"
         )
-    reader = reading.load_reader(Path(config.pipeline).parent / "reader")
+    reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
     pipeline = open_pipeline(config)
     eye = open_eye(config, pipeline)
     params = load_params(workdir / "checkpoints", "ema" if config.optimizer.ema_decay else "params")

@@ -16,6 +16,7 @@ from ml_collections import ConfigDict
 from persona_jax.cli import read_config
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
+from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter
@@ -42,10 +43,13 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
 
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
-    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run
-    or an IP-Adapter file (the plain layout, ``.safetensors``).
+    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
+    an IP-Adapter file (the plain layout, ``.safetensors``), or a shipped base, whose adapter it is.
 
     A file has no aggregator: a fresh one learns on top.
+
+    Raises:
+      UserError: what ``init_from`` names is for another pipeline, is not there or does not fit.
     """
     unet = pipeline.unet
     kernels = text_kernels(unet.params, unet.module.config)
@@ -58,7 +62,13 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
     )
     if not config.init_from:
         return fresh
-    place = Path(config.init_from).expanduser()
+    shipped = folders.SHIPPED.get(config.init_from)
+    if shipped and config.pipeline != config.init_from:
+        raise UserError(
+            f"config.init_from={config.init_from}: its adapter is for the shipped pipeline, not "
+            f"for {config.pipeline}; set --config.init_from= to start afresh"
+        )
+    place = shipped / "ip_adapter.safetensors" if shipped else Path(config.init_from).expanduser()
     if place.suffix == ".safetensors":
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
         return fresh | learnt

@@ -61,7 +61,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     first_process(lambda: (workdir / "report.json").write_text(text))
     print(
         f"base written to {folder}; pictures in {workdir / 'unet'}. Next:\n"
-        f"  python -m persona_jax.train --config configs/sa.py:{config.preset} --workdir runs/sa"
+        f"  python -m persona_jax.train --config configs/sa.py:{config.preset} --workdir runs/sa "
+        f"--config.pipeline={folder}"
     )
 
 

@@ -106,7 +106,8 @@ def adapter_config(name: str, people: Path, data_dir: Path, pipeline: Path) -> C
 
 
 def shrink_adapter(config: ConfigDict, pipeline: Path) -> ConfigDict:
-    config.update({"pipeline": str(pipeline), "batch_size": 8, "log_every": 1, "save_every": 2})
+    config.update({"pipeline": str(pipeline), "init_from": ""})
+    config.update({"batch_size": 8, "log_every": 1, "save_every": 2})
     config.references.n = 4
     config.optimizer.steps = 3
     config.aggregator.update({"width": 16, "heads": 2, "pooling_heads": 2, "depth": 1})

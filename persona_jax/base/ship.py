@@ -41,7 +41,8 @@ def main(arguments: argparse.Namespace) -> None:
     learnt = load_params(run / "checkpoints", "ema" if config.optimizer.ema_decay else "params")
     file = out / "ip_adapter.safetensors"
     save_ip_adapter(learnt, parts.unet.module.config, file, np.float16)
-    shutil.copy(base / "report.json", out)
+    for name in ("report.json", "prompts.png"):
+        shutil.copy(base / name, out)
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     print(f"{out}: {size / 1e6:.1f} MB")
     if size > MOST_BYTES:

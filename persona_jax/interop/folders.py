@@ -33,6 +33,10 @@ class Tower:
     hash: str = ""
 
 
+SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
+"""Bases that come with the package, by name: each a folder with ``pipeline/``, ``reader/`` and
+``ip_adapter.safetensors``."""
+
 _OLD_VAE_ATTENTION = {
     ".query.": ".to_q.",
     ".key.": ".to_k.",
@@ -68,10 +72,13 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
 
 
 def find(path_or_id: str) -> Path:
-    """A pipeline folder: a local one, or a hub id's snapshot, downloaded when first asked for.
+    """A pipeline folder: one of :data:`SHIPPED`, a local one, or a hub id's snapshot, downloaded
+    when first asked for.
 
     A hub id reads ``owner/name``, or ``owner/name/folder`` for a folder within.
     """
+    if path_or_id in SHIPPED:
+        return SHIPPED[path_or_id] / "pipeline"
     local = Path(path_or_id).expanduser()
     if path_or_id and local.is_dir():
         return local

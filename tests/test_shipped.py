@@ -1,0 +1,116 @@
+"""The base that comes with the package: small, described, and what stock diffusers opens too."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+from diffusers.models.embeddings import MultiIPAdapterImageProjection
+from safetensors.numpy import load_file
+from world import config_of
+
+from persona_jax import methods, paint, pipeline
+from persona_jax.errors import UserError
+from persona_jax.interop import folders
+from persona_jax.metrics import reading
+from persona_jax.models.aggregators import Aggregator
+
+TINY = folders.SHIPPED["tiny"]
+PROMPT = "a photo of a smiling person wearing a red hat on a green background"
+STEPS, GUIDANCE = 10, 3.0
+
+pytestmark = pytest.mark.skipif(
+    not (TINY / "ip_adapter.safetensors").exists(), reason="the base is not packed yet"
+)
+
+
+@pytest.fixture(scope="module")
+def shipped():
+    return pipeline.load("tiny", dtype=jnp.float32, param_dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def noise():
+    return stock.normal(1, 16, 16, 8)
+
+
+def ours(parts, noise, params=None, references=None) -> jax.Array:
+    request = paint.Request(
+        keys=paint.picture_keys(0, 1),
+        ids=jnp.asarray(parts.tokenize([PROMPT])[0]),
+        negative_ids=jnp.asarray(parts.tokenize([""])[0]),
+        references=references,
+        guidance=GUIDANCE,
+        noise=jnp.asarray(noise),
+    )
+    painter = paint.make_painter(parts, Aggregator("first"), steps=STEPS)
+    return painter(paint.frozen_params(parts), params, request)
+
+
+def theirs(noise, embedding=None) -> np.ndarray:
+    """Stock diffusers' picture in [−1, 1], with its own IP-Adapter loader where there is one."""
+    pipe = stock.open_stock(TINY / "pipeline")
+    more = {}
+    if embedding is not None:
+        pipe.load_ip_adapter(
+            str(TINY), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
+        )
+        assert isinstance(pipe.unet.encoder_hid_proj, MultiIPAdapterImageProjection)
+        both = np.stack([np.zeros_like(embedding), embedding])
+        more["ip_adapter_image_embeds"] = [stock.torch.from_numpy(both[:, None])]
+    images = pipe(
+        PROMPT,
+        latents=stock.nchw(noise),
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        height=64,
+        width=64,
+        output_type="np",
+        **more,
+    ).images
+    return 2 * images - 1
+
+
+def test_it_is_small_and_described():
+    files = [path for path in TINY.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 20_000_000
+    card = (TINY / "README.md").read_text()
+    for word in ("license", "PSNR", "retrieval", "AUC", "minutes"):
+        assert word in card
+
+
+def test_stock_diffusers_paints_the_same_picture(shipped, noise):
+    assert stock.relative(ours(shipped, noise), theirs(noise)) < 2e-3
+
+
+def test_stock_diffusers_reads_its_adapter(shipped, noise):
+    embedding = stock.normal(1, 256)
+    config = config_of("ip")
+    params = methods.init_adapter(config, shipped, 256)
+    references = paint.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
+    painted = ours(shipped, noise, params, references)
+    assert stock.relative(painted, theirs(noise, embedding)) < 2e-3
+    assert stock.relative(painted, ours(shipped, noise)) > 0.05
+
+
+@pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
+def test_every_method_starts_from_it_by_default(shipped, name):
+    config = config_of(name)
+    assert (config.preset, config.pipeline, config.init_from) == ("tiny", "tiny", "tiny")
+    params = methods.init_adapter(config, shipped, 256)
+    assert bool(params["aggregator"]) == (name == "sa")
+    bias = load_file(TINY / "ip_adapter.safetensors")["image_proj.norm.bias"]
+    np.testing.assert_array_equal(params["image_proj"]["norm"]["bias"], bias)
+
+
+def test_its_adapter_is_refused_on_another_pipeline(shipped):
+    config = config_of("sa")
+    config.pipeline = "bases/mine/pipeline"
+    with pytest.raises(UserError, match="init_from=tiny: its adapter is for the shipped"):
+        methods.init_adapter(config, shipped, 256)
+
+
+def test_its_reader_reads_every_trait():
+    reader = reading.load_reader(TINY / "reader")
+    assert reader.size == 64
+    assert reader.spread.max() < 0.29
