@@ -35,7 +35,7 @@ class Tower:
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
 """Bases that come with the package, by name: each a folder with ``pipeline/``, ``reader/`` and
-``ip_adapter.safetensors``."""
+``ip_adapter.safetensors``. So far tiny has its pipeline alone."""
 
 _OLD_VAE_ATTENTION = {
     ".query.": ".to_q.",
@@ -75,7 +75,8 @@ def find(path_or_id: str) -> Path:
     """A pipeline folder: one of :data:`SHIPPED`, a local one, or a hub id's snapshot, downloaded
     when first asked for.
 
-    A hub id reads ``owner/name``, or ``owner/name/folder`` for a folder within.
+    The name of a shipped base comes first; a local folder called so is ``./name``. A hub id
+    reads ``owner/name``, or ``owner/name/folder`` for a folder within.
     """
     if path_or_id in SHIPPED:
         return SHIPPED[path_or_id] / "pipeline"
@@ -175,9 +176,10 @@ def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> No
     key = "_class_name" if library == "diffusers" else "architectures"
     named = {key: cls if library == "diffusers" else [cls], **config}
     if library == "transformers":
-        # Its readers cast to the dtype that is named here.
+        # Its readers cast to the dtype that is named here; diffusers casts its towers to float32
+        # unless told otherwise, and the towers of one pipeline must not disagree.
         named.pop("torch_dtype", None)
-        named["dtype"] = jax.tree.leaves(params)[0].dtype.name
+        named["dtype"] = "float32"
     (folder / "config.json").write_text(json.dumps(named, indent=2) + "\n")
     tensors.save_tree(params, folder / f"{stem}.safetensors")
 
