@@ -135,14 +135,11 @@ def _pictures(photos: Iterator[dict], size: int) -> Iterator[tuple[list[dict], n
 
     The next ones are drawn in the background while the caller stores these.
     """
-    begun = None
-    while chunk := list(itertools.islice(photos, CHUNK)):
-        ahead = chunk, _render(chunk, size)
-        if begun:
-            yield begun[0], np.asarray(begun[1])[: len(begun[0])]
-        begun = ahead
-    if begun:
-        yield begun[0], np.asarray(begun[1])[: len(begun[0])]
+    chunks = iter(lambda: list(itertools.islice(photos, CHUNK)), [])
+    begun = ((chunk, _render(chunk, size)) for chunk in chunks)
+    # A pair is there once its second half is begun.
+    for (chunk, pictures), _ in itertools.pairwise(itertools.chain(begun, [None])):
+        yield chunk, np.asarray(pictures)[: len(chunk)]
 
 
 def _render(photos: list[dict], size: int) -> jax.Array:
