@@ -1,6 +1,7 @@
 """Captions of portraits: what a photo shows that may change, and what it shows of the person."""
 
 from collections.abc import Mapping
+from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -10,6 +11,7 @@ from persona_jax.data.portraits.traits import (
     EXPRESSIONS,
     IDENTITY,
     REGIONS,
+    SCENE,
     hidden_traits,
 )
 
@@ -67,21 +69,30 @@ def full_caption(
 
 
 def opposites() -> list[tuple[str, str]]:
-    """A sentence for a low and one for a high value of each of traits.IDENTITY, in its order."""
-    pairs = (LOOKS[trait] for trait in IDENTITY)
-    return [
+    """A sentence for a low and one for a high value of each of traits.IDENTITY, in its order; then
+    one for each of two expressions, for every two of traits.EXPRESSIONS."""
+    looks = [
         (f"a person with {low}" if low else f"a person without {high}", f"a person with {high}")
-        for low, high in pairs
+        for low, high in (LOOKS[trait] for trait in IDENTITY)
+    ]
+    return looks + [
+        (f"a photo of a {one} person", f"a photo of a {other} person")
+        for one, other in combinations(EXPRESSIONS, 2)
     ]
 
 
 def which_opposite(
     identity: Float[np.ndarray, "P K"], scene: Float[np.ndarray, "P J"]
-) -> Int[np.ndarray, "P K"]:
-    """Which of its two sentences is true of each look of P photos: 0 or 1, or −1 where neither is
-    or where the photo hides it."""
+) -> Int[np.ndarray, "P N"]:
+    """Which sentence of each of the N opposites is true of P photos: 0 or 1, or −1 where neither
+    is or where the photo hides it."""
     hidden = hidden_traits(scene) > 0.5
-    return np.select([hidden, identity < LOW, identity > HIGH], [-1, 0, 1], -1).astype(np.int32)
+    looks = np.select([hidden, identity < LOW, identity > HIGH], [-1, 0, 1], -1)
+    no_mouth = scene[:, SCENE.index("hides_mouth"), None] > 0.5
+    expression = np.rint(scene[:, SCENE.index("expression"), None])
+    one, other = np.transpose(list(combinations(range(len(EXPRESSIONS)), 2)))
+    faces = np.select([no_mouth, expression == one, expression == other], [-1, 0, 1], -1)
+    return np.concatenate([looks, faces], axis=1).astype(np.int32)
 
 
 def _looks(who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator) -> str:

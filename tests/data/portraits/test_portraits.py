@@ -167,7 +167,6 @@ def test_wrong_settings_are_named(settings, named):
 
 def test_opposites_are_told_by_the_truth():
     pairs = words.opposites()
-    assert len(pairs) == len(traits.IDENTITY)
     assert all(low != high for low, high in pairs)
     low, high = pairs[traits.IDENTITY.index("beard")]
     assert (low, high) == ("a person without a beard", "a person with a beard")
@@ -180,6 +179,22 @@ def test_opposites_are_told_by_the_truth():
     which = words.which_opposite(identity, scene)
     assert which[0, traits.IDENTITY.index("beard")] == 1
     assert which[1, traits.IDENTITY.index("ear_size")] == 0
-    assert (which[:2] >= 0).sum() == 2
+    looks = len(traits.IDENTITY)
+    assert (which[:2, :looks] >= 0).sum() == 2
     hair = [trait in traits.REGIONS["hair"] for trait in traits.IDENTITY]
-    np.testing.assert_array_equal(which[2], np.where(hair, -1, 1))
+    np.testing.assert_array_equal(which[2, :looks], np.where(hair, -1, 1))
+
+
+def test_opposite_expressions_are_told_where_the_mouth_shows():
+    pairs = words.opposites()[len(traits.IDENTITY) :]
+    assert pairs[0] == ("a photo of a calm person", "a photo of a smiling person")
+    scene = np.zeros((3, len(traits.SCENE)), np.float32)
+    scene[:, traits.SCENE.index("expression")] = [1, 4, 1]  # smiling, surprised, smiling
+    scene[2, traits.SCENE.index("hides_mouth")] = 1
+    identity = np.full((3, len(traits.IDENTITY)), 0.5, np.float32)
+    which = words.which_opposite(identity, scene)[:, len(traits.IDENTITY) :]
+    for row, name in zip(which[:2], ("smiling", "surprised"), strict=True):
+        said = {pair[side] for pair, side in zip(pairs, row, strict=True) if side >= 0}
+        assert said == {f"a photo of a {name} person"}
+        assert (row >= 0).sum() == len(traits.EXPRESSIONS) - 1
+    assert (which[2] == -1).all()
