@@ -210,7 +210,7 @@ def _eye(picture, view, who, photo, skin, side):
     glint = circle(view.fx, view.fy, side * middle - 0.02, level - 0.02, 0.014)
     picture = over(picture, _WHITE, view.cover(glint) * inside)
     picture = over(picture, _DARK, view.cover(arch(u, v, 0.0, 0.0, half * 1.05, opened, 0.014)))
-    level = -0.205 - 0.13 * (who["brow_height"] - 0.5) - 0.035 * photo["brow_raise"]
+    level = -0.205 - 0.13 * (who["brow_height"] - 0.5) - 0.050 * photo["brow_raise"]
     u = side * view.fx - 0.17
     v = view.fy - level + 1.1 * (who["brow_tilt"] - 0.5) * u
     brow = arch(u, v, 0.0, 0.0, 0.125, 0.025, 0.010 + 0.045 * who["brow_thickness"])
@@ -234,24 +234,27 @@ def _nose(picture, view, who, skin):
 
 def _mouth(picture, view, who, photo, skin):
     """Two lips above and below a gap, all following one curve, and a moustache."""
-    fx, fy, smile = view.fx, view.fy, photo["smile"]
-    half = (0.065 + 0.155 * who["mouth_width"]) * (1 + 0.18 * jnp.maximum(smile, 0.0))
+    fx, fy, smile, opened = view.fx, view.fy, photo["smile"], photo["mouth_open"]
+    happy = jnp.maximum(smile, 0.0)
+    half = (0.075 + 0.130 * who["mouth_width"]) * (1 + 0.18 * happy - 0.3 * opened * (1 - happy))
     u = jnp.clip(fx / half, -1.0, 1.0)
     bow = jnp.sqrt(1.0 - u * u + 1e-6)
     off = jnp.maximum(jnp.abs(fx) - half, 0.0)
-    below = fy - 0.355 - 0.15 * smile * (0.45 - u * u)
-    gap, full = 0.065 * photo["mouth_open"] * bow, (0.008 + 0.070 * who["lip_fullness"]) * bow
+    bend = smile * (0.08 + 0.40 * half)
+    below = fy - 0.350 - bend * (0.5 - u * u)
+    steep = jnp.sqrt(1.0 + (2.0 * bend * u / half) ** 2)
+    gap, full = 0.085 * opened * bow, (0.015 + 0.055 * who["lip_fullness"]) * bow
 
     def strip(centre: Plane, thickness: Plane) -> Plane:
-        beyond = jnp.maximum(jnp.abs(below - centre) - thickness, 0.0)
-        return jnp.sqrt(beyond**2 + off**2 + 1e-12) - 0.005
+        beyond = jnp.maximum(jnp.abs(below - centre) - thickness, 0.0) / steep
+        return jnp.sqrt(beyond**2 + off**2 + 1e-12) - 0.012
 
     lip = 0.35 * skin * jnp.asarray((1.15, 0.75, 0.75)) + 0.6 * jnp.asarray((0.78, 0.22, 0.28))
     picture = over(picture, 0.86 * lip, view.cover(strip(-gap - 0.5 * full, 0.5 * full)))
     picture = over(picture, 1.06 * lip, view.cover(strip(gap + 0.7 * full, 0.7 * full)))
     inner = view.cover(strip(jnp.zeros_like(gap), gap))
     picture = over(picture, jnp.asarray((0.30, 0.09, 0.10)), inner)
-    teeth = view.cover(strip(-0.5 * gap, 0.4 * gap)) * (photo["mouth_open"] > 0.1)
+    teeth = view.cover(strip(-0.5 * gap, 0.4 * gap)) * (opened > 0.1) * (0.3 + 0.7 * happy)
     picture = over(picture, 0.97 * _WHITE, teeth * inner)
     grown = who["moustache"]
     hair = arch(fx, fy, 0.0, 0.285, 0.05 + 0.15 * grown, 0.03, 0.006 + 0.042 * grown)

@@ -58,10 +58,10 @@ PAINTS = ("red", "yellow", "green", "blue", "purple")
 
 # smile (−1..1), mouth open (0..1), brows raised (−1..1), eyes open (0..1)
 EXPRESSIONS = {
-    "calm": (0.2, 0.0, 0.0, 0.75),
-    "smiling": (0.85, 0.0, 0.1, 0.7),
+    "calm": (0.0, 0.0, 0.0, 0.75),
+    "smiling": (0.9, 0.0, 0.1, 0.7),
     "laughing": (0.9, 0.8, 0.25, 0.55),
-    "sad": (-0.75, 0.0, -0.3, 0.6),
+    "sad": (-0.9, 0.0, -0.3, 0.6),
     "surprised": (0.0, 0.9, 0.9, 1.0),
 }
 
@@ -94,7 +94,6 @@ SCENE = (
 """Names of a photo's numbers; kinds and colours are indices into the tables above."""
 
 PLAIN_SCENE = {
-    "smile": 0.2,
     "eyes_open": 0.75,
     "light_y": -0.5,
     "zoom": 1.0,

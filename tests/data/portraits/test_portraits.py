@@ -1,5 +1,7 @@
 """Portraits: what hides a region hides it, captions say what may change, groups share nobody."""
 
+from itertools import combinations
+
 import numpy as np
 import pytest
 
@@ -11,6 +13,7 @@ from persona_jax.data.portraits.render import render
 from persona_jax.errors import UserError
 
 COUNT = 16
+FACE = ("smile", "mouth_open", "brow_raise", "eyes_open")
 
 
 def people_and_scenes(hiding_rate: float = 0.0):
@@ -56,6 +59,18 @@ def test_every_trait_shows(trait):
     people, scenes = people_and_scenes()
     low, high = (with_value(people, traits.IDENTITY, trait, value) for value in (0.1, 0.9))
     assert difference((low, scenes), (high, scenes)).mean() > 0.1
+
+
+@pytest.mark.parametrize("pair", list(combinations(traits.EXPRESSIONS, 2)), ids="-".join)
+def test_every_two_expressions_differ(pair):
+    people, scenes = people_and_scenes()
+    shown = []
+    for name in pair:
+        worn = scenes
+        for part, value in zip(FACE, traits.EXPRESSIONS[name], strict=True):
+            worn = with_value(worn, traits.SCENE, part, value)
+        shown.append((people, worn))
+    assert difference(*shown).mean() > 0.9
 
 
 def test_hiding_one_region_leaves_the_others_to_see():
