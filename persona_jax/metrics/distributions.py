@@ -1,0 +1,196 @@
+"""How far two sets of pictures are apart, by their features: FID, KID, Inception Score.
+
+Features and logits come from one of the networks that score; nothing here knows which. All float64.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from itertools import pairwise
+
+import numpy as np
+from jaxtyping import Float
+
+from persona_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Moments:
+    """Sums from which mean and covariance follow, about a fixed origin; they add up in any order.
+
+    Attributes:
+      count: pictures.
+      total: sum of their features ``[D]``.
+      products: sum of the features' outer products ``[D, D]``.
+    """
+
+    count: int
+    total: Float[np.ndarray, " D"]
+    products: Float[np.ndarray, "D D"]
+
+    @property
+    def mean(self) -> Float[np.ndarray, " D"]:
+        """Mean of the features."""
+        return self.total / self.count
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "D D"]:
+        """Unbiased covariance of the features.
+
+        Raises:
+          UserError: fewer than two pictures.
+        """
+        if self.count < 2:
+            raise UserError(f"a covariance needs 2 pictures or more, got {self.count}")
+        off = np.outer(self.mean, self.total)
+        return (self.products - off) / (self.count - 1)
+
+
+def moments(features: Float[np.ndarray, "P D"]) -> Moments:
+    """The moments of P pictures' features.
+
+    Raises:
+      UserError: a feature that is not finite.
+    """
+    if not np.isfinite(features).all():
+        raise UserError("features that are not finite; look for NaN in the pictures")
+    wide = features.astype(np.float64)
+    return Moments(len(wide), wide.sum(axis=0), wide.T @ wide)
+
+
+def merge(parts: Iterable[Moments]) -> Moments:
+    """The moments of all parts' pictures together."""
+    parts = list(parts)
+    return Moments(
+        sum(part.count for part in parts),
+        np.sum([part.total for part in parts], axis=0),
+        np.sum([part.products for part in parts], axis=0),
+    )
+
+
+def frechet_distance(one: Moments, other: Moments) -> float:
+    """FID (Heusel et al. 2017, eq. 6): ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½).
+
+    The last trace is the sum of the singular values of Σ₁^½ Σ₂^½, which stay real and accurate for
+    covariances of any rank.
+    """
+    first, second = one.covariance, other.covariance
+    shared = np.linalg.svd(_root(first) @ _root(second), compute_uv=False).sum()
+    mean = ((one.mean - other.mean) ** 2).sum()
+    return float(mean + np.trace(first) + np.trace(second) - 2.0 * shared)
+
+
+def full_rank(one: Moments, other: Moments) -> bool:
+    """Whether both sets have more pictures than features; FID of fewer is bias above all."""
+    return min(one.count, other.count) > len(one.total)
+
+
+def frechet_distance_infinity(
+    features: Float[np.ndarray, "P D"], reference: Moments, seed: int, points: int = 15
+) -> float:
+    """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
+
+    FID is computed of random subsets, evenly spaced from a tenth of the pictures to all, and is
+    linear in 1/N: the line's value at 0.
+
+    Raises:
+      UserError: fewer than 20 pictures.
+    """
+    if len(features) < 20:
+        raise UserError(f"FID infinity needs 20 pictures or more, got {len(features)}")
+    rng = np.random.default_rng(seed)
+    sizes = np.linspace(len(features) // 10, len(features), points).astype(np.int64)
+    found = []
+    for size in sizes:
+        chosen = rng.choice(len(features), size, replace=False)
+        found.append(frechet_distance(moments(features[chosen]), reference))
+    _, at_zero = np.polyfit(1.0 / sizes, found, 1)
+    return float(at_zero)
+
+
+def kernel_distance(
+    one: Float[np.ndarray, "P D"],
+    other: Float[np.ndarray, "R D"],
+    seed: int,
+    subsets: int = 100,
+    subset_size: int = 1000,
+) -> tuple[float, float]:
+    """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³.
+
+    Args:
+      one, other: features.
+      seed: which subsets are drawn.
+      subsets: how many.
+      subset_size: pictures in each; as many as the smaller set has, if that is fewer.
+
+    Returns:
+      (mean, standard deviation) over the subsets.
+
+    Raises:
+      UserError: fewer than two pictures on a side.
+    """
+    size = min(subset_size, len(one), len(other))
+    if size < 2:
+        raise UserError(f"KID needs 2 pictures or more on each side, got {size}")
+    rng = np.random.default_rng(seed)
+    found = []
+    for _ in range(subsets):
+        x = one[rng.choice(len(one), size, replace=False)].astype(np.float64)
+        y = other[rng.choice(len(other), size, replace=False)].astype(np.float64)
+        found.append(squared_mmd(x, y))
+    return float(np.mean(found)), float(np.std(found))
+
+
+def squared_mmd(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M D"]) -> float:
+    """Unbiased squared maximum mean discrepancy with KID's kernel (Gretton et al. 2012, eq. 4)."""
+    count, dim = x.shape
+
+    def kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return (a @ b.T / dim + 1.0) ** 3
+
+    def within(a: np.ndarray) -> float:
+        all_pairs = kernel(a, a)
+        return (all_pairs.sum() - np.trace(all_pairs)) / (count * (count - 1))
+
+    return float(within(x) + within(y) - 2.0 * kernel(x, y).mean())
+
+
+def inception_score(
+    logits: Float[np.ndarray, "P C"], seed: int, splits: int = 10, uniform: bool = False
+) -> tuple[float, float]:
+    """Inception Score (Salimans et al. 2016): exp E KL(p(y|x) ‖ p(y)), over shuffled splits.
+
+    Args:
+      logits: of the classes.
+      seed: of the shuffle, NumPy's legacy generator, as torch-fidelity does it.
+      splits: equal parts; the score grows with fewer, so it belongs beside the number.
+      uniform: take p(y) as 1 / C, which some papers write, instead of the marginal.
+
+    Returns:
+      (mean, standard deviation) over the splits.
+
+    Raises:
+      UserError: fewer pictures than splits.
+    """
+    if splits < 1 or len(logits) < splits:
+        raise UserError(f"Inception Score of {len(logits)} pictures in {splits} splits; use fewer")
+    shuffled = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
+    log_p = shuffled - np.logaddexp.reduce(shuffled, axis=1, keepdims=True)
+    # The same cuts as torch-fidelity's, so that splits of unequal length agree.
+    cuts = [len(log_p) * i // splits for i in range(splits + 1)]
+    scores = []
+    for start, end in pairwise(cuts):
+        part = log_p[start:end]
+        p = np.exp(part)
+        q = np.full_like(p[0], 1.0 / len(p[0])) if uniform else p.mean(axis=0)
+        there = np.broadcast_to(q > 0, p.shape)  # what no picture shows adds nothing
+        off = np.subtract(
+            part, np.log(q, where=q > 0, out=np.zeros_like(q)), where=there, out=0 * p
+        )
+        scores.append(np.exp((p * off).sum(axis=1).mean()))
+    return float(np.mean(scores)), float(np.std(scores))
+
+
+def _root(matrix: np.ndarray) -> np.ndarray:
+    """Symmetric square root of a covariance."""
+    values, vectors = np.linalg.eigh(matrix)
+    return (vectors * np.sqrt(np.maximum(values, 0.0))) @ vectors.T
