@@ -1,0 +1,69 @@
+"""Low-rank updates of the attention projections (LoRA, Hu et al. 2021), in a tree of their own."""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from jaxtyping import Array, PRNGKeyArray
+
+PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
+"""What is updated in every attention, self and cross; diffusers' and PEFT's usual targets."""
+
+LoraTree = Mapping[str, Mapping[str, Array]]
+"""``{torch path of a projection: {"down": [C_in, r], "up": [r, C_out]}}``."""
+
+
+def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
+    """Fresh updates of rank r for every attention projection of a tower: all exactly zero.
+
+    ``down`` is drawn from N(0, 1/r), ``up`` is zero (PEFT's "gaussian").
+
+    Args:
+      key: randomness.
+      params: the tower's parameters.
+      rank: r.
+
+    Raises:
+      ValueError: a rank below 1, or a tower without attention.
+    """
+    kernels = _kernels(params)
+    if rank < 1 or not kernels:
+        raise ValueError(f"rank {rank}, {len(kernels)} attention projections: 1 or more of each")
+    keys = jax.random.split(key, len(kernels))
+    return {
+        name: {
+            "down": jax.random.normal(k, (kernels[name].shape[0], rank)) / rank,
+            "up": jnp.zeros((rank, kernels[name].shape[1])),
+        }
+        for k, name in zip(keys, sorted(kernels), strict=True)
+    }
+
+
+def merge(params: Mapping, lora: LoraTree, scale: Array | float = 1.0) -> dict:
+    """The tower with W + scale · down · up in place of each updated W; nothing is changed in place.
+
+    Args:
+      params: the tower's parameters.
+      lora: as from :func:`init`.
+      scale: α/r of the paper; 0 gives the tower back.
+
+    Raises:
+      KeyError: an update for a projection that the tower lacks.
+    """
+    flat = traverse_util.flatten_dict(params)
+    paths = {".".join(path[:-1]): path for path in flat if path[-1] == "kernel"}
+    for name, update in lora.items():
+        kernel = flat[paths[name]]
+        change = scale * update["down"] @ update["up"]
+        flat[paths[name]] = kernel + change.astype(kernel.dtype)
+    return traverse_util.unflatten_dict(flat)
+
+
+def _kernels(params: Mapping) -> dict[str, Array]:
+    """Kernels ``[C_in, C_out]`` of the attention projections, by torch path."""
+    return {
+        ".".join(path[:-1]): leaf
+        for path, leaf in traverse_util.flatten_dict(params).items()
+        if path[-1] == "kernel" and path[-2] in PROJECTIONS
+    }
