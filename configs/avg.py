@@ -4,5 +4,5 @@ import common
 from ml_collections import ConfigDict
 
 
-def get_config(preset: str = "lfw") -> ConfigDict:
+def get_config(preset: str = "tiny") -> ConfigDict:
     return common.adapter(preset, aggregator="avg")

@@ -15,7 +15,7 @@ TEXT_DIM = 128
 EMBEDDING_DIM = 256
 
 
-def get_config(preset: str = "lfw") -> ConfigDict:
+def get_config(preset: str = "tiny") -> ConfigDict:
     if preset not in ("tiny", "lfw"):
         raise UserError(f"base preset {preset!r}; presets: tiny, lfw")
     config = ConfigDict(

@@ -6,7 +6,7 @@ from persona_jax.errors import UserError
 
 PRESETS = {
     "tiny": {
-        "pipeline": "bases/tiny/pipeline",
+        "pipeline": "tiny",  # comes with the package
         "flip": False,  # partings and moles have a side
         "data": {"dataset": "portraits", "crop": 1.0},
     },
@@ -28,6 +28,12 @@ PRESETS = {
     },
 }
 """What each preset changes of an adapter's training on a small base."""
+
+PERSONAL = {
+    ("tiny", "dreambooth"): {"optimizer": {"learning_rate": 2e-4, "steps": 100}},
+    ("tiny", "lora"): {"optimizer": {"learning_rate": 2e-3, "steps": 100}},
+}
+"""What small bases change of the training of weights that belong to one person."""
 
 
 def data() -> ConfigDict:
@@ -72,10 +78,59 @@ def mesh() -> ConfigDict:
     return ConfigDict({"data": -1, "fsdp": 1})
 
 
-def adapter(preset: str, aggregator: str) -> ConfigDict:
-    """An adapter's training at one of the presets."""
+def personal(preset: str, method: str) -> ConfigDict:
+    """The training of weights that belong to one person, at one of the presets."""
+    check(preset)
+    config = ConfigDict(
+        {
+            "preset": preset,
+            "method": method,
+            "seed": 0,
+            "pipeline": "",  # folder or hub id, or the name of a shipped base
+            "people": {"group": "test", "count": 8, "at_once": 1},
+            # The same photos that adapters are shown: the first n less the last.
+            "references": {"n": 10, "hold_out": True},
+            "token": "sks",  # rare; before the noun, it calls the person
+            "noun": "person",
+            "captions": True,  # prompts are the photos' captions; False: the two fixed ones
+            "prompt": "a photo of a person",
+            "prior": {
+                "weight": 1.0,  # λ; 0: no prior preservation
+                "pictures": 200,
+                "prompt": "a photo of a person",
+                "steps": 30,
+                "guidance": 3.0,
+            },
+            "data": data(),
+            "mesh": mesh(),
+            "dtype": "auto",
+            "batch_size": 4,  # of the person's photos; as many of the class beside them
+            "optimizer": optimizer(5e-6, 800, warmup_steps=0),
+            "log_every": 20,
+            "save_every": 200,
+            "sampling": {"steps": 30, "guidance": 3.0, "eta": 0.0},
+        }
+    )
+    if method == "dreambooth":
+        config.train_text_encoder = False
+    else:
+        config.lora = ConfigDict({"rank": 4, "alpha": 4.0})
+        config.optimizer.learning_rate = 1e-4
+        config.people.at_once = 4
+    shared = {"pipeline", "data", "sampling"}
+    config.update({key: value for key, value in PRESETS[preset].items() if key in shared})
+    config.update(PERSONAL.get((preset, method), {}))
+    return config
+
+
+def check(preset: str) -> None:
     if preset not in PRESETS:
         raise UserError(f"preset {preset!r}; presets: {', '.join(PRESETS)}")
+
+
+def adapter(preset: str, aggregator: str) -> ConfigDict:
+    """An adapter's training at one of the presets."""
+    check(preset)
     config = ConfigDict(
         {
             "preset": preset,

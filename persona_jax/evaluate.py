@@ -3,30 +3,29 @@
 python -m persona_jax.evaluate --workdir runs/sa
 
 For drawn portraits, whose people are known number by number: paints each test person from 1, 3 and
-9 of their photos and reads the traits back off the pictures. Beside it stand the same adapter
-given another person's photos, and real photos of the person. Writes report.json, curve.svg
-(identity by number of photos) and grid.png into WORKDIR/evaluation.
+9 of their photos and reads the traits back off the pictures. Beside it stand the same pictures
+taken for another person's, and real photos of the person. Writes report.json, curve.svg (identity
+by number of photos) and grid.png into WORKDIR/evaluation.
 """
 
 import argparse
+import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
+from ml_collections import ConfigDict
 
-from persona_jax import methods, paint
+from persona_jax import paint, personal, runs
 from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
-from persona_jax.eyes import open_eye
 from persona_jax.interop import folders
-from persona_jax.interop.checkpoints import load_params
 from persona_jax.metrics import fidelity, plots, reading
-from persona_jax.pipeline import open_pipeline
 
 PROMPT = fidelity.prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
 """A calm face with nothing on it, so that every trait shows."""
@@ -36,79 +35,81 @@ def main(arguments: argparse.Namespace) -> None:
     """People → references → pictures → readings → report."""
     workdir = Path(arguments.workdir)
     config = read_config(workdir)
-    photos, people = open_dataset(config.data)
+    photos, groups = open_dataset(config.data)
     if not photos.has("identity"):
         raise UserError(
             f"evaluate: nobody knows the true traits of {config.data.dataset} people; only runs on "
             "portraits can be read back"
         )
-    chosen = getattr(people, arguments.group)[: arguments.people]
-    most = max(arguments.references)
-    if len(chosen) < arguments.people or arguments.people < 2:
-        raise UserError(f"--people {arguments.people}: there are {len(chosen)}, and 2 are needed")
+    chosen = whom(arguments, workdir, config, getattr(groups, arguments.group))
     sets = photos_of(photos.people, chosen)
-    if min(arguments.references) < 1 or most >= min(map(len, sets)):
+    most, fewest = max(arguments.references), min(map(len, sets))
+    if min(arguments.references) < 1 or most >= fewest:
         raise UserError(
-            f"--references {most}: each person has {min(map(len, sets))} photos, of which one is "
-            "held out"
+            f"--references {most}: each person has {fewest} photos, of which one is held out"
         )
     reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
-    pipeline = open_pipeline(config)
-    eye = open_eye(config, pipeline)
-    params = load_params(workdir / "checkpoints", "ema" if config.optimizer.ema_decay else "params")
+    run = runs.open_run(workdir)
+    knobs = run.knobs(steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale)
+    painter = runs.make_painter(run, knobs)
+    prompts = [run.prompt(PROMPT)] * (len(chosen) * arguments.samples)
+    # The same noise for all numbers of references.
+    keys = paint.picture_keys(arguments.seed, len(prompts))
+
+    def each(values: np.ndarray) -> np.ndarray:
+        """A person's value for each of their samples."""
+        return np.repeat(values, arguments.samples, axis=0)
+
+    if run.personal:
+        counts = [config.references.n - 1]
+        shown = {counts[0]: painter(prompts, keys, names=each(np.asarray(chosen)).tolist())}
+    else:
+        counts = arguments.references
+        looks = [run.eye.look([photos.image(row) for row in rows[:most]]) for rows in sets]
+        embeddings = each(np.stack(looks))
+        shown = {}
+        for count in counts:
+            weights = np.broadcast_to(np.float32(np.arange(most) < count), embeddings.shape[:2])
+            shown[count] = painter(prompts, keys, embeddings=embeddings, weights=weights)
+
     identity = photos.truth("identity")[[rows[0] for rows in sets]]
     hidden = traits.hidden_traits(photos.truth("scene"))
-    embeddings = np.stack([eye.look([photos.image(row) for row in rows[:most]]) for rows in sets])
-    sampling = config.sampling
-    scale = sampling.scale if arguments.scale is None else arguments.scale
-    guidance = sampling.guidance if arguments.guidance is None else arguments.guidance
-    aggregator = methods.make_aggregator(config.aggregator)
-    painter = paint.make_painter(pipeline, aggregator, steps=arguments.steps or sampling.steps)
-    frozen = paint.frozen_params(pipeline)
-    ids, _ = pipeline.tokenize([PROMPT])
-    empty, _ = pipeline.tokenize([""])
-
-    def painted(references: np.ndarray, count: int) -> np.ndarray:
-        """One picture per person and sample ``[P · samples, S, S, 3]``, the same noise for all
-        numbers of references."""
-        total = len(references) * arguments.samples
-        mask = np.zeros((total, most), np.float32)
-        mask[:, :count] = 1
-        request = paint.Request(
-            keys=paint.picture_keys(arguments.seed, total),
-            ids=jnp.repeat(jnp.asarray(ids), total, axis=0),
-            negative_ids=jnp.repeat(jnp.asarray(empty), total, axis=0),
-            references=paint.References(
-                jnp.repeat(jnp.asarray(references), arguments.samples, axis=0),
-                jnp.asarray(mask),
-                scale,
-            ),
-            guidance=guidance,
-            eta=sampling.eta,
-        )
-        return paint.in_batches(painter, frozen, params, request)
-
-    truth = np.repeat(identity, arguments.samples, axis=0)
+    truth = each(identity)
     report: dict = {"people": len(chosen), "samples": arguments.samples, "references": {}}
-    report |= {"scale": scale, "guidance": guidance, "prompt": PROMPT, "group": arguments.group}
-    shown = {}
-    for count in arguments.references:
-        shown[count] = painted(embeddings, count)
+    report |= {**dataclasses.asdict(knobs), "prompt": prompts[0], "group": arguments.group}
+    for count in counts:
         read = reader.read(shown[count]).identity
         times = np.stack([hidden[rows[:count]].sum(axis=0) for rows in sets])
         report["references"][count] = fidelity.identity_fidelity(reader, read, truth) | {
-            "by_hiding": fidelity.error_by_hiding(
-                read, truth, np.repeat(times, arguments.samples, axis=0)
-            )
+            "by_hiding": fidelity.error_by_hiding(read, truth, each(times))
         }
-    wrong = reader.read(painted(np.roll(embeddings, 1, axis=0), most)).identity
-    report["another_person"] = fidelity.identity_fidelity(reader, wrong, truth)
+    # Pictures from another person's photos: the last ones, held against the next person.
+    report["another_person"] = fidelity.identity_fidelity(
+        reader, read, np.roll(truth, -arguments.samples, axis=0)
+    )
     held_out = [rows[-1] for rows in sets]
-    squares = [images.to_model(photos.image(row), pipeline.image_size) for row in held_out]
+    squares = [images.to_model(photos.image(row), run.pipeline.image_size) for row in held_out]
     report["held_out_photo"] = fidelity.identity_fidelity(
         reader, reader.read(np.stack(squares)).identity, identity, 1 - hidden[held_out]
     )
-    write(workdir / "evaluation", report, photos, sets, shown, pipeline.image_size)
+    write(workdir / "evaluation", report, photos, sets, shown, run.pipeline.image_size)
+
+
+def whom(
+    arguments: argparse.Namespace, workdir: Path, config: ConfigDict, group: Sequence[str]
+) -> list[str]:
+    """The first people of the group; of those that the run learnt, where weights belong to people.
+
+    Raises:
+      UserError: too few of them.
+    """
+    if config.method in personal.METHODS:
+        learnt = {path.parent.name for path in workdir.glob("people/*/person.json")}
+        group = [name for name in group if name in learnt]
+    chosen = list(group[: arguments.people])
+    if len(chosen) < arguments.people or arguments.people < 2:
+        raise UserError(f"--people {arguments.people}: there are {len(chosen)}, and 2 are needed")
+    return chosen
 
 
 def write(out: Path, report: dict, photos, sets, shown: dict[int, np.ndarray], size: int) -> None:

@@ -135,16 +135,16 @@ def in_batches(
     adapter_params: Mapping | None,
     request: Request,
     size: int = 32,
-) -> Float[np.ndarray, "P H W 3"]:
-    """A request for any number of pictures, `size` at a time: one compilation."""
+) -> Float[np.ndarray, "P H W C"]:
+    """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
     count, parts = len(request.keys), []
     for start in range(0, count, size):
-        part = _some(request, np.minimum(np.arange(start, start + size), count - 1))
+        part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
         parts.append(np.asarray(painter(frozen, adapter_params, part)))
     return np.concatenate(parts)[:count]
 
 
-def _some(request: Request, rows: np.ndarray) -> Request:
+def some_of(request: Request, rows: np.ndarray) -> Request:
     """The request for some of its pictures; what is not per picture stays."""
     count = len(request.keys)
     return jax.tree.map(lambda x: x[rows] if jnp.shape(x)[:1] == (count,) else x, request)

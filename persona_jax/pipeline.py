@@ -151,7 +151,8 @@ def save(pipeline: Pipeline, folder: Path) -> None:
 
 
 def open_pipeline(config: ConfigDict) -> Pipeline:
-    """The pipeline that an adapter's config names, its frozen weights cast once.
+    """The pipeline that a method's config names, its frozen weights cast once; the image encoder
+    only where the method reads with it.
 
     bfloat16 on accelerators, float32 on a CPU, unless the config's ``dtype`` says otherwise.
     """
@@ -161,7 +162,7 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
     dtype = dtypes[config.dtype]
     if dtype is None:
         dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    own_eye = config.image_encoder.kind == "clip"
+    own_eye = "image_encoder" in config and config.image_encoder.kind == "clip"
     return load(
         config.pipeline,
         only=TOWERS if own_eye else [tower for tower in TOWERS if tower != "image_encoder"],

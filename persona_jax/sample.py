@@ -1,92 +1,82 @@
-"""Paints a person from photos and a prompt, with a trained adapter.
+"""Paints a person: from photos and a prompt, with a trained adapter, or one learnt by heart.
 
 python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a smiling person"
+python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
 
 Writes OUT/0000.png …, OUT/grid.png (references beside samples) and OUT/sample.json, which holds
 everything needed to repeat it.
 """
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from persona_jax import methods, paint
+from persona_jax import paint, personal, runs
 from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.errors import UserError
-from persona_jax.eyes import open_eye
-from persona_jax.interop.checkpoints import load_params, newest_step
-from persona_jax.pipeline import open_pipeline
+from persona_jax.interop.checkpoints import newest_step
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
     workdir, out = Path(arguments.workdir), Path(arguments.out)
-    config = read_config(workdir)
-    if arguments.crop is not None:
-        config.data.crop = arguments.crop
+    method = read_config(workdir).method
+    by_name = method in personal.METHODS
+    if by_name != (arguments.person is not None) or by_name == bool(arguments.photos):
+        wanted = "--person, one of those it learnt, and no --photos" if by_name else "--photos"
+        raise UserError(f"{workdir} is a run of {method}: give {wanted}")
     photos = [images.load_photo(path) for path in arguments.photos]
-    weights = read_weights(arguments)
-    if arguments.num < 1:
-        raise UserError(f"--num {arguments.num}: at least one picture")
+    weights, num = read_weights(arguments), arguments.num
+    if num < 1:
+        raise UserError(f"--num {num}: at least one picture")
 
-    pipeline = open_pipeline(config)
-    eye = open_eye(config, pipeline)
-    which = "ema" if config.optimizer.ema_decay else "params"
-    params = load_params(workdir / "checkpoints", which)
-    embeddings = eye.look(photos)
-
-    sampling = config.sampling
-    settings = {
-        "scale": sampling.scale if arguments.scale is None else arguments.scale,
-        "guidance": sampling.guidance if arguments.guidance is None else arguments.guidance,
-        "steps": arguments.steps or sampling.steps,
-        "eta": sampling.eta if arguments.eta is None else arguments.eta,
-    }
-    ids, warnings = pipeline.tokenize([arguments.prompt])
-    negative, more = pipeline.tokenize([arguments.negative_prompt])
-    for warning in warnings + more:
-        print(f"warning: {warning}", file=sys.stderr)
-    aggregator = methods.make_aggregator(config.aggregator)
-    painter = paint.make_painter(pipeline, aggregator, steps=settings["steps"])
-    frozen = paint.frozen_params(pipeline)
-    num = arguments.num
-    request = paint.Request(
-        keys=paint.picture_keys(arguments.seed, num),
-        ids=jnp.repeat(jnp.asarray(ids), num, axis=0),
-        negative_ids=jnp.repeat(jnp.asarray(negative), num, axis=0),
-        references=paint.References(
-            jnp.repeat(embeddings[None], num, axis=0),
-            jnp.repeat(jnp.asarray([weights], jnp.float32), num, axis=0),
-            settings["scale"],
-        ),
-        guidance=settings["guidance"],
-        eta=settings["eta"],
+    run = runs.open_run(workdir, arguments.crop)
+    knobs = run.knobs(
+        steps=arguments.steps or None,
+        guidance=arguments.guidance,
+        eta=arguments.eta,
+        scale=arguments.scale,
     )
-    size = min(num, arguments.batch_size)
-    painted = paint.in_batches(painter, frozen, params, request, size)
+    prompt = run.prompt(arguments.prompt)
+    _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+    whom = {"names": [arguments.person] * num}
+    if not by_name:
+        embeddings = np.repeat(run.eye.look(photos)[None], num, axis=0)
+        whom = {"embeddings": embeddings, "weights": np.float32([weights] * num)}
+    painter = runs.make_painter(run, knobs, min(num, arguments.batch_size))
+    painted = painter(
+        [prompt] * num,
+        paint.picture_keys(arguments.seed, num),
+        negative_prompt=arguments.negative_prompt,
+        **whom,
+    )
     pictures = list(images.to_uint8(painted))
 
     record = {
         "workdir": str(workdir.absolute()),
         "step": newest_step(workdir / "checkpoints"),
+        "person": arguments.person,
         "photos": [str(Path(photo).absolute()) for photo in arguments.photos],
         "weights": weights,
-        "prompt": arguments.prompt,
+        "prompt": prompt,
         "negative_prompt": arguments.negative_prompt,
         "seed": arguments.seed,
         "num": arguments.num,
         "batch_size": arguments.batch_size,
-        "crop": config.data.crop,
-        **settings,
+        "crop": run.config.data.crop,
+        **dataclasses.asdict(knobs),
     }
-    write(out, pictures, photos, record, pipeline.image_size)
-    print(f"{len(pictures)} pictures in {out}; the photos beside them in {out / 'grid.png'}")
+    write(out, pictures, photos, record, run.pipeline.image_size)
+    beside = "all" if by_name else "the photos beside them"
+    print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
 
 
 def read_weights(arguments: argparse.Namespace) -> list[float]:
@@ -112,7 +102,10 @@ def write(
         Image.fromarray(picture).save(out / f"{i:04d}.png")
     squares = [images.centre_crop(photo, record["crop"]).resize((size, size)) for photo in photos]
     width = max(len(squares), min(len(pictures), 8))
-    rows = [squares, *(pictures[i : i + width] for i in range(0, len(pictures), width))]
+    rows = [
+        *([squares] if squares else []),
+        *(pictures[i : i + width] for i in range(0, len(pictures), width)),
+    ]
     images.grid(rows, size=size).save(out / "grid.png")
     (out / "sample.json").write_text(json.dumps(record, indent=2) + "\n")
 
@@ -123,7 +116,8 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--workdir", required=True, help="a run of persona_jax.train")
-    flags.add_argument("--photos", required=True, nargs="+", help="the person's photos")
+    flags.add_argument("--photos", nargs="+", default=[], help="the person's photos")
+    flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
     flags.add_argument("--prompt", default="a photo of a person")
     flags.add_argument("--negative_prompt", default="")
     flags.add_argument("--num", type=int, default=4, help="how many pictures")

@@ -16,7 +16,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from persona_jax import methods, paint
+from persona_jax import methods, paint, personal, tuning
 from persona_jax.cli import refuse_another_run, run_with_config, write_run_files
 from persona_jax.data import images
 from persona_jax.data.encodings import Encodings, encode_photos
@@ -31,6 +31,7 @@ from persona_jax.pipeline import Pipeline, open_pipeline
 from persona_jax.training.loop import fit
 from persona_jax.training.mesh import (
     initialize_distributed,
+    local_sharding,
     make_mesh,
     place,
     shard_params,
@@ -41,6 +42,8 @@ from persona_jax.training.state import init_state, make_optimizer, make_step
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, encodings, trainable tree, loop."""
+    if config.method in personal.METHODS:
+        return tuning.tune(config, workdir)
     initialize_distributed()
     mesh = make_mesh(**config.mesh)
     if newest_step(workdir / "checkpoints") is not None:
@@ -121,7 +124,8 @@ def encode(
     def encode_images(pictures):
         pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
         seen = [eye.preprocess(p) for p in pictures]
-        return towers(vae.params, eye.params, np.stack(pixels), np.stack(seen))
+        shared = jax.device_put((np.stack(pixels), np.stack(seen)), local_sharding(len(pictures)))
+        return towers(vae.params, eye.params, *shared)
 
     return encode_photos(
         photos,

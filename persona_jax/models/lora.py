@@ -10,14 +10,15 @@ from jaxtyping import Array, PRNGKeyArray
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 """What is updated in every attention, self and cross; diffusers' and PEFT's usual targets."""
 
-LoraTree = Mapping[str, Mapping[str, Array]]
-"""``{torch path of a projection: {"down": [C_in, r], "up": [r, C_out]}}``."""
+LoraTree = Mapping[str, Mapping[str, Mapping[str, Array]]]
+"""``{torch path of a projection: {"lora_A": {"kernel": [C_in, r]}, "lora_B": {"kernel": [r,
+C_out]}}}``; PEFT's names, so that saving a tree gives the file that diffusers reads."""
 
 
 def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
     """Fresh updates of rank r for every attention projection of a tower: all exactly zero.
 
-    ``down`` is drawn from N(0, 1/r), ``up`` is zero (PEFT's "gaussian").
+    A is drawn from N(0, 1/r²), B is zero (PEFT's "gaussian").
 
     Args:
       key: randomness.
@@ -33,15 +34,15 @@ def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
     keys = jax.random.split(key, len(kernels))
     return {
         name: {
-            "down": jax.random.normal(k, (kernels[name].shape[0], rank)) / rank,
-            "up": jnp.zeros((rank, kernels[name].shape[1])),
+            "lora_A": {"kernel": jax.random.normal(k, (kernels[name].shape[0], rank)) / rank},
+            "lora_B": {"kernel": jnp.zeros((rank, kernels[name].shape[1]))},
         }
         for k, name in zip(keys, sorted(kernels), strict=True)
     }
 
 
 def merge(params: Mapping, lora: LoraTree, scale: Array | float = 1.0) -> dict:
-    """The tower with W + scale · down · up in place of each updated W; nothing is changed in place.
+    """The tower with W + scale · A · B in place of each updated W, as a new tree.
 
     Args:
       params: the tower's parameters.
@@ -55,7 +56,7 @@ def merge(params: Mapping, lora: LoraTree, scale: Array | float = 1.0) -> dict:
     paths = {".".join(path[:-1]): path for path in flat if path[-1] == "kernel"}
     for name, update in lora.items():
         kernel = flat[paths[name]]
-        change = scale * update["down"] @ update["up"]
+        change = scale * update["lora_A"]["kernel"] @ update["lora_B"]["kernel"]
         flat[paths[name]] = kernel + change.astype(kernel.dtype)
     return traverse_util.unflatten_dict(flat)
 

@@ -118,6 +118,13 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
+def local_sharding(size: int) -> NamedSharding:
+    """Return the sharding of `size` rows over as many devices of this process as divide them: for
+    work that every process does for itself."""
+    devices = jax.local_devices()[: math.gcd(size, len(jax.local_devices()))]
+    return NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
+
+
 def replicated(mesh: Mesh) -> NamedSharding:
     """Return the sharding of what every device holds whole."""
     return NamedSharding(mesh, PartitionSpec())

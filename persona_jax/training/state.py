@@ -150,7 +150,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         for _, injected in optax.tree_utils.tree_get_all_with_path(opt_state, "hyperparams"):
-            metrics["learning_rate"] = injected["learning_rate"]
+            # The optimiser of several people has a rate for each, all the same.
+            metrics["learning_rate"] = jnp.mean(injected["learning_rate"])
         ema = state.ema
         if ema_decay is not None:
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))

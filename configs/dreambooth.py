@@ -1,0 +1,8 @@
+"""DreamBooth: the UNet itself learns one person, with prior preservation."""
+
+import common
+from ml_collections import ConfigDict
+
+
+def get_config(preset: str = "tiny") -> ConfigDict:
+    return common.personal(preset, method="dreambooth")

@@ -1,0 +1,157 @@
+"""Methods whose weights belong to one person: DreamBooth and LoRA.
+
+Both learn from a person's photos, called by a rare token ("a photo of sks person"), and from
+pictures of the class that the frozen base paints ("a photo of a person"), so that the noun keeps
+its meaning (prior preservation, Ruiz et al. 2023). DreamBooth trains the UNet, and the text tower
+if asked to; LoRA trains low-rank updates of the UNet's attention projections.
+
+Q people are trained side by side, in one program, and know nothing of each other: Q is the first
+axis of the trainable tree and the second of their photos, whose first is shared out among devices.
+"""
+
+import re
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
+from persona_jax.errors import UserError
+from persona_jax.models import lora
+from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.unet import text_kernels
+from persona_jax.models.vae import draw_latents
+from persona_jax.pipeline import Pipeline
+from persona_jax.training.state import LossFn
+
+METHODS = ("dreambooth", "lora")
+TOWERS = ("unet", "text_encoder")
+"""What a person's weights may replace or update."""
+
+
+def call(prompt: str, token: str, noun: str) -> str:
+    """The prompt with the person's rare token before the first `noun`: "a sks person". One that
+    has it already stays as it is.
+
+    Raises:
+      UserError: the noun is not in the prompt.
+    """
+    if re.search(rf"\b{re.escape(token)} {re.escape(noun)}\b", prompt):
+        return prompt
+    called, count = re.subn(rf"\b{re.escape(noun)}\b", f"{token} {noun}", prompt, count=1)
+    if not count:
+        raise UserError(f"prompt {prompt!r}: it has no {noun!r} to call {token!r}; say {noun!r}")
+    return called
+
+
+def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict:
+    """The trainable tree of Q people, float32, first axis Q, each at the base.
+
+    dreambooth: ``{"unet": …}``, with ``"text_encoder"`` where ``config.train_text_encoder``; lora:
+    ``{"lora": …}``, of rank ``config.lora.rank``.
+
+    Raises:
+      UserError: a rank below 1.
+    """
+    if config.method == "lora":
+        if config.lora.rank < 1:
+            raise UserError(f"config.lora.rank={config.lora.rank}; at least 1")
+        return {
+            "lora": jax.vmap(lambda k: lora.init(k, pipeline.unet.params, config.lora.rank))(keys)
+        }
+    return {
+        name: jax.tree.map(
+            lambda x: jnp.repeat(jnp.asarray(x, jnp.float32)[None], len(keys), axis=0),
+            getattr(pipeline, name).params,
+        )
+        for name in trained(config)
+    }
+
+
+def trained(config: ConfigDict) -> tuple[str, ...]:
+    """The towers that are trained whole, in place of the base's."""
+    if config.method == "lora":
+        return ()
+    return ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
+
+
+def apply(config: ConfigDict, frozen: Mapping, learnt: Mapping) -> dict:
+    """One person's towers, ``{"unet", "text_encoder"}``: what was learnt in place of the base's.
+
+    Args:
+      config: of the run.
+      frozen: the base's towers; those that are trained whole may be left out.
+      learnt: one person's trainable tree (no axis of people).
+    """
+    if "lora" in learnt:
+        scale = config.lora.alpha / config.lora.rank
+        learnt = {"unet": lora.merge(frozen["unet"], learnt["lora"], scale)}
+    return {name: (learnt if name in learnt else frozen)[name] for name in TOWERS}
+
+
+def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
+    """E ‖ε − ε_θ(z_t, t, c)‖² + λ E ‖ε' − ε_θ(z'_t', t', c')‖², the mean over people.
+
+    The batch: "moments" ``[B, Q, h, w, 2C]`` and "tokens" ``[B, Q, T]`` of each person's photos,
+    "class_latents" ``[B, h, w, C]`` and "class_tokens" ``[B, T]`` of the class, and "index"
+    ``[B]``, the example's place in the global order. The frozen tree: those of the base's
+    :data:`TOWERS` that are not :func:`trained`.
+    """
+    unet, text, schedule = pipeline.unet.module, pipeline.text_encoder.module, pipeline.schedule
+    scaling, weight = pipeline.vae.module.config.scaling_factor, config.prior.weight
+
+    def errors(towers: Mapping, latents: Array, ids: Array, keys: Array) -> Array:
+        """Of each example ``[B]``."""
+        noise_key, t_key = jax.vmap(jax.random.split)(keys).T
+        hidden = text.apply({"params": towers["text_encoder"]}, ids).hidden
+        kernels = text_kernels(towers["unet"], unet.config)
+        source = Source(*project_keys_values(kernels, hidden))
+        noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(noise_key)
+
+        def predict(z: Array, t: Array) -> Array:
+            return unet.apply({"params": towers["unet"]}, z, t, (source,))
+
+        return denoising_loss(predict, schedule, latents, noise, draw_steps(t_key, schedule))
+
+    def of_one(learnt: Mapping, frozen: Mapping, batch: Mapping, step: Array | int):
+        towers = apply(config, frozen, learnt)
+        keys = example_keys(config.seed, step, batch["index"])
+        own_key, class_key, latent_key = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
+        own = jax.vmap(lambda k, m: draw_latents(k, m, scaling))(latent_key, batch["moments"])
+        # Person and class go through the UNet as one batch.
+        both = errors(
+            towers,
+            jnp.concatenate([own, batch["class_latents"]]),
+            jnp.concatenate([batch["tokens"], batch["class_tokens"]]),
+            jnp.concatenate([own_key, class_key]),
+        )
+        person, prior = jnp.split(both, 2)
+        return person.mean() + weight * prior.mean(), {
+            "person": person.mean(),
+            "prior": prior.mean(),
+        }
+
+    def mean(learnt: Mapping, frozen: Mapping, batch: Mapping, step: Array | int):
+        own = {name: 1 if name in ("moments", "tokens") else None for name in batch}
+        total, parts = jax.vmap(of_one, in_axes=(0, None, own, None))(learnt, frozen, batch, step)
+        return total.mean(), jax.tree.map(jnp.mean, parts)
+
+    return mean
+
+
+def for_each(optimizer: optax.GradientTransformation, count: int) -> optax.GradientTransformation:
+    """The optimiser for `count` people side by side: each clipped and scaled by their own gradient.
+
+    Args:
+      optimizer: of one person.
+      count: Q, the first axis of every array; :func:`loss` is a mean over them.
+    """
+
+    def update(updates, state, params=None):
+        own = jax.tree.map(lambda x: x * count, updates)
+        return jax.vmap(optimizer.update)(own, state, params)
+
+    return optax.GradientTransformation(jax.vmap(optimizer.init), update)

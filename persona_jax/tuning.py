@@ -1,0 +1,295 @@
+"""Trains the methods whose weights belong to one person, some people at a time."""
+
+import hashlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Key
+from ml_collections import ConfigDict
+
+from persona_jax import paint, personal
+from persona_jax.cli import refuse_another_run, write_run_files
+from persona_jax.data import images
+from persona_jax.data.encodings import encode_photos
+from persona_jax.data.photos import Photos
+from persona_jax.data.splits import People, photos_of
+from persona_jax.dataset import open_dataset, rows_of
+from persona_jax.errors import UserError
+from persona_jax.interop import folders, tensors
+from persona_jax.models import lora
+from persona_jax.models.vae import AutoencoderKL
+from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.training.loop import fit
+from persona_jax.training.mesh import (
+    first_process,
+    initialize_distributed,
+    make_mesh,
+    place,
+    shard_params,
+    to_host,
+)
+from persona_jax.training.state import init_state, make_optimizer, make_step
+
+
+def tune(config: ConfigDict, workdir: Path) -> None:
+    """Data, frozen towers, class pictures, then people, ``config.people.at_once`` in a program.
+
+    Each finished person lies in ``WORKDIR/people/NAME`` and is not trained again; an interrupted
+    one goes on where it was.
+    """
+    initialize_distributed()
+    mesh = make_mesh(**config.mesh)
+    refuse_another_run(workdir, config, ("method", "seed", "pipeline", "lora", "token", "noun"))
+    write_run_files(workdir, config)
+
+    photos, groups = open_dataset(config.data)
+    people = whom(config, groups)
+    pipeline = open_pipeline(config)
+    own = references(photos, people, config)
+    moments = encode(photos, np.concatenate(own), pipeline, config)
+    first = np.cumsum([0, *map(len, own)])
+    prompts = [personal.call(p, config.token, config.noun) for p in captions(photos, own, config)]
+    tokens, _ = pipeline.tokenize(prompts)
+    prior = class_pictures(photos, groups, pipeline, config)
+
+    at_once = config.people.at_once
+    optimizer = personal.for_each(make_optimizer(config.optimizer), at_once)
+    step_fn = make_step(personal.loss(config, pipeline), optimizer, mesh)
+    kept = set(personal.TOWERS) - set(personal.trained(config))
+    frozen = {name: getattr(pipeline, name).params for name in kept}
+    placed = place(frozen, shard_params(mesh, frozen))
+    data = {"moments": moments, "tokens": tokens, **prior}
+    for start in range(0, len(people), at_once):
+        # The last ones are filled up: one shape, one compilation.
+        chosen = np.minimum(np.arange(start, start + at_once), len(people) - 1)
+        names = [people[i] for i in chosen]
+        if all((folder_of(workdir, name) / "person.json").exists() for name in names):
+            continue
+        print(f"{start} of {len(people)} people done; now {', '.join(dict.fromkeys(names))}")
+        rows = [np.arange(first[i], first[i + 1]) for i in chosen]
+        learnt = personal.init(config, pipeline, person_keys(config.seed, chosen))
+        training = workdir / "training" / names[0]
+        state = fit(
+            init_state(learnt, optimizer, mesh),
+            step_fn,
+            placed,
+            lambda step, rows=rows: batches(data, rows, config, step),
+            steps=config.optimizer.steps,
+            workdir=training,
+            mesh=mesh,
+            save_every=config.save_every,
+            log_every=config.log_every,
+            fingerprint={"method": config.method, "unet": pipeline.unet.hash, "people": names},
+        )
+        learnt = to_host(state.params)
+        for i, name in enumerate(names[: len(people) - start]):
+            one = jax.tree.map(lambda x, i=i: x[i], learnt)
+            first_process(lambda one=one, name=name: save(workdir, name, one, pipeline, config))
+        first_process(lambda training=training: shutil.rmtree(training))
+    if jax.process_index() == 0:
+        print(
+            f"{len(people)} people are in {workdir / 'people'}. Paint one of them:\n"
+            f"  python -m persona_jax.sample --workdir {workdir} --person {people[0]} "
+            f'--prompt "{prompts[0]}" --num 8 --out out'
+        )
+
+
+def person_keys(seed: int, people: np.ndarray) -> Key[Array, " Q"]:
+    """A key for each person, by their number ``[Q]``."""
+    return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(people))
+
+
+def whom(config: ConfigDict, groups: People) -> list[str]:
+    """The people that the config names: the first ``people.count`` of a group.
+
+    Raises:
+      UserError: no such group, or too few in it.
+    """
+    group, count = config.people.group, config.people.count
+    found = getattr(groups, group, None)
+    if found is None:
+        raise UserError(f"config.people.group={group!r}; known: train, validation, test, base")
+    if not 0 < count <= len(found):
+        raise UserError(f"config.people.count={count}: {group} has {len(found)} people")
+    return found[:count]
+
+
+def references(photos: Photos, people: Sequence[str], config: ConfigDict) -> list[np.ndarray]:
+    """Rows of the photos each person is learnt from: the ones that adapters are shown.
+
+    The first n of them, less the last where ``references.hold_out``.
+
+    Raises:
+      UserError: a person with no photo left.
+    """
+    wanted, hold_out = config.references.n, config.references.hold_out
+    rows = [found[:wanted] for found in photos_of(photos.people, people)]
+    own = [found[: len(found) - 1] if hold_out else found for found in rows]
+    if poor := [name for name, found in zip(people, own, strict=True) if not len(found)]:
+        raise UserError(
+            f"{poor[0]}: too few photos to learn from (config.references.n={wanted}, "
+            f"hold_out={hold_out})"
+        )
+    return own
+
+
+def captions(photos: Photos, own: Sequence[np.ndarray], config: ConfigDict) -> list[str]:
+    """What each photo is said to show: the caption it has, or ``config.prompt`` for all."""
+    rows = np.concatenate(own)
+    return [photos.captions[row] if config.captions else config.prompt for row in rows]
+
+
+def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigDict) -> np.ndarray:
+    """Moments ``[P, h, w, 2C]`` of the latents of photos."""
+    vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
+    moments = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
+
+    def encode_images(pictures):
+        pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
+        return {"moments": np.asarray(moments(vae.params, np.stack(pixels)))}
+
+    encodings = encode_photos(
+        photos,
+        rows,
+        encode_images=encode_images,
+        encode_captions=lambda captions: {},
+        cache_dir=Path(config.data.data_dir) / "encoded",
+        key=f"base {vae.hash} {size} {crop}",
+        mirrored=False,
+    )
+    return encodings.arrays["moments"][:, 0]
+
+
+def class_pictures(
+    photos: Photos, groups: People, pipeline: Pipeline, config: ConfigDict
+) -> dict[str, np.ndarray]:
+    """Latents of ``config.prior.pictures`` pictures that the frozen base paints of the class, and
+    their prompts' tokens; kept, and painted once for all runs of the same settings.
+
+    The prompt is ``config.prior.prompt``, or captions of people trained on.
+    """
+    count, prior = config.prior.pictures, config.prior
+    if count < 1:
+        raise UserError(f"config.prior.pictures={count}; at least 1 (config.prior.weight=0 is off)")
+    prompts = [prior.prompt] * count
+    if config.captions:
+        rows = rows_of(photos, groups.train)
+        chosen = np.random.default_rng(config.seed).choice(rows, count, replace=len(rows) < count)
+        prompts = [photos.captions[row] for row in chosen]
+    ids, _ = pipeline.tokenize(prompts)
+    hashes = [getattr(pipeline, name).hash for name in personal.TOWERS]
+    settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
+    name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
+    file = Path(config.data.data_dir) / "class_pictures" / f"{name}.npy"
+    if not file.exists():
+        latents = _paint_class(pipeline, ids, config)
+        first_process(lambda: _write_whole(file, latents))
+    return {"class_latents": np.load(file, allow_pickle=False), "class_tokens": ids}
+
+
+def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
+    print(f"painting {len(ids)} pictures of the class, {config.noun}")
+    painter = jax.jit(paint.make_latent_painter(pipeline, None, steps=config.prior.steps))
+    empty, _ = pipeline.tokenize([""])
+    request = paint.Request(
+        keys=paint.picture_keys(config.seed, len(ids)),
+        ids=jnp.asarray(ids),
+        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
+        guidance=config.prior.guidance,
+    )
+    return paint.in_batches(painter, paint.frozen_params(pipeline), None, request)
+
+
+def _write_whole(file: Path, array: np.ndarray) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".part.npy")
+    np.save(beside, array)
+    beside.replace(file)
+
+
+def batches(
+    data: Mapping[str, np.ndarray], rows: Sequence[np.ndarray], config: ConfigDict, start: int
+) -> Iterator[dict[str, np.ndarray]]:
+    """Endless batches from step `start` on, as :func:`persona_jax.personal.loss` takes them.
+
+    Each person's photos, and the class pictures, come shuffled, each once an epoch; who is trained
+    beside whom changes nothing.
+
+    Args:
+      data: "moments" and "tokens" of all people's photos, "class_latents" and "class_tokens".
+      rows: which of them are each person's ``[Q][R]``.
+    """
+    size, index, count = config.batch_size, jax.process_index(), jax.process_count()
+    if size % count:
+        raise UserError(f"config.batch_size={size}: expected a multiple of {count} processes")
+    for step in itertools.count(start):
+        place_of = np.arange(step * size, (step + 1) * size)[index::count]
+        own = [found[_drawn(place_of, len(found), (config.seed, 0))] for found in rows]
+        prior = _drawn(place_of, len(data["class_latents"]), (config.seed, 1))
+        own = np.stack(own, axis=1)
+        yield {
+            "moments": data["moments"][own],
+            "tokens": data["tokens"][own],
+            "class_latents": data["class_latents"][prior],
+            "class_tokens": data["class_tokens"][prior],
+            "index": (place_of % 2**31).astype(np.int32),
+        }
+
+
+def _drawn(place_of: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Which of `count` things stand at these places of an endless shuffled sequence."""
+    epochs, inside = np.divmod(place_of, count)
+    orders = {e: np.random.default_rng((*seed, int(e))).permutation(count) for e in set(epochs)}
+    return np.asarray([orders[e][i] for e, i in zip(epochs, inside, strict=True)])
+
+
+def folder_of(workdir: Path, name: str) -> Path:
+    """Where a finished person's weights lie."""
+    return workdir / "people" / name
+
+
+def save(workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: ConfigDict) -> None:
+    """Writes one person: towers as stock diffusers reads them, or a LoRA file in PEFT's layout.
+
+    ``person.json`` comes last: where it is, the person is finished.
+    """
+    folder = folder_of(workdir, name)
+    folder.mkdir(parents=True, exist_ok=True)
+    for tower in learnt.keys() - {"lora"}:
+        half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
+        folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
+    if "lora" in learnt:
+        tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
+    about = {"method": config.method, "called": f"{config.token} {config.noun}"}
+    folders.write_json(folder / "person.json", about)
+
+
+def load(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
+    """A finished person's towers, ``{"unet", "text_encoder"}``.
+
+    Raises:
+      UserError: nobody of that name is finished, or files that do not fit.
+    """
+    folder = folder_of(workdir, name)
+    if not (folder / "person.json").exists():
+        there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
+        raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
+    frozen = {name: getattr(pipeline, name).params for name in personal.TOWERS}
+    if config.method == "lora":
+        file = folder / "pytorch_lora_weights.safetensors"
+        abstract = jax.eval_shape(
+            lambda: {"unet": lora.init(jax.random.key(0), frozen["unet"], config.lora.rank)}
+        )
+        learnt = tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)))
+        return personal.apply(config, frozen, {"lora": learnt["unet"]})
+    own = {
+        tower: folders.load_tower(folder / tower, tower, param_dtype=jnp.float32).params
+        for tower in personal.trained(config)
+    }
+    return personal.apply(config, frozen, own)

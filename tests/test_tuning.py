@@ -1,0 +1,154 @@
+"""DreamBooth and LoRA as a user runs them, at the smallest size."""
+
+import itertools
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import stock
+from diffusers import UNet2DConditionModel
+from PIL import Image
+from safetensors.numpy import load_file
+from world import ROOT, config_of, use_people, write_people
+
+from persona_jax import personal, pipeline, sample, train, tuning
+from persona_jax.cli import run_with_arguments
+from persona_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base") / "pipeline"
+    stock.write_pipeline(folder)
+    return folder
+
+
+def config(name: str, base: Path, people: Path, data_dir: Path):
+    found = config_of(name, "tiny")
+    found.pipeline = str(base)
+    use_people(found, people, data_dir)
+    found.people.update({"group": "train", "count": 3, "at_once": 2})
+    found.references.n = 4
+    found.batch_size = 8
+    found.optimizer.learning_rate = 1e-3
+    found.optimizer.steps = 2
+    found.prior.update({"pictures": 3, "steps": 2})
+    found.sampling.steps = 2
+    return found
+
+
+@pytest.fixture(scope="module", params=personal.METHODS)
+def run(request, base, tmp_path_factory):
+    """(config, workdir) of three people, two at once."""
+    root = tmp_path_factory.mktemp(request.param)
+    chosen = config(request.param, base, write_people(root / "people", people=5), root / "data")
+    train.main(chosen, root / "run")
+    return chosen, root / "run"
+
+
+def paint(workdir: Path, out: Path, *flags: str) -> None:
+    argv = ["sample", "--workdir", str(workdir), "--out", str(out), "--num", "2", *flags]
+    run_with_arguments(sample.parser(), sample.main, argv)
+
+
+def names_in(workdir: Path) -> list[str]:
+    return sorted(path.name for path in (workdir / "people").iterdir())
+
+
+def test_everyone_is_learnt_and_nothing_else_is_left(run):
+    chosen, workdir = run
+    names = names_in(workdir)
+    assert len(names) == 3
+    assert not list((workdir / "training").iterdir())
+    parts = pipeline.load(chosen.pipeline, only=("unet", "vae", "text_encoder"))
+    before = np.asarray(parts.unet.params["conv_in"]["kernel"])
+    learnt = [tuning.load(workdir, name, parts, chosen) for name in names]
+    leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(t["unet"])]) for t in learnt]
+    assert all(np.abs(a - b).max() > 0 for a, b in itertools.pairwise(leaves))
+    moved = np.abs(np.asarray(learnt[0]["unet"]["conv_in"]["kernel"]) - before).max()
+    assert (moved > 0) == (chosen.method == "dreambooth")
+
+
+def test_running_again_trains_nobody_anew(run):
+    chosen, workdir = run
+    before = {path: path.stat().st_mtime_ns for path in workdir.glob("people/*/*")}
+    train.main(chosen, workdir)
+    assert {path: path.stat().st_mtime_ns for path in workdir.glob("people/*/*")} == before
+
+
+def test_files_are_what_stock_libraries_read(run):
+    chosen, workdir = run
+    folder = workdir / "people" / names_in(workdir)[0]
+    if chosen.method == "dreambooth":
+        theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
+        assert theirs.config.sample_size == stock.TINY_UNET["sample_size"]
+    else:
+        tensors = load_file(folder / "pytorch_lora_weights.safetensors")
+        layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+        into, out = (
+            stock.TINY_UNET["cross_attention_dim"],
+            stock.TINY_UNET["block_out_channels"][-1],
+        )
+        assert tensors[f"{layer}.lora_A.weight"].shape == (chosen.lora.rank, into)
+        assert tensors[f"{layer}.lora_B.weight"].shape == (out, chosen.lora.rank)
+
+
+def test_one_of_them_is_painted(run, tmp_path):
+    _, workdir = run
+    paint(workdir, tmp_path, "--person", names_in(workdir)[0], "--prompt", "a sad person")
+    record = json.loads((tmp_path / "sample.json").read_text())
+    assert record["prompt"] == "a sad sks person"
+    assert Image.open(tmp_path / "0001.png").size[0] > 8
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--person", "nobody"], "no such person; there are: person_"),
+        (["--photos", str(ROOT / "x.png")], "give --person"),
+        (["--person", "{0}", "--prompt", "a photo of a dog"], "no 'person' to call"),
+    ],
+)
+def test_wrong_flags(run, tmp_path, capsys, flags, word):
+    given = [flag.format(names_in(run[1])[0]) for flag in flags]
+    with pytest.raises(SystemExit) as stopped:
+        paint(run[1], tmp_path / "out", *given)
+    assert stopped.value.code == 2
+    assert word in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"people.group": "friends"}, "friends"),
+        ({"people.count": 99}, "99"),
+        ({"references.n": 1}, "too few photos"),
+        ({"prior.pictures": 0}, "pictures=0"),
+    ],
+)
+def test_wrong_settings(base, tmp_path, changes, word):
+    chosen = config("dreambooth", base, write_people(tmp_path / "people"), tmp_path / "data")
+    chosen.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=word):
+        train.main(chosen, tmp_path / "run")
+
+
+def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
+    chosen, workdir = run
+    if chosen.method == "dreambooth":
+        pytest.skip("the same program as lora's, and twice as long to compile")
+    alone = chosen.copy_and_resolve_references()
+    alone.people.update({"count": 1, "at_once": 1})
+    train.main(alone, tmp_path)
+    (name,) = names_in(tmp_path)
+    one, other = (
+        load_file(folder / "people" / name / "pytorch_lora_weights.safetensors")
+        for folder in (tmp_path, workdir)
+    )
+    # Adam's first steps take the sign of gradients that may be rounding errors.
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        step = alone.optimizer.learning_rate
+        assert np.abs(value - other[key]).mean() < 0.05 * step
