@@ -70,6 +70,7 @@ def optimizer(learning_rate: float, steps: int, **changes) -> ConfigDict:
         "b2": 0.999,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
+        "muon": 0.0,  # AdamW throughout
     }
     return ConfigDict(settings | changes)
 

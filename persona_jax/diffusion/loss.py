@@ -23,9 +23,19 @@ def example_keys(
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
 
-def draw_steps(keys: Key[Array, " B"], schedule: Schedule) -> Int[Array, " B"]:
-    """A uniform diffusion step per example, ``[B]``."""
-    return jax.vmap(lambda key: jax.random.randint(key, (), 0, schedule.steps))(keys)
+def draw_steps(
+    keys: Key[Array, " B"], schedule: Schedule, low: float = 0.0, below: int = 0
+) -> Int[Array, " B"]:
+    """A diffusion step per example, ``[B]``: uniform, but of a share `low` of them uniform below
+    `below`. Small pictures need less noise before nothing is left to see (Chen 2023, "On the
+    importance of noise scheduling for diffusion models")."""
+
+    def draw(key: Array) -> Array:
+        step_key, low_key = jax.random.split(key)
+        favoured = jax.random.uniform(low_key) < low
+        return jax.random.randint(step_key, (), 0, jnp.where(favoured, below, schedule.steps))
+
+    return jax.vmap(draw)(keys)
 
 
 def denoising_loss(

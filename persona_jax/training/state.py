@@ -54,25 +54,48 @@ def make_schedule(config: Any) -> Callable[[Any], jax.Array]:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov & Hutter 2019; decay scaled by the learning rate, as in torch).
+    """Return AdamW (Loshchilov & Hutter 2019; decay scaled by the learning rate, as in torch), or
+    Muon (Jordan et al. 2024, as in optax) for kernels and NAdam for the rest.
 
     config: learning_rate, warmup_steps, schedule, steps (see :func:`make_schedule`), b1, b2,
-    weight_decay (on arrays of two or more axes: not on biases and norm scales), clip_norm (global
-    norm of the gradient; 0 for none).
+    weight_decay (AdamW: on arrays of two or more axes, so not on biases and norm scales; Muon: on
+    kernels), clip_norm (global norm of the gradient; 0 for none), muon (root mean square of a
+    kernel's update, in learning rates; 0 for AdamW).
     """
-    schedule = make_schedule(config)
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda array: array.ndim >= 2, params)
 
-    # inject_hyperparams keeps the rate in the state, where make_step finds it for the log.
-    return optax.chain(
-        clip,
+    direction = optax.chain(
         optax.scale_by_adam(b1=config.b1, b2=config.b2),
         optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.inject_hyperparams(optax.scale_by_learning_rate)(schedule),
+        optax.scale(-1.0),
     )
+    if config.muon:
+        direction = optax.contrib.muon(
+            1.0,
+            weight_decay=config.weight_decay,
+            adam_b1=config.b1,
+            adam_b2=config.b2,
+            consistent_rms=config.muon,
+            muon_weight_dimension_numbers=_kernel_matrices,
+        )
+    # inject_hyperparams keeps the rate in the state, where make_step finds it for the log.
+    rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
+    return optax.chain(clip, direction, rate(learning_rate=make_schedule(config)))
+
+
+def _kernel_matrices(params: Any) -> Any:
+    """Which axes of each kernel are a matrix's rows, and which its columns; None for the rest."""
+
+    def matrix(path: Any, array: Any) -> Any:
+        if path[-1].key != "kernel" or array.ndim < 2:
+            return None
+        *into, out = range(array.ndim)
+        return optax.contrib.MuonDimensionNumbers(tuple(into), (out,))
+
+    return jax.tree_util.tree_map_with_path(matrix, params)
 
 
 def init_state(

@@ -19,7 +19,7 @@ def trained(tmp_path_factory):
     """The folder of a reader of two steps."""
     workdir = tmp_path_factory.mktemp("reader")
     optimizer = {"learning_rate": 1e-3, "schedule": "cosine", "warmup_steps": 1, "steps": 2}
-    optimizer |= {"b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0}
+    optimizer |= {"b1": 0.9, "b2": 0.999, "weight_decay": 0.0, "clip_norm": 1.0, "muon": 0.0}
     config = ConfigDict(
         {
             "seed": 0,

@@ -71,3 +71,9 @@ def test_steps_are_uniform_over_the_schedule():
     assert t.max() <= 999
     share = np.histogram(t, bins=10, range=(0, 1000))[0] / len(t)
     np.testing.assert_allclose(share, 0.1, atol=0.01)
+
+
+def test_a_share_of_the_steps_is_low():
+    t = np.asarray(draw_steps(example_keys(0, 0, jnp.arange(20000)), SD, low=0.75, below=500))
+    share = np.histogram(t, bins=10, range=(0, 1000))[0] / len(t)
+    np.testing.assert_allclose(share, [0.175] * 5 + [0.025] * 5, atol=0.01)

@@ -103,6 +103,34 @@ def test_adamw_equals_torch():
         np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=1e-5, atol=1e-6)
 
 
+def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_nadam():
+    random = np.random.default_rng(0)
+
+    def draw(*shape):
+        return random.normal(0, 0.3, shape).astype(np.float32)
+
+    weights, grads = (
+        {
+            "conv": {"kernel": draw(3, 3, 8, 16), "bias": draw(16)},
+            "table": {"embedding": draw(9, 4)},
+        }
+        for _ in range(2)
+    )
+    values = {"weight_decay": 0.0, "clip_norm": 0.0, "warmup_steps": 0, "schedule": "constant"}
+    optimizer = make_optimizer(toy.config(muon=0.6, **values))
+    step, _ = optimizer.update(grads, optimizer.init(weights), weights)
+    nadam = optax.nadam(1e-2, b1=0.9, b2=0.999)
+    rest, _ = nadam.update(grads, nadam.init(weights), weights)
+    np.testing.assert_allclose(step["table"]["embedding"], rest["table"]["embedding"], rtol=1e-5)
+    np.testing.assert_allclose(step["conv"]["bias"], rest["conv"]["bias"], rtol=1e-5)
+    # The first step follows the nearest matrix with orthogonal rows (Newton and Schulz's: about).
+    rows, _, columns = np.linalg.svd(grads["conv"]["kernel"].reshape(72, 16), full_matrices=False)
+    nearest = -1e-2 * 0.6 * np.sqrt(72) * rows @ columns
+    found = np.asarray(step["conv"]["kernel"]).reshape(72, 16)
+    np.testing.assert_allclose(np.sqrt((found**2).mean()), 1e-2 * 0.6, rtol=0.2)
+    assert (found * nearest).sum() / np.linalg.norm(found) / np.linalg.norm(nearest) > 0.97
+
+
 def test_ema_follows_with_a_corrected_decay():
     mesh = one_device()
     optimizer = make_optimizer(toy.config())

@@ -26,6 +26,7 @@ BATCH = 16
 def config(**changes):
     values = {
         "learning_rate": 1e-2, "warmup_steps": 3, "weight_decay": 0.01, "clip_norm": 1.0,
+        "muon": 0.0,
         "b1": 0.9, "b2": 0.999, "schedule": "cosine", "steps": 20,
     }  # fmt: skip
     return SimpleNamespace(**(values | changes))

@@ -184,7 +184,9 @@ def _head(picture, view, who, photo, skin):
     picture = over(picture, 0.72 * skin, 0.35 * shadow)
     picture = over(picture, view.lit(skin, 0.45), view.cover(_head_shape(view.x, view.y, who)))
     blush = jnp.exp(-(((jnp.abs(fx) - 0.23) / 0.10) ** 2) - ((fy - 0.16) / 0.08) ** 2)
-    picture = over(picture, skin * jnp.asarray((1.0, 0.78, 0.76)), 0.40 * blush * bare)
+    happy = jnp.maximum(photo["smile"], 0.0)
+    rosy = skin * jnp.asarray((1.0, 0.78, 0.76)) + happy * jnp.asarray((0.12, -0.10, -0.06))
+    picture = over(picture, rosy, (0.40 + 0.45 * happy) * blush * bare)
     spots = [s * view.cover(circle(fx, fy, px, py, 0.020)) for px, py, s in _FRECKLES]
     freckles = functools.reduce(jnp.maximum, spots) * who["freckles"]
     picture = over(picture, 0.55 * skin, freckles * bare)
@@ -212,7 +214,8 @@ def _eye(picture, view, who, photo, skin, side):
     picture = over(picture, _DARK, view.cover(arch(u, v, 0.0, 0.0, half * 1.05, opened, 0.014)))
     level = -0.205 - 0.13 * (who["brow_height"] - 0.5) - 0.050 * photo["brow_raise"]
     u = side * view.fx - 0.17
-    v = view.fy - level + 1.1 * (who["brow_tilt"] - 0.5) * u
+    tilt = 1.1 * (who["brow_tilt"] - 0.5) - 0.4 * jnp.maximum(-photo["smile"], 0.0)
+    v = view.fy - level + tilt * u
     brow = arch(u, v, 0.0, 0.0, 0.125, 0.025, 0.010 + 0.045 * who["brow_thickness"])
     return over(picture, _BROW, view.cover(brow))
 
@@ -243,6 +246,8 @@ def _mouth(picture, view, who, photo, skin):
     bend = smile * (0.08 + 0.40 * half)
     below = fy - 0.350 - bend * (0.5 - u * u)
     steep = jnp.sqrt(1.0 + (2.0 * bend * u / half) ** 2)
+    # A smile shows teeth alone, a laugh the mouth below them.
+    wide = jnp.clip(2.0 * opened - 1.0, 0.0, 1.0)
     gap, full = 0.085 * opened * bow, (0.015 + 0.055 * who["lip_fullness"]) * bow
 
     def strip(centre: Plane, thickness: Plane) -> Plane:
@@ -254,7 +259,8 @@ def _mouth(picture, view, who, photo, skin):
     picture = over(picture, 1.06 * lip, view.cover(strip(gap + 0.7 * full, 0.7 * full)))
     inner = view.cover(strip(jnp.zeros_like(gap), gap))
     picture = over(picture, jnp.asarray((0.30, 0.09, 0.10)), inner)
-    teeth = view.cover(strip(-0.5 * gap, 0.4 * gap)) * (opened > 0.1) * (0.3 + 0.7 * happy)
+    teeth = view.cover(strip(-0.5 * wide * gap, (1.0 - 0.6 * wide) * gap))
+    teeth = teeth * jnp.minimum(5.0 * opened, 1.0) * (0.3 + 0.7 * happy)
     picture = over(picture, 0.97 * _WHITE, teeth * inner)
     grown = who["moustache"]
     hair = arch(fx, fy, 0.0, 0.285, 0.05 + 0.15 * grown, 0.03, 0.006 + 0.042 * grown)

@@ -56,11 +56,11 @@ COLOURS = {
 PAINTS = ("red", "yellow", "green", "blue", "purple")
 """Those of them that no skin has."""
 
-# smile (−1..1), mouth open (0..1), brows raised (−1..1), eyes open (0..1)
+# smile (−1..1), mouth open (0..1.5), brows raised (−1..1), eyes open (0..1)
 EXPRESSIONS = {
     "calm": (0.0, 0.0, 0.0, 0.75),
-    "smiling": (0.9, 0.0, 0.1, 0.7),
-    "laughing": (0.9, 0.8, 0.25, 0.55),
+    "smiling": (0.9, 0.3, 0.1, 0.65),
+    "laughing": (0.65, 1.5, 0.4, 0.3),
     "sad": (-0.9, 0.0, -0.3, 0.6),
     "surprised": (0.0, 0.9, 0.9, 1.0),
 }
