@@ -139,12 +139,12 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "seed": 0,
             "pipeline": "",  # folder or hub id, or the name of a shipped base
             "image_encoder": {
-                "kind": "clip",  # or "dlib"
+                "kind": "clip",  # or "dlib", "facenet"
                 # clip: folder or hub id, where the pipeline has none; dlib: its weights, where they
-                # are not installed (extra "faces")
+                # are not installed (extra "faces"); facenet: its weights, fetched if empty
                 "path": "",
-                "sha256": "",  # dlib: of weights to accept beside those known
-                "face_centre": (0.5, 0.532),  # dlib: the face within the photo, as fractions
+                "sha256": "",  # dlib, facenet: of weights to accept beside those known
+                "face_centre": (0.5, 0.532),  # of faces within photos, as fractions
                 "face_side": 0.496,
             },
             # Whose adapter to start from: the workdir of an earlier run, a file, a shipped base.

@@ -1,12 +1,14 @@
 """Γ_image: the frozen eye that turns a photo into an embedding.
 
-``clip`` is the pipeline's own image encoder; ``dlib`` is dlib's face recognition network, which
-knows faces and nothing else.
+``clip`` is the pipeline's own image encoder; ``dlib`` and ``facenet`` are face recognition
+networks, which know faces and nothing else.
 """
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,14 +16,14 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import archive, images
+from persona_jax.data import images, outside
 from persona_jax.errors import UserError
-from persona_jax.interop import face_weights
-from persona_jax.models.face_resnet import DIM, FaceResNet
+from persona_jax.interop import face_weights, network_weights
+from persona_jax.models import face_resnet, facenet
 from persona_jax.pipeline import Pipeline
 from persona_jax.training.contrastive import normalise
 
-KINDS = ("clip", "dlib")
+KINDS = ("clip", "dlib", "facenet")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +61,8 @@ def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
         return _clip_eye(pipeline, crop)
     if kind == "dlib":
         return _dlib_eye(config.image_encoder)
+    if kind == "facenet":
+        return _facenet_eye(config.image_encoder, Path(config.data.data_dir) / "weights")
     raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
 
 
@@ -82,7 +86,6 @@ def _clip_eye(pipeline: Pipeline, crop: float) -> Eye:
 
 
 def _dlib_eye(config: ConfigDict) -> Eye:
-    """Embeddings at the scale of other eyes: of mean square 1, since only direction carries."""
     centre, side = config.face_centre, config.face_side
     path = config.path or face_weights.installed_face_weights()
     if path is None:
@@ -92,24 +95,52 @@ def _dlib_eye(config: ConfigDict) -> Eye:
             "face_recognition_model folder with --config.image_encoder.path=PATH"
         )
 
-    def embed(params: Mapping, pixels: Array) -> Array:
-        # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
-        whole = jax.lax.map(
-            lambda one: FaceResNet().apply({"params": params}, one[None])[0], pixels, batch_size=8
-        )
-        return normalise(whole) * DIM**0.5
-
     digest = face_weights.face_weights_hash(path)
-    accepted = archive.manifest()["dlib_face_recognition"]["accepted"]
+    accepted = outside.manifest()["dlib_face_recognition"]["accepted"]
     if f"sha256:{digest}" not in accepted and digest != config.sha256:
         raise UserError(
             f"{path}: sha256 {digest} is none of the known weights; get them again, or if "
             f"you trust them, add --config.image_encoder.sha256={digest}"
         )
     return Eye(
-        dim=DIM,
+        dim=face_resnet.DIM,
         preprocess=lambda photo: face_weights.face_crop(photo, centre, side),
-        embed=embed,
+        embed=_embed_by(face_resnet.FaceResNet(), face_resnet.DIM),
         params=jax.tree.map(jnp.asarray, face_weights.load_face_weights(path)),
         hash=f"{digest} {centre} {side}",
     )
+
+
+def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
+    asset, key = "facenet_vggface2", "image_encoder.sha256"
+    if config.path:
+        file = Path(config.path)
+        digest = outside.verify(asset, file, config.sha256, key)
+    else:
+        remedy = "or name it with --config.image_encoder.path=FILE"
+        file, digest = outside.find(asset, folder, config.sha256, key=key, remedy=remedy)
+    centre, side, size = config.face_centre, config.face_side, facenet.SIDE
+
+    def preprocess(photo: Image.Image) -> np.ndarray:
+        return (face_weights.face_crop(photo, centre, side, size) - 127.5) / 128.0
+
+    return Eye(
+        dim=facenet.DIM,
+        preprocess=preprocess,
+        embed=_embed_by(facenet.FaceNet(), facenet.DIM),
+        params=network_weights.load_facenet(file),
+        hash=f"{digest} {centre} {side}",
+    )
+
+
+def _embed_by(network: nn.Module, dim: int) -> Callable[[Mapping, Array], Array]:
+    """Embeddings at the scale of other eyes: of mean square 1, since only direction carries."""
+
+    def embed(params: Mapping, pixels: Array) -> Array:
+        # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
+        whole = jax.lax.map(
+            lambda one: network.apply({"params": params}, one[None])[0], pixels, batch_size=8
+        )
+        return normalise(whole) * dim**0.5
+
+    return embed

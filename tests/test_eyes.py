@@ -1,13 +1,19 @@
 """Which eye a config gets, and what is said where it cannot be had."""
 
+import re
+
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 from world import SHARED, config_of
 
+from persona_jax.data import outside
 from persona_jax.errors import UserError
 from persona_jax.eyes import open_eye
 from persona_jax.interop import face_weights
+from persona_jax.interop.tensors import save_tree
+from persona_jax.models.facenet import FaceNet
 from persona_jax.pipeline import Pipeline
 
 
@@ -54,4 +60,26 @@ def test_dlib_looks(no_pipeline):
     pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
     seen = eye.look([Image.fromarray(p) for p in pixels])
     assert seen.shape == (2, eye.dim)
+    np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
+
+
+def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
+    config = dlib_config(kind="facenet")
+    config.data.data_dir = str(tmp_path)
+    monkeypatch.setattr(outside, "_fetch", lambda url, path: path.write_bytes(b"sorry"))
+    with pytest.raises(UserError, match=r"vggface2.pt.*image_encoder.path=FILE"):
+        open_eye(config, no_pipeline)
+
+    file = tmp_path / "net.safetensors"
+    blank = np.zeros((1, 160, 160, 3), np.float32)
+    params = jax.jit(FaceNet().init)(jax.random.key(0), blank)
+    save_tree(params["params"], file)
+    config.image_encoder.path = str(file)
+    with pytest.raises(UserError, match=r"none of the known files of FaceNet") as error:
+        open_eye(config, no_pipeline)
+    config.image_encoder.sha256 = re.search(r"sha256=(\w{64})", str(error.value))[1]
+    eye = open_eye(config, no_pipeline)
+    pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
+    seen = eye.look([Image.fromarray(p) for p in pixels])
+    assert seen.shape == (2, 512)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)

@@ -78,13 +78,15 @@ def face_crop(
     image: PIL.Image.Image,
     centre: tuple[float, float] = LFW_CENTRE,
     side: float = LFW_CROP,
-) -> Float[np.ndarray, "150 150 3"]:
-    """Cut a square out of a photo and resize it, antialiased, to the network's 150×150.
+    size: int = SIDE,
+) -> Float[np.ndarray, "{size} {size} 3"]:
+    """Cut a square out of a photo and resize it, antialiased, to a face network's pixels.
 
     Args:
         image: any PIL image; read as RGB.
         centre: (x, y) of the square's centre, as fractions of the photo's width and height.
         side: the square's side, as a fraction of the photo's shorter side.
+        size: pixels of a side of the result.
 
     Returns:
         RGB, 0…255, float32.
@@ -100,7 +102,7 @@ def face_crop(
             f"face crop: centre {centre} and side {side} give the box {box}, outside the photo "
             f"of {image.width}×{image.height}; choose fractions that stay inside"
         )
-    chip = image.convert("RGB").resize((SIDE, SIDE), PIL.Image.Resampling.BICUBIC, box=box)
+    chip = image.convert("RGB").resize((size, size), PIL.Image.Resampling.BICUBIC, box=box)
     return np.asarray(chip, np.float32)
 
 

@@ -7,7 +7,7 @@ dots with the last part renamed, and conversion is a rename and a transpose.
 import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import numpy as np
@@ -47,6 +47,22 @@ def from_torch(path: tuple[str, ...], array: np.ndarray) -> np.ndarray:
     if path[-1] != "kernel":
         return array
     return array.T if array.ndim == 2 else array.transpose(2, 3, 1, 0)
+
+
+@runtime_checkable
+class Tensors(Protocol):
+    """Named tensors in torch's layout, read one at a time.
+
+    Attributes:
+      where: what to call their source in an error.
+      shapes: ``{published name: shape}``.
+    """
+
+    where: str
+    shapes: dict[str, tuple[int, ...]]
+
+    def read(self, name: str) -> np.ndarray:
+        """One tensor."""
 
 
 class TensorFiles:
@@ -117,7 +133,7 @@ def _shards(index: Path) -> list[str]:
 
 def load_tree(
     abstract: Mapping,
-    files: TensorFiles,
+    files: Tensors,
     *,
     rename: Callable[[str], str | None] = lambda name: name,
     dtype: DTypeLike | None = None,

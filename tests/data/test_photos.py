@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
-from persona_jax.data import archive as archive_module
+from persona_jax.data import outside
 from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
 
@@ -27,10 +27,12 @@ def listing(path: pathlib.Path) -> list[str]:
 def offline(monkeypatch, tmp_path):
     """A manifest whose mirrors are two local files, absent unless a test writes them."""
     asset = {
+        "title": "LFW",
+        "files": ["lfw-deepfunneled.tgz", "lfw-deepfunneled.zip"],
         "mirrors": [f"file://{tmp_path}/web{i}/lfw-deepfunneled.tgz" for i in (1, 2)],
         "accepted": [],
     }
-    monkeypatch.setattr(archive_module, "manifest", lambda: {"lfw_deepfunneled": asset})
+    monkeypatch.setattr(outside, "manifest", lambda: {"lfw_deepfunneled": asset})
     return asset
 
 
@@ -215,10 +217,10 @@ def test_real_lfw(tmp_path_factory):
 
 
 def test_manifest_is_one_file_seen_from_both_places():
-    root = pathlib.Path(archive_module.__file__).parents[2]
+    root = pathlib.Path(outside.__file__).parents[2]
     link = root / "third_party/manifest.toml"
     if not link.exists():
         pytest.skip("not a checkout")
     assert link.resolve() == (root / "persona_jax/assets/manifest.toml").resolve()
-    for asset in archive_module.manifest().values():
+    for asset in outside.manifest().values():
         assert {"home", "licence", "use"} <= set(asset)
