@@ -20,7 +20,7 @@ from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter
-from persona_jax.models.aggregators import Aggregator, SelfAttentionAggregator
+from persona_jax.models.aggregators import Aggregator, AverageMLP, SelfAttentionAggregator
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
@@ -31,6 +31,8 @@ LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[st
 
 def make_aggregator(config: ConfigDict) -> Aggregator:
     """The aggregator that a config's ``aggregator`` section describes."""
+    if config.kind == "avg_mlp":
+        return Aggregator(config.kind, AverageMLP(depth=config.depth, width=config.width))
     if config.kind != "self_attention":
         return Aggregator(config.kind)
     module = SelfAttentionAggregator(

@@ -142,8 +142,40 @@ class SelfAttentionAggregator(nn.Module):
         return AttentionPooling(self.pooling_heads, dtype=self.dtype, name="pool")(x, weights)
 
 
+class AverageMLP(nn.Module):
+    """The average, then residual blocks on it, with about as many parameters as a
+    :class:`SelfAttentionAggregator` of that depth and width: is it attention that helps, or only
+    parameters? It starts exactly as `average`."""
+
+    depth: int = 2
+    width: int = 512
+    dtype: jnp.dtype | None = None
+
+    @nn.compact
+    def __call__(
+        self, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, "B D"]:
+        """[B, N, D], weights [B, N] → [B, D]."""
+        x, dim = average(embeddings, weights), embeddings.shape[-1]
+        # 12 D · width a block of attention, and D² in the pool.
+        hidden = 6 * self.width + dim // (2 * self.depth)
+        for i in range(self.depth):
+            y = _norm(f"blocks.{i}.norm", self.dtype)(x)
+            y = nn.gelu(nn.Dense(hidden, dtype=self.dtype, name=f"blocks.{i}.fc1")(y))
+            x += nn.Dense(
+                dim,
+                kernel_init=nn.initializers.zeros,
+                dtype=self.dtype,
+                name=f"blocks.{i}.fc2",
+            )(y)
+        return _zero_if_empty(x, weights)
+
+
 FIXED = {"first": first, "max": maximum, "avg": average}
 """The aggregators that learn nothing, by their name in configs."""
+
+LEARNT = {"self_attention": SelfAttentionAggregator, "avg_mlp": AverageMLP}
+"""Those that learn, likewise."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -151,19 +183,17 @@ class Aggregator:
     """An aggregator by name: what it learns (perhaps nothing) and how it is applied.
 
     Attributes:
-      kind: ``first``, ``max``, ``avg`` or ``self_attention``.
-      module: the network behind ``self_attention``; None for the others.
+      kind: one of :data:`FIXED` or :data:`LEARNT`.
+      module: the network behind one of the latter; None for the others.
     """
 
     kind: str
-    module: SelfAttentionAggregator | None = None
+    module: SelfAttentionAggregator | AverageMLP | None = None
 
     def __post_init__(self):
         """Refuses an unknown kind."""
         if self.kind not in FIXED and self.module is None:
-            raise UserError(
-                f"aggregator.kind={self.kind!r}; known: {', '.join(FIXED)}, self_attention"
-            )
+            raise UserError(f"aggregator.kind={self.kind!r}; known: {', '.join([*FIXED, *LEARNT])}")
 
     def init(self, key: Array, dim: int) -> dict:
         """Its parameters for embeddings of `dim` features; empty where nothing is learned."""
@@ -177,4 +207,5 @@ class Aggregator:
         """[B, N, D], weights [B, N] → [B, D]."""
         if self.kind in FIXED:
             return FIXED[self.kind](embeddings, weights)
-        return self.module.apply({"params": params}, embeddings, weights)[0]
+        found = self.module.apply({"params": params}, embeddings, weights)
+        return found[0] if isinstance(found, tuple) else found

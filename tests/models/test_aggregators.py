@@ -11,18 +11,21 @@ import pytest
 from persona_jax.errors import UserError
 from persona_jax.models.aggregators import (
     FIXED,
+    LEARNT,
     Aggregator,
+    AverageMLP,
     SelfAttentionAggregator,
     weighted_softmax,
 )
 
 B, N, D = 3, 9, 16
 MODULE = SelfAttentionAggregator(depth=2, heads=2, width=8, pooling_heads=4)
-KINDS = [*FIXED, "self_attention"]
+MODULES = {"self_attention": MODULE, "avg_mlp": AverageMLP(depth=2, width=8)}
+KINDS = [*FIXED, *LEARNT]
 
 
 def make(kind: str) -> Aggregator:
-    return Aggregator(kind, MODULE if kind == "self_attention" else None)
+    return Aggregator(kind, MODULES.get(kind))
 
 
 @functools.cache
@@ -164,6 +167,24 @@ def test_rows_do_not_mix(apply):
     before, after = apply(x, SETS), apply(other, SETS.at[0].set(1.0))
     np.testing.assert_array_equal(before[1:], after[1:])
     assert not np.allclose(before[0], after[0])
+
+
+@pytest.mark.parametrize("width", [8, 128])
+def test_the_mlp_has_as_many_parameters_and_starts_as_the_average(width):
+    dim, key = 256, jax.random.key(0)
+    settings = {"depth": 2, "width": width}
+    sizes = {
+        kind: sum(x.size for x in jax.tree.leaves(Aggregator(kind, module).init(key, dim)))
+        for kind, module in (
+            ("avg_mlp", AverageMLP(**settings)),
+            ("self_attention", SelfAttentionAggregator(**settings, heads=8)),
+        )
+    }
+    assert abs(sizes["avg_mlp"] / sizes["self_attention"] - 1) < 0.02
+    x, w = photos(), jnp.ones((B, N))
+    np.testing.assert_allclose(
+        compiled("avg_mlp", start("avg_mlp"))(x, w), compiled("avg")(x, w), atol=1e-6
+    )
 
 
 def test_self_attention_starts_as_the_average():
