@@ -60,23 +60,26 @@ def aggregate(
     aggregator: Aggregator,
     embeddings: Float[Array, "B N D"],
     weights: Float[Array, "B N"],
-) -> Float[Array, "B D"]:
-    """c_image of each set ``[B, D]``; zero for an empty one."""
+) -> Float[Array, "B *N D"]:
+    """c_image of each set ``[B, D]``, zero for an empty one; ``[B, N, D]`` of EveryPhoto."""
     return aggregator.apply(params["aggregator"], embeddings, weights)
 
 
 def source(
     params: Mapping,
-    image: Float[Array, "B D"],
+    image: Float[Array, "B *N D"],
     scale: Float[Array, "..."] | float | Mapping[LayerName, Array | float] = 1.0,
     dtype: jnp.dtype | None = None,
 ) -> Source:
-    """The source of keys and values of aggregated embeddings ``[B, D]``, at scale λ.
+    """The source of keys and values of embeddings, at scale λ: of one aggregate ``[B, D]``, or of
+    several side by side ``[B, N, D]``, each with tokens of its own.
 
     A zero row is the unconditional branch: it still makes tokens, as stock IP-Adapter does.
     """
     token_dim = params["image_proj"]["norm"]["scale"].shape[0]
     tokens = params["image_proj"]["proj"]["kernel"].shape[1] // token_dim
     projection = ImageProjection(token_dim, tokens, dtype=dtype)
-    tokens = projection.apply({"params": params["image_proj"]}, image)
+    rows = image.reshape(-1, image.shape[-1])
+    tokens = projection.apply({"params": params["image_proj"]}, rows)
+    tokens = tokens.reshape(len(image), -1, token_dim)
     return Source(*project_keys_values(params["ip_adapter"], tokens), scale=scale)

@@ -209,3 +209,25 @@ class Aggregator:
             return FIXED[self.kind](embeddings, weights)
         found = self.module.apply({"params": params}, embeddings, weights)
         return found[0] if isinstance(found, tuple) else found
+
+
+@dataclasses.dataclass(frozen=True)
+class EveryPhoto(Aggregator):
+    """No aggregate at all: every photo makes image tokens of its own, n·4 under one softmax, which
+    is what diffusers does with several images. For sampling an adapter of one photo with full sets;
+    padding would make tokens too."""
+
+    kind: str = "every"
+
+    def __post_init__(self):
+        """Is no kind that configs know."""
+
+    def init(self, key: Array, dim: int) -> dict:
+        """Nothing."""
+        return {}
+
+    def apply(
+        self, params: dict, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, "B N D"]:
+        """The embeddings as they are."""
+        return embeddings

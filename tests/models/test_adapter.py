@@ -11,7 +11,7 @@ from diffusers.image_processor import IPAdapterMaskProcessor
 
 from persona_jax.interop.folders import load_tower
 from persona_jax.models import adapter
-from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import cross_attention_layers, text_kernels
 
@@ -132,7 +132,9 @@ def stock_predicts(unet, image, scale, mask=None) -> np.ndarray:
             stock.nchw(Z),
             torch.tensor(T),
             torch.tensor(TOKENS),
-            added_cond_kwargs={"image_embeds": [torch.tensor(image)[:, None]]},
+            added_cond_kwargs={
+                "image_embeds": [torch.tensor(image).reshape(len(image), -1, image.shape[-1])]
+            },
             **more,
         )
     return stock.nhwc(out.sample)
@@ -142,6 +144,14 @@ def stock_predicts(unet, image, scale, mask=None) -> np.ndarray:
 def test_unet_with_adapter_is_stocks_with_ip_adapter(scale, run, with_adapter):
     expected = stock_predicts(with_adapter, IMAGE, scale)
     assert stock.relative(run(IMAGE, scale), expected) < 1e-5
+
+
+def test_several_photos_side_by_side_are_stocks_several_images(run, with_adapter):
+    random = np.random.default_rng(3)
+    images = random.normal(size=(len(IMAGE), 3, IMAGE.shape[1])).astype(np.float32)
+    every = EveryPhoto().apply({}, jnp.asarray(images), jnp.ones(images.shape[:2]))
+    expected = stock_predicts(with_adapter, images, 1.0)
+    assert stock.relative(run(every, 1.0), expected) < 1e-5
 
 
 def test_the_unconditional_branch_is_the_zero_embedding(run, with_adapter):

@@ -1,0 +1,41 @@
+"""Intervals of means over people and training seeds, by bootstrap (Efron & Tibshirani 1993)."""
+
+import dataclasses
+
+import numpy as np
+from jaxtyping import Float
+
+from persona_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Mean:
+    """A mean and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        """``0.231 (0.225 to 0.238)``."""
+        return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
+
+
+def bootstrap(values: Float[np.ndarray, "R P"], seed: int = 0, draws: int = 2000) -> Mean:
+    """The mean of R seeds' values for P people, people and seeds drawn anew with replacement.
+
+    Of paired values (the same people and seeds under two methods), give the differences.
+
+    Raises:
+      UserError: fewer than two people, or a value that is not finite.
+    """
+    runs, people = values.shape
+    if people < 2 or not np.isfinite(values).all():
+        raise UserError(f"interval of {people} people: two or more are needed, all finite")
+    rng = np.random.default_rng(seed)
+    # The mean over drawn people and seeds is bilinear in how often each was drawn.
+    who = rng.multinomial(people, np.full(people, 1 / people), size=draws) / people
+    which = rng.multinomial(runs, np.full(runs, 1 / runs), size=draws) / runs
+    means = np.einsum("dr,rp,dp->d", which, values.astype(np.float64), who)
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Mean(float(values.mean()), float(low), float(high))
