@@ -4,7 +4,7 @@ python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a 
 python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
 
 Writes OUT/0000.png …, OUT/grid.png (references beside samples) and OUT/sample.json, which holds
-everything needed to repeat it.
+everything needed to repeat it. With --attribution, OUT/attribution.png: what each photo gave.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from persona_jax import paint, personal, runs
+from persona_jax import attribution, paint, personal, runs
 from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.errors import UserError
@@ -47,18 +47,23 @@ def main(arguments: argparse.Namespace) -> None:
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    whom = {"names": [arguments.person] * num}
-    if not by_name:
-        embeddings = np.repeat(run.eye.look(photos)[None], num, axis=0)
-        whom = {"embeddings": embeddings, "weights": np.float32([weights] * num)}
     painter = runs.make_painter(run, knobs, min(num, arguments.batch_size))
-    painted = painter(
-        [prompt] * num,
-        paint.picture_keys(arguments.seed, num),
-        negative_prompt=arguments.negative_prompt,
-        **whom,
-    )
+    seen = None if by_name else run.eye.look(photos)
+
+    def paint_all(weights: np.ndarray) -> np.ndarray:
+        whom = {"names": [arguments.person] * num}
+        if seen is not None:
+            rows = np.repeat(weights[None], num, axis=0)
+            whom = {"embeddings": np.repeat(seen[None], num, axis=0), "weights": rows}
+        keys = paint.picture_keys(arguments.seed, num)
+        negative = arguments.negative_prompt
+        return painter([prompt] * num, keys, negative_prompt=negative, **whom)
+
+    painted = paint_all(np.float32(weights))
     pictures = list(images.to_uint8(painted))
+    found = None
+    if arguments.attribution:
+        found = attribution.attribute(run, seen, np.float32(weights), painted, paint_all)
 
     record = {
         "workdir": str(workdir.absolute()),
@@ -73,10 +78,15 @@ def main(arguments: argparse.Namespace) -> None:
         "batch_size": arguments.batch_size,
         "crop": run.config.data.crop,
         **dataclasses.asdict(knobs),
+        "attribution": found and found.record(),
     }
     write(out, pictures, photos, record, run.pipeline.image_size)
     beside = "all" if by_name else "the photos beside them"
     print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
+    if found:
+        squares = [images.centre_crop(photo, record["crop"]) for photo in photos]
+        attribution.draw(found, squares, run.pipeline.image_size).save(out / "attribution.png")
+        print(f"what each photo contributed: {out / 'attribution.png'}")
 
 
 def read_weights(arguments: argparse.Namespace) -> list[float]:
@@ -129,6 +139,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=int, help="DDIM steps")
     flags.add_argument("--eta", type=float, help="0 is deterministic DDIM, 1 ancestral")
     flags.add_argument("--crop", type=float, help="central part of a photo to use, 0 to 1")
+    flags.add_argument(
+        "--attribution", action="store_true", help="show what each photo contributed"
+    )
     flags.add_argument("--batch_size", type=int, default=8, help="pictures painted at once")
     return flags
 

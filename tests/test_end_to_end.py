@@ -96,6 +96,25 @@ def test_weight_zero_is_leaving_the_photo_out(world, tmp_path):
     assert abs(a - b).max() <= 1
 
 
+def test_attribution_weighs_the_photos_and_leaves_each_out(world, tmp_path):
+    flags = ["--num", "2", "--weights", "1", "2", "0"]
+    paint(world, tmp_path / "a", *flags, "--attribution")
+    found = json.loads((tmp_path / "a" / "sample.json").read_text())["attribution"]
+    # A fresh query of zeros attends to each by its weight; three steps hardly change that.
+    np.testing.assert_allclose(found["shares"], [1 / 3, 2 / 3, 0], atol=0.05)
+    np.testing.assert_allclose(np.mean(found["heads"], axis=0), found["shares"], atol=1e-3)
+    assert found["influence"][2] is None
+    assert all(moved >= 0 for moved in found["influence"][:2])
+    assert Image.open(tmp_path / "a" / "attribution.png").size == (3 * 98 + 2, 2 * 98 + 16)
+
+
+def test_attribution_of_one_photo_is_refused(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        paint(world, tmp_path, "--attribution", "--num", "1", photos=1)
+    assert stop.value.code == 2
+    assert "two photos or more" in capsys.readouterr().err
+
+
 def test_long_prompt_is_cut_with_a_warning(world, tmp_path, capsys):
     paint(world, tmp_path / "a", "--num", "1", "--prompt", "very " * 100 + "long")
     assert "cut to 77" in capsys.readouterr().err

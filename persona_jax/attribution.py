@@ -1,0 +1,99 @@
+"""What each reference photo contributed to an adapter's pictures."""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from PIL import Image
+
+from persona_jax.data import images
+from persona_jax.errors import UserError
+from persona_jax.models.aggregators import SelfAttentionAggregator
+from persona_jax.runs import Run
+
+
+@dataclasses.dataclass(frozen=True)
+class Attribution:
+    """For N photos.
+
+    Attributes:
+      shares: how much of the pooled embedding each gives, over heads; sums to 1 ``[N]``.
+      heads: the same for each pooling head ``[H, N]``.
+      influence: how far the pictures move, in the eye's view, when it is left out: 1 − cosine
+        between what the eye sees of both, mean over pictures ``[N]``. NaN for a photo left out
+        anyway.
+      without: the first picture, painted without that photo; None where it is NaN.
+    """
+
+    shares: Float[np.ndarray, " N"]
+    heads: Float[np.ndarray, "H N"]
+    influence: Float[np.ndarray, " N"]
+    without: list[np.ndarray | None]
+
+    def record(self) -> dict:
+        """As plain numbers, for JSON; None where nothing was measured."""
+        moved = [None if np.isnan(x) else round(float(x), 4) for x in self.influence]
+        return {
+            "shares": [round(float(x), 4) for x in self.shares],
+            "heads": np.round(self.heads, 4).tolist(),
+            "influence": moved,
+        }
+
+
+def attribute(
+    run: Run,
+    embeddings: Float[np.ndarray, "N D"],
+    weights: Float[np.ndarray, " N"],
+    painted: Float[np.ndarray, "P S S 3"],
+    repaint: Callable[[np.ndarray], np.ndarray],
+) -> Attribution:
+    """Shares of attention, and leave-one-out influence.
+
+    Args:
+      run: of an adapter with self-attention.
+      embeddings, weights: its references.
+      painted: its pictures from all of them.
+      repaint: weights → the same pictures again, from the photos that the weights leave.
+
+    Raises:
+      UserError: another aggregator (it attends to nothing), or fewer than two photos that count.
+    """
+    if run.personal or not isinstance(run.aggregator.module, SelfAttentionAggregator):
+        raise UserError(
+            f"--attribution: {run.workdir} does not attend to photos; it is for self-attention"
+        )
+    if (weights > 0).sum() < 2:
+        raise UserError("--attribution: give two photos or more, to leave one out")
+    _, heads = run.aggregator.module.apply(
+        {"params": run.params["aggregator"]},
+        jnp.asarray(embeddings[None]),
+        jnp.asarray(weights[None]),
+    )
+    heads = np.asarray(heads[0])
+    whole, influence, without = _seen(run, painted), [], []
+    for i in range(len(weights)):
+        if weights[i] == 0:
+            influence.append(np.nan)
+            without.append(None)
+            continue
+        pictures = repaint(np.where(np.arange(len(weights)) == i, 0.0, weights))
+        influence.append(float((1 - (_seen(run, pictures) * whole).sum(axis=1)).mean()))
+        without.append(images.to_uint8(pictures[0]))
+    return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
+
+
+def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.Image:
+    """The photos with their shares and influences above; below each, a picture without it."""
+    titles = [
+        f"{share:.0%}" + ("" if np.isnan(moved) else f", moves {moved:.3f}")
+        for share, moved in zip(found.shares, found.influence, strict=True)
+    ]
+    return images.grid([list(photos), found.without], size=max(size, 96), titles=titles)
+
+
+def _seen(run: Run, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
+    """Unit embeddings of pictures in [−1, 1]."""
+    seen = run.eye.look([Image.fromarray(x) for x in images.to_uint8(pictures)])
+    return seen / np.linalg.norm(seen, axis=1, keepdims=True)
