@@ -53,7 +53,7 @@ def tiny(config: ConfigDict) -> ConfigDict:
     # together they learn from 16,000 examples what took 37,000 with 32 and (32, 64, 128).
     config.unet.batch_size = 16
     config.unet.optimizer.learning_rate = 2e-3
-    config.unet.optimizer.steps = 5000
+    config.unet.optimizer.steps = 4000
     config.unet.grid_every = 1000
     config.unet.tower.block_out_channels = (64, 64, 96)
     config.reader = reader()

@@ -169,7 +169,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "log_every": 20,
             "save_every": 200,
             "grid_every": 500,
-            "grid": {"people": 6, "samples": 4},
+            "grid": {"people": 6, "samples": 4},  # no people, no grids
             "sampling": {"steps": 30, "guidance": 3.0, "scale": 1.0, "eta": 0.0},
         }
     )

@@ -86,7 +86,15 @@ def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
     known, overrides = parser.parse_known_args(argv[1:])
-    return _override(_load_config(known.config), overrides), Path(known.workdir)
+    return load_config(known.config, overrides), Path(known.workdir)
+
+
+def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """The configuration that FILE.py[:ARG] names, with ``--config.a.b=value`` flags applied.
+
+    Raises UserError: see :func:`run_with_config`.
+    """
+    return _override(_load_config(value), list(overrides))
 
 
 def _load_config(value: str) -> ConfigDict:

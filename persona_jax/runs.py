@@ -105,11 +105,18 @@ def open_run(workdir: Path, crop: float | None = None) -> Run:
 
 
 def make_painter(
-    run: Run, knobs: Knobs, batch_size: int = 32
+    run: Run,
+    knobs: Knobs,
+    batch_size: int = 32,
+    painter: Callable[[Mapping, Mapping | None, paint.Request], Array] | None = None,
 ) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
     """A function that paints people with a run; compiled once for all calls with as many reference
-    slots."""
-    painter = paint.make_painter(run.pipeline, run.aggregator, steps=knobs.steps)
+    slots.
+
+    painter: :func:`persona_jax.paint.make_painter`'s, compiled for another run of the same kind, or
+    with an aggregator in place of the run's own.
+    """
+    painter = painter or paint.make_painter(run.pipeline, run.aggregator, steps=knobs.steps)
     frozen = paint.frozen_params(run.pipeline)
 
     def paint_people(

@@ -90,9 +90,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
         mesh=mesh,
         save_every=config.save_every,
         log_every=config.log_every,
-        callbacks=[
-            (config.grid_every, grid_drawer(config, workdir, photos, people, pipeline, eye))
-        ],
+        callbacks=[(config.grid_every, grid_drawer(config, workdir, photos, people, pipeline, eye))]
+        if config.grid.people
+        else [],
         fingerprint={
             "method": config.method,
             "aggregator": config.aggregator.to_dict(),

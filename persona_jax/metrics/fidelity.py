@@ -104,6 +104,20 @@ def identity_fidelity(
     }
 
 
+def named(
+    reader: reading.Reader, identity: Float[np.ndarray, "P K"], truth: Float[np.ndarray, "P K"]
+) -> Float[np.ndarray, " P"]:
+    """1 for a picture whose person is picked from :data:`AMONG`, those next to them, else 0.
+
+    Args:
+      identity: traits read off one picture of each person.
+      truth: their traits; as many people as a multiple of :data:`AMONG`.
+    """
+    groups = range(0, len(truth), AMONG)
+    picked = [reader.name(identity[g : g + AMONG], truth[g : g + AMONG]) for g in groups]
+    return (np.concatenate(picked) == np.arange(len(truth)) % AMONG).astype(np.float64)
+
+
 def error_by_hiding(
     identity: Float[np.ndarray, "P K"],
     truth: Float[np.ndarray, "P K"],

@@ -1,0 +1,353 @@
+"""Trains several methods on the same people and compares them on people none of them has seen.
+
+python -m persona_jax.compare --preset tiny --out runs/compare
+
+Equal budgets; guidance, λ and learning rates are chosen on validation people; all methods paint the
+same test people with the same prompts and noise. Beside the methods stand the rows without which
+their numbers say little: real photos, real photos through the VAE, another person's photos, the
+text alone, the plain adapter with all photos side by side. Writes OUT/table.md, report.html,
+table.json and grid.png. Stopped, it goes on where it was when run again.
+"""
+
+import argparse
+import dataclasses
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import PIL.Image
+from ml_collections import ConfigDict
+
+from persona_jax import judging, paint, report, runs, train
+from persona_jax.cli import load_config, run_with_arguments
+from persona_jax.data import images
+from persona_jax.data.photos import Photos
+from persona_jax.dataset import open_dataset
+from persona_jax.errors import UserError
+from persona_jax.interop import folders
+from persona_jax.interop.checkpoints import newest_step
+from persona_jax.judging import Subjects, Verdict
+from persona_jax.metrics import fidelity, reading
+from persona_jax.models.aggregators import EveryPhoto
+from persona_jax.pipeline import open_pipeline
+
+ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
+METHODS = (*ADAPTERS, "dreambooth", "lora")
+PAPER = ("ip", "max", "avg", "sa", "dreambooth")
+"""The five that the paper compares."""
+
+GUIDANCE, SCALES = (2.0, 3.0, 5.0), (0.75, 1.25)
+"""What sampling may choose from; λ = 1 is tried with each guidance."""
+RATES = (0.5, 2.0)
+"""Factors of the config's learning rate that methods of one person may choose from, beside 1."""
+SHOWN = 8
+"""People on the grid."""
+CHOOSERS = {"adapter": 32, "personal": 4}
+"""Validation people by whom choices are made; personal ones are trained for it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class World:
+    """What all methods share: people, photos, and who judges.
+
+    Attributes:
+      out: where everything goes.
+      photos: all of them.
+      reader: the judge's eye.
+      test, validation: whom to paint.
+      painters: compiled, by aggregator and number of steps; all methods share one base.
+    """
+
+    out: Path
+    photos: Photos
+    reader: reading.Reader
+    test: Subjects
+    validation: Subjects
+    painters: dict = dataclasses.field(default_factory=dict)
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Runs → choices → pictures → verdicts → table."""
+    unknown = [name for name in arguments.methods if name not in METHODS]
+    if unknown or "sa" not in arguments.methods:
+        raise UserError(
+            f"--methods {' '.join(arguments.methods)}: of {', '.join(METHODS)}, sa among them "
+            "(differences are told from it)"
+        )
+    if arguments.people % fidelity.AMONG or arguments.seeds < 1:
+        raise UserError(
+            f"--people {arguments.people} --seeds {arguments.seeds}: a multiple of "
+            f"{fidelity.AMONG} people, and one seed or more"
+        )
+    out = Path(arguments.out)
+    _same_settings(out, arguments)
+    configs = {name: _config(arguments, name) for name in arguments.methods}
+    data = configs["sa"]
+    photos, groups = open_dataset(data.data)
+    world = World(
+        out,
+        photos,
+        reading.load_reader(folders.find(data.pipeline).parent / "reader"),
+        judging.subjects(photos, groups.test, arguments.people, data),
+        judging.subjects(photos, groups.validation, CHOOSERS["adapter"], data),
+    )
+    rows: dict[str, list[Verdict]] = {}
+    for seed in range(arguments.seeds):
+        for name, config in configs.items():
+            rows.setdefault(name, []).append(_method(world, name, config, seed))
+        rows.setdefault("sa, another person's photos", []).append(
+            _control(world, "sa", data, seed, "another", lambda e: np.roll(e, 1, axis=0))
+        )
+        if "ip" in configs:
+            side_by_side = _control(world, "ip", configs["ip"], seed, "every", EveryPhoto())
+            rows.setdefault("ip, all photos side by side", []).append(side_by_side)
+    rows["text alone"] = [_control(world, "sa", data, 0, "text", None)]
+    rows |= {name: [found] for name, found in _photos(world, data).items()}
+    real = rows["real photos"][0].features
+    report.write(
+        out,
+        report.table(rows, real, versus="sa"),
+        f"{arguments.people} people, {arguments.seeds} training seeds; read by the reader of "
+        f"{data.pipeline!r}",
+        _grid(world, arguments.methods),
+    )
+
+
+def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
+    file = "avg" if name == "avg_mlp" else name
+    changes = ["--config.aggregator.kind=avg_mlp"] if name == "avg_mlp" else []
+    if name in ADAPTERS and arguments.steps:
+        changes.append(f"--config.optimizer.steps={arguments.steps}")
+    if arguments.pipeline:
+        changes.append(f"--config.pipeline={arguments.pipeline}")
+        changes += ["--config.init_from="] * (name in ADAPTERS)
+    folder = Path(arguments.configs)
+    return load_config(f"{folder / file}.py:{arguments.preset}", changes)
+
+
+def _method(world: World, name: str, config: ConfigDict, seed: int) -> Verdict:
+    """The verdict on a method trained from one seed, its choices made."""
+    if name in ADAPTERS:
+        workdir = _trained(world.out / f"runs/{name}-{seed}", config, seed=seed)
+    else:
+        rate = _choose_rate(world, name, config)
+        changes = {"group": "test", "count": len(world.test.names), "rate": rate, "seed": seed}
+        workdir = _learnt_by_heart(world.out / f"runs/{name}-{seed}", config, **changes)
+    run = runs.open_run(workdir)
+    knobs = _choose_knobs(world, name, run, config, seed)
+    return _verdict(world, f"{name}-{seed}", run, world.test, knobs)
+
+
+def _trained(workdir: Path, config: ConfigDict, seed: int) -> Path:
+    """The workdir of an adapter trained to the end."""
+    config = config.copy_and_resolve_references()
+    config.seed, config.grid.people = seed, 0
+    if (newest_step(workdir / "checkpoints") or 0) < config.optimizer.steps:
+        print(f"training {workdir}", flush=True)
+        train.main(config, workdir)
+    return workdir
+
+
+def _learnt_by_heart(
+    workdir: Path, config: ConfigDict, *, group: str, count: int, rate: float, seed: int
+) -> Path:
+    """The workdir of people learnt one by one."""
+    config = config.copy_and_resolve_references()
+    config.seed, config.optimizer.learning_rate = seed, rate
+    config.people.group, config.people.count = group, count
+    if len(list(workdir.glob("people/*/person.json"))) < count:
+        print(f"learning {count} people by heart in {workdir}", flush=True)
+        train.main(config, workdir)
+    return workdir
+
+
+def _choose_rate(world: World, name: str, config: ConfigDict) -> float:
+    """The learning rate under which validation people come out best."""
+
+    def measure() -> float:
+        losses = {}
+        few = _some(world.validation, CHOOSERS["personal"])
+        for factor in (1.0, *RATES):
+            rate = factor * config.optimizer.learning_rate
+            workdir = world.out / f"runs/{name}-choice-{rate:g}"
+            changes = {"group": "validation", "count": len(few.names), "rate": rate, "seed": 0}
+            run = runs.open_run(_learnt_by_heart(workdir, config, **changes))
+            losses[rate] = _loss(_verdict(world, workdir.name, run, few, run.knobs()))
+        return min(losses, key=losses.get)
+
+    return _remembered(world.out / f"choices/{name}-rate.json", measure)
+
+
+def _choose_knobs(
+    world: World, name: str, run: runs.Run, config: ConfigDict, seed: int
+) -> runs.Knobs:
+    """Guidance, and an adapter's λ, chosen on validation people."""
+    if run.personal:  # the choice of the rate has trained validation people
+        rate = run.config.optimizer.learning_rate
+        run = runs.open_run(world.out / f"runs/{name}-choice-{rate:g}")
+    whom = _some(world.validation, CHOOSERS["personal"]) if run.personal else world.validation
+
+    def loss(changes: Mapping[str, float]) -> float:
+        words = "-".join(f"{k}{v:g}" for k, v in changes.items())
+        label = f"{name}-{seed}-choice-{words}"
+        return _loss(_verdict(world, label, run, whom, run.knobs(**changes)))
+
+    def measure() -> dict[str, float]:
+        tried = [{"guidance": g} for g in GUIDANCE]
+        best = min(tried, key=loss)
+        if run.personal:
+            return best
+        return min([best, *({**best, "scale": s} for s in SCALES)], key=loss)
+
+    return run.knobs(**_remembered(world.out / f"choices/{name}-{seed}.json", measure))
+
+
+def _loss(found: Verdict) -> float:
+    """What choices minimise: the error of the person, guessing being 1, and of the prompt."""
+    return float(found.error.mean() / 12**-0.5 + 1 - found.prompt.mean())
+
+
+def _some(whom: Subjects, count: int) -> Subjects:
+    """The first few."""
+    total = len(whom.names)
+    return dataclasses.replace(
+        whom,
+        names=whom.names[:count],
+        references=whom.references[:count],
+        held_out=whom.held_out[:count],
+        prompts=whom.prompts[:count] + whom.prompts[total : total + count],
+        identity=whom.identity[:count],
+        scene=whom.scene[:count],
+    )
+
+
+def _control(
+    world: World,
+    name: str,
+    config: ConfigDict,
+    seed: int,
+    label: str,
+    change: Callable[[np.ndarray], np.ndarray] | EveryPhoto | None,
+) -> Verdict:
+    """A method's run under the same choices, with other references, or none."""
+    run = runs.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
+    knobs = _choose_knobs(world, name, run, config, seed)
+    return _verdict(world, f"{name}-{seed}-{label}", run, world.test, knobs, change)
+
+
+def _verdict(
+    world: World,
+    label: str,
+    run: runs.Run,
+    whom: Subjects,
+    knobs: runs.Knobs,
+    change: Callable[[np.ndarray], np.ndarray] | EveryPhoto | None = lambda embeddings: embeddings,
+) -> Verdict:
+    """What the reader says of a run's pictures of people; pictures are kept and painted once.
+
+    change: of the references' embeddings; or an aggregator in place of the run's; None for no
+    references at all.
+    """
+    file = world.out / f"pictures/{label}.npy"
+    if file.exists():
+        return judging.judge(world.reader, whom, np.load(file))
+    print(f"painting {label}", flush=True)
+    count = len(whom.names)
+    aggregator = change if isinstance(change, EveryPhoto) else run.aggregator
+    compiled = world.painters.get((aggregator, knobs.steps))
+    if compiled is None:
+        compiled = paint.make_painter(run.pipeline, aggregator, steps=knobs.steps)
+        world.painters[aggregator, knobs.steps] = compiled
+    painter = runs.make_painter(run, knobs, painter=compiled)
+    shown = {}
+    if run.personal:
+        shown = {"names": whom.names * 2}
+    elif change is not None:
+        sets = [[world.photos.image(row) for row in rows] for rows in whom.references.tolist()]
+        seen = np.stack([run.eye.look(set_) for set_ in sets])
+        seen = seen if isinstance(change, EveryPhoto) else change(seen)
+        seen = np.concatenate([seen] * 2)
+        shown = {"embeddings": seen, "weights": np.ones(seen.shape[:2], np.float32)}
+    prompts = [run.prompt(prompt) for prompt in whom.prompts]
+    pictures = painter(prompts, paint.picture_keys(0, 2 * count), **shown)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    beside = file.with_suffix(".new.npy")
+    np.save(beside, pictures.astype(np.float16))
+    beside.rename(file)
+    return judging.judge(world.reader, whom, np.load(file))
+
+
+def _photos(world: World, config: ConfigDict) -> dict[str, Verdict]:
+    """The held-out photos themselves, and as the VAE gives them back."""
+    base = open_pipeline(config)
+    real = judging.photos_as_pictures(world.photos, world.test.held_out, base.image_size)
+    restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
+    parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
+    restored = np.clip(np.concatenate(parts), -1.0, 1.0)
+    return {
+        name: judging.judge_photos(world.reader, world.test, pictures)
+        for name, pictures in (
+            ("real photos", real),
+            ("real photos through the VAE", restored),
+        )
+    }
+
+
+def _grid(world: World, names: list[str]) -> PIL.Image.Image:
+    """The first people: three of their photos and the held-out one, then what each method made of
+    them, plainly and as on the held-out photo."""
+    whom, size, cells = world.test, world.reader.size, []
+    painted = {name: np.load(world.out / f"pictures/{name}-0.npy") for name in names}
+    for i in range(SHOWN):
+        rows = [*whom.references[i, :3], whom.held_out[i]]
+        photos = judging.photos_as_pictures(world.photos, np.asarray(rows), size)
+        pictures = [p[j] for p in painted.values() for j in (i, len(whom.names) + i)]
+        cells.append([images.to_uint8(x) for x in (*photos, *np.float32(pictures))])
+    titles = ["photos", "", "", "held out", *(t for name in names for t in (name, ""))]
+    return images.grid(cells, titles=titles)
+
+
+def _remembered(file: Path, measure: Callable) -> float | dict:
+    """What `measure` found, kept in a file."""
+    if not file.exists():
+        found = measure()
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(found))
+    return json.loads(file.read_text())
+
+
+def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
+    """Refuses a folder of another comparison: its pictures would be taken for this one's."""
+    file, settings = out / "settings.json", vars(arguments) | {"methods": None, "seeds": None}
+    if file.exists() and json.loads(file.read_text()) != settings:
+        raise UserError(
+            f"--out {out} holds a comparison with other settings ({file.read_text().strip()}); "
+            "choose another folder"
+        )
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(settings) + "\n")
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another") from error
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    flags.add_argument("--preset", default="tiny", help="of all configs")
+    flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
+    flags.add_argument("--methods", nargs="+", default=list(PAPER), help=", ".join(METHODS))
+    flags.add_argument("--seeds", type=int, default=1, help="trainings of each method")
+    flags.add_argument("--people", type=int, default=128, help="test people")
+    flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
+    flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
+    flags.add_argument("--configs", default="configs", help="folder of the configs")
+    return flags
+
+
+if __name__ == "__main__":
+    run_with_arguments(parser(), main)

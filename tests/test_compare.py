@@ -1,0 +1,110 @@
+"""The comparison as a user runs it, at the smallest size: random towers, a random reader."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+import stock
+from PIL import Image
+from world import config_of, shrink_adapter
+
+from persona_jax import compare
+from persona_jax.cli import run_with_arguments, write_run_files
+from persona_jax.metrics import fidelity, reading
+from persona_jax.models import reader as model
+
+
+@pytest.fixture(scope="module")
+def small_configs(tmp_path_factory):
+    """A folder of configs, each a few steps on a random base of 16 pixels."""
+    folder = tmp_path_factory.mktemp("world")
+    stock.write_pipeline(folder / "base/pipeline")
+    params = model.initialise(model.Reader(reading.HEADS), jax.random.key(0), 16)
+    reader = reading.Reader(params, np.ones(27, np.float32), 16)
+    reading.save_reader(reader, folder / "base/reader")
+    for name in ("ip", "sa", "dreambooth"):
+        config = config_of(name, "tiny")
+        config.data.data_dir = str(folder / "data")
+        config.data.portraits.update({"photos": 4, "size": 16})
+        with config.data.portraits.unlocked():
+            config.data.portraits.people = {"train": 6, "validation": 4, "test": 4}
+        if name == "dreambooth":
+            config.update({"pipeline": str(folder / "base/pipeline"), "batch_size": 8})
+            config.references.n, config.optimizer.steps, config.sampling.steps = 4, 1, 2
+            config.prior.update({"pictures": 2, "steps": 1})
+        else:
+            shrink_adapter(config, folder / "base/pipeline")
+        write_run_files(folder / name, config)
+        (folder / f"{name}.py").write_text(
+            "from persona_jax.cli import read_config\n"
+            "def get_config(preset):\n"
+            f"    return read_config({str(folder / name)!r})\n"
+        )
+    return folder
+
+
+def run_compare(*flags: str) -> None:
+    run_with_arguments(compare.parser(), compare.main, ["compare", *flags])
+
+
+@pytest.mark.parametrize(
+    "methods",
+    [["ip", "sa"], pytest.param(["ip", "sa", "dreambooth"], marks=pytest.mark.slow)],
+)
+def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(fidelity, "AMONG", 4)
+    monkeypatch.setattr(compare, "CHOOSERS", {"adapter": 4, "personal": 2})
+    monkeypatch.setattr(compare, "GUIDANCE", (2.0, 3.0))
+    monkeypatch.setattr(compare, "SCALES", (0.5,))
+    monkeypatch.setattr(compare, "RATES", ())
+    monkeypatch.setattr(compare, "SHOWN", 2)
+    flags = ["--out", str(tmp_path), "--people", "4", "--configs", str(small_configs)]
+    flags += ["--methods", *methods]
+    run_compare(*flags)
+    printed = capsys.readouterr().out
+    table = json.loads((tmp_path / "table.json").read_text())
+    assert list(table) == [
+        *methods,
+        "sa, another person's photos",
+        "ip, all photos side by side",
+        "text alone",
+        "real photos",
+        "real photos through the VAE",
+    ]
+    assert table["sa"]["its difference to sa"] == ""
+    assert all(row["error of the traits ↓"] in printed for row in table.values())
+    # Four photos a person: three references; two pictures of each method.
+    assert Image.open(tmp_path / "grid.png").size[0] == (4 + 2 * len(methods)) * 18 + 2
+    assert "<table>" in (tmp_path / "report.html").read_text()
+
+    # Again, nothing is trained or painted anew, and the table is the same.
+    run_compare(*flags)
+    again = capsys.readouterr().out
+    assert "painting" in printed
+    assert "painting" not in again
+    assert "training /" not in again
+    assert json.loads((tmp_path / "table.json").read_text()) == table
+    with pytest.raises(SystemExit):
+        run_compare(*flags, "--steps", "9")
+    assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "word"),
+    [
+        (["--methods", "ip"], "sa among them"),
+        (["--methods", "sa", "gan"], "gan"),
+        (["--people", "5"], "--people 5"),
+        (["--seeds", "0"], "--seeds 0"),
+        (["--methods", "sa", "--people", "3200"], "at most 4"),
+        (["--methods", "sa", "max"], "no such file"),
+    ],
+)
+def test_wrong_flags_of_compare(small_configs, tmp_path, capsys, flags, word):
+    with pytest.raises(SystemExit) as stop:
+        run_compare("--out", str(tmp_path), "--configs", str(small_configs), *flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    assert word in error
