@@ -85,11 +85,12 @@ def main(arguments: argparse.Namespace) -> None:
     _same_settings(out, arguments)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
+    reader = reading.load_reader(folders.find(data.pipeline).parent / "reader")
     photos, groups = open_dataset(data.data)
     world = World(
         out,
         photos,
-        reading.load_reader(folders.find(data.pipeline).parent / "reader"),
+        reader,
         judging.subjects(photos, groups.test, arguments.people, data),
         judging.subjects(photos, groups.validation, CHOOSERS["adapter"], data),
     )

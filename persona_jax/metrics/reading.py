@@ -150,6 +150,11 @@ def load_reader(folder: Path) -> Reader:
     Raises:
       UserError: no reader there, one with other questions, or tensors that do not fit.
     """
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no reader there; bases of drawn people have one beside their pipeline, as "
+            "persona_jax.pretrain --config configs/base.py:tiny makes"
+        )
     config = folders.read_json(folder / "config.json")
     known = {"heads": [list(head) for head in HEADS], "identity": list(IDENTITY)}
     if any(config.get(key) != value for key, value in known.items()):

@@ -117,3 +117,8 @@ def test_it_learns_the_background_in_a_few_steps():
         params, state, value = step(params, state, pictures, identity, scene)
         values.append(float(value))
     assert values[-1] < 0.5 * values[0]
+
+
+def test_a_base_without_a_reader(tmp_path):
+    with pytest.raises(UserError, match=r"no reader there; .*persona_jax.pretrain"):
+        reading.load_reader(tmp_path / "reader")
