@@ -42,6 +42,17 @@ class Attribution:
         }
 
 
+def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
+    """Raises UserError where there is nothing to attribute: another aggregator, which attends to
+    nothing, or fewer than two photos that count."""
+    if run.personal or not isinstance(run.aggregator.module, SelfAttentionAggregator):
+        raise UserError(
+            f"--attribution: {run.workdir} does not attend to photos; it is for self-attention"
+        )
+    if (weights > 0).sum() < 2:
+        raise UserError("--attribution: give two photos or more, to leave one out")
+
+
 def attribute(
     run: Run,
     embeddings: Float[np.ndarray, "N D"],
@@ -57,15 +68,7 @@ def attribute(
       painted: its pictures from all of them.
       repaint: weights → the same pictures again, from the photos that the weights leave.
 
-    Raises:
-      UserError: another aggregator (it attends to nothing), or fewer than two photos that count.
     """
-    if run.personal or not isinstance(run.aggregator.module, SelfAttentionAggregator):
-        raise UserError(
-            f"--attribution: {run.workdir} does not attend to photos; it is for self-attention"
-        )
-    if (weights > 0).sum() < 2:
-        raise UserError("--attribution: give two photos or more, to leave one out")
     _, heads = run.aggregator.module.apply(
         {"params": run.params["aggregator"]},
         jnp.asarray(embeddings[None]),

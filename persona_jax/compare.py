@@ -18,18 +18,20 @@ from pathlib import Path
 import jax
 import numpy as np
 import PIL.Image
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from persona_jax import judging, paint, report, runs, train
+from persona_jax import paint, runs, train
 from persona_jax.cli import load_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
+from persona_jax.eyes import Eye
 from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.judging import Subjects, Verdict
-from persona_jax.metrics import fidelity, reading
+from persona_jax.metrics import judging, reading, report
+from persona_jax.metrics.judging import Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipeline import open_pipeline
 
@@ -58,6 +60,7 @@ class World:
       reader: the judge's eye.
       test, validation: whom to paint.
       painters: compiled, by aggregator and number of steps; all methods share one base.
+      looks: embeddings of the subjects' references, by the eye and the subjects' names.
     """
 
     out: Path
@@ -66,6 +69,15 @@ class World:
     test: Subjects
     validation: Subjects
     painters: dict = dataclasses.field(default_factory=dict)
+    looks: dict = dataclasses.field(default_factory=dict)
+
+    def look(self, eye: Eye, whom: Subjects) -> Float[np.ndarray, "P N D"]:
+        """What the eye sees in the references of each; looked at once."""
+        key = (eye.hash, *whom.names)
+        if key not in self.looks:
+            sets = [[self.photos.image(row) for row in rows] for rows in whom.references.tolist()]
+            self.looks[key] = np.stack([eye.look(set_) for set_ in sets])
+        return self.looks[key]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -76,13 +88,9 @@ def main(arguments: argparse.Namespace) -> None:
             f"--methods {' '.join(arguments.methods)}: of {', '.join(METHODS)}, sa among them "
             "(differences are told from it)"
         )
-    if arguments.people % fidelity.AMONG or arguments.seeds < 1:
-        raise UserError(
-            f"--people {arguments.people} --seeds {arguments.seeds}: a multiple of "
-            f"{fidelity.AMONG} people, and one seed or more"
-        )
+    if arguments.seeds < 1:
+        raise UserError(f"--seeds {arguments.seeds}: one training of each method or more")
     out = Path(arguments.out)
-    _same_settings(out, arguments)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     reader = reading.load_reader(folders.find(data.pipeline).parent / "reader")
@@ -94,6 +102,7 @@ def main(arguments: argparse.Namespace) -> None:
         judging.subjects(photos, groups.test, arguments.people, data),
         judging.subjects(photos, groups.validation, CHOOSERS["adapter"], data),
     )
+    _same_settings(out, arguments)
     rows: dict[str, list[Verdict]] = {}
     for seed in range(arguments.seeds):
         for name, config in configs.items():
@@ -137,7 +146,7 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> Verdict:
         changes = {"group": "test", "count": len(world.test.names), "rate": rate, "seed": seed}
         workdir = _learnt_by_heart(world.out / f"runs/{name}-{seed}", config, **changes)
     run = runs.open_run(workdir)
-    knobs = _choose_knobs(world, name, run, config, seed)
+    knobs = _choose_knobs(world, name, run, seed)
     return _verdict(world, f"{name}-{seed}", run, world.test, knobs)
 
 
@@ -181,9 +190,7 @@ def _choose_rate(world: World, name: str, config: ConfigDict) -> float:
     return _remembered(world.out / f"choices/{name}-rate.json", measure)
 
 
-def _choose_knobs(
-    world: World, name: str, run: runs.Run, config: ConfigDict, seed: int
-) -> runs.Knobs:
+def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Knobs:
     """Guidance, and an adapter's λ, chosen on validation people."""
     if run.personal:  # the choice of the rate has trained validation people
         rate = run.config.optimizer.learning_rate
@@ -234,7 +241,7 @@ def _control(
 ) -> Verdict:
     """A method's run under the same choices, with other references, or none."""
     run = runs.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
-    knobs = _choose_knobs(world, name, run, config, seed)
+    knobs = _choose_knobs(world, name, run, seed)
     return _verdict(world, f"{name}-{seed}-{label}", run, world.test, knobs, change)
 
 
@@ -266,8 +273,7 @@ def _verdict(
     if run.personal:
         shown = {"names": whom.names * 2}
     elif change is not None:
-        sets = [[world.photos.image(row) for row in rows] for rows in whom.references.tolist()]
-        seen = np.stack([run.eye.look(set_) for set_ in sets])
+        seen = world.look(run.eye, whom)
         seen = seen if isinstance(change, EveryPhoto) else change(seen)
         seen = np.concatenate([seen] * 2)
         shown = {"embeddings": seen, "weights": np.ones(seen.shape[:2], np.float32)}
@@ -321,7 +327,9 @@ def _remembered(file: Path, measure: Callable) -> float | dict:
 
 def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
     """Refuses a folder of another comparison: its pictures would be taken for this one's."""
-    file, settings = out / "settings.json", vars(arguments) | {"methods": None, "seeds": None}
+    file = out / "settings.json"
+    free = ("out", "methods", "seeds")  # more of these adds to what is there
+    settings = {name: value for name, value in vars(arguments).items() if name not in free}
     if file.exists() and json.loads(file.read_text()) != settings:
         raise UserError(
             f"--out {out} holds a comparison with other settings ({file.read_text().strip()}); "

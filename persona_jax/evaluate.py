@@ -27,9 +27,6 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.metrics import fidelity, plots, reading
 
-PROMPT = fidelity.prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
-"""A calm face with nothing on it, so that every trait shows."""
-
 
 def main(arguments: argparse.Namespace) -> None:
     """People → references → pictures → readings → report."""
@@ -52,7 +49,7 @@ def main(arguments: argparse.Namespace) -> None:
     run = runs.open_run(workdir)
     knobs = run.knobs(steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale)
     painter = runs.make_painter(run, knobs)
-    prompts = [run.prompt(PROMPT)] * (len(chosen) * arguments.samples)
+    prompts = [run.prompt(fidelity.PLAIN)] * (len(chosen) * arguments.samples)
     # The same noise for all numbers of references.
     keys = paint.picture_keys(arguments.seed, len(prompts))
 

@@ -37,6 +37,8 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--num {num}: at least one picture")
 
     run = runs.open_run(workdir, arguments.crop)
+    if arguments.attribution:
+        attribution.check(run, np.float32(weights))
     knobs = run.knobs(
         steps=arguments.steps or None,
         guidance=arguments.guidance,

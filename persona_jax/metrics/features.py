@@ -24,10 +24,15 @@ ROUND = 8  # pieces of each device between two trips to the host
 
 
 def make_pass(
-    apply: Callable[[Mapping, Array], Any], params: Mapping, mesh: Mesh
+    apply: Callable[[Mapping, Array], Any],
+    params: Mapping,
+    mesh: Mesh,
+    prepare: Callable[[np.ndarray], np.ndarray] = lambda pictures: pictures,
 ) -> Callable[[np.ndarray], Any]:
     """A function from pictures ``[P, S, S, 3]`` to the tree of rows ``[P, …]`` that
     ``apply(params, pictures)`` gives for each, as numpy arrays, whole in every process.
+
+    prepare: done to the pictures on the host, a part at a time, before the devices see them.
 
     The pictures are the same in every process, and all processes must ask together.
     """
@@ -48,7 +53,7 @@ def make_pass(
             raise UserError("no pictures to look at; paint some, or name a folder that has some")
         whole, parts = PIECE * mesh.size, []
         for start in range(0, len(pictures), whole * ROUND):
-            part = pictures[start : start + whole * ROUND]
+            part = prepare(pictures[start : start + whole * ROUND])
             missing = -len(part) % whole
             filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
             rows = to_host(shared(params, place(filled, batch_sharding(mesh))))
@@ -79,8 +84,9 @@ def inception_pass(
             pictures = resize_legacy(pictures)
         return network.apply({"params": params}, (pictures - 128.0) / 128.0)
 
-    look = make_pass(apply, params, mesh)
-    return look if resize == "legacy" else lambda pictures: look(resize_clean(pictures))
+    if resize == "legacy":
+        return make_pass(apply, params, mesh)
+    return make_pass(apply, params, mesh, prepare=resize_clean)
 
 
 def resize_legacy(pictures: Float[Array, "B h w 3"], side: int = SIDE) -> Float[Array, "B s s 3"]:

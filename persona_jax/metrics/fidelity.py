@@ -32,6 +32,10 @@ def prompt_of(scene: Float[np.ndarray, " J"]) -> str:
     return words.photo_caption(traits.as_dict(traits.SCENE, scene))
 
 
+PLAIN = prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
+"""A calm face with nothing on it, so that every trait shows."""
+
+
 def prompt_fidelity(
     readings: reading.Readings, scene: Float[np.ndarray, "P J"]
 ) -> dict[str, float]:
@@ -88,15 +92,11 @@ def identity_fidelity(
     seen = np.ones_like(truth) if seen is None else seen
     squared = (identity - truth) ** 2 * seen
     spread = np.sqrt(squared.sum(axis=0) / np.maximum(seen.sum(axis=0), 1))
-    people, who = np.unique(truth, axis=0, return_inverse=True)
-    named = []
-    for start in range(0, len(people) - AMONG + 1, AMONG):
-        chosen = (who >= start) & (who < start + AMONG)
-        picked = reader.name(identity[chosen], people[start : start + AMONG])
-        named.append(picked == who[chosen] - start)
+    right = named(reader, identity, truth)
+    asked = np.isfinite(right)
     return {
         "error": round(float(np.sqrt(squared.sum() / seen.sum())), 4),
-        "named": round(float(np.concatenate(named).mean()), 4) if named else float("nan"),
+        "named": round(float(right[asked].mean()), 4) if asked.any() else float("nan"),
         "traits": {
             name: round(float(value), 3)
             for name, value in zip(traits.IDENTITY, spread, strict=True)
@@ -107,15 +107,22 @@ def identity_fidelity(
 def named(
     reader: reading.Reader, identity: Float[np.ndarray, "P K"], truth: Float[np.ndarray, "P K"]
 ) -> Float[np.ndarray, " P"]:
-    """1 for a picture whose person is picked from :data:`AMONG`, those next to them, else 0.
+    """1 for a picture whose person is picked from :data:`AMONG`, else 0; NaN for those of the last
+    people, who are too few to be picked from.
 
     Args:
-      identity: traits read off one picture of each person.
-      truth: their traits; as many people as a multiple of :data:`AMONG`.
+      identity: traits read off pictures.
+      truth: traits of who should be there. People, several pictures of whom there may be, stand in
+        groups with those next to them.
     """
-    groups = range(0, len(truth), AMONG)
-    picked = [reader.name(identity[g : g + AMONG], truth[g : g + AMONG]) for g in groups]
-    return (np.concatenate(picked) == np.arange(len(truth)) % AMONG).astype(np.float64)
+    _, first, who = np.unique(truth, axis=0, return_index=True, return_inverse=True)
+    who, people = np.argsort(np.argsort(first))[who], truth[np.sort(first)]
+    out = np.full(len(truth), np.nan)
+    for start in range(0, len(people) - AMONG + 1, AMONG):
+        chosen = (who >= start) & (who < start + AMONG)
+        picked = reader.name(identity[chosen], people[start : start + AMONG])
+        out[chosen] = picked == who[chosen] - start
+    return out
 
 
 def error_by_hiding(

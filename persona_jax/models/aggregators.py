@@ -19,6 +19,11 @@ def _zero_if_empty(x: Array, weights: Array) -> Array:
     return jnp.where((weights > 0).any(axis=1, keepdims=True), x, 0.0)
 
 
+def _shares(weights: Array) -> Array:
+    total = weights.sum(axis=1, keepdims=True)
+    return weights / jnp.where(total > 0, total, 1.0)
+
+
 def first(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
     """The first photo whose weight is not 0: the plain IP-Adapter."""
     present = weights > 0
@@ -36,9 +41,7 @@ def maximum(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> 
 
 def average(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
     """Σ w x / Σ w."""
-    total = weights.sum(axis=1, keepdims=True)
-    share = weights / jnp.where(total > 0, total, 1.0)
-    return _zero_if_empty(jnp.einsum("bn,bnd->bd", share, embeddings), weights)
+    return _zero_if_empty(jnp.einsum("bn,bnd->bd", _shares(weights), embeddings), weights)
 
 
 def weighted_softmax(
@@ -154,8 +157,8 @@ class AverageMLP(nn.Module):
     @nn.compact
     def __call__(
         self, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
-    ) -> Float[Array, "B D"]:
-        """[B, N, D], weights [B, N] → [B, D]."""
+    ) -> tuple[Float[Array, "B D"], Float[Array, "B 1 N"]]:
+        """[B, N, D], weights [B, N] → [B, D] and the share of each photo [B, 1, N]."""
         x, dim = average(embeddings, weights), embeddings.shape[-1]
         # 12 D · width a block of attention, and D² in the pool.
         hidden = 6 * self.width + dim // (2 * self.depth)
@@ -168,13 +171,13 @@ class AverageMLP(nn.Module):
                 dtype=self.dtype,
                 name=f"blocks.{i}.fc2",
             )(y)
-        return _zero_if_empty(x, weights)
+        return _zero_if_empty(x, weights), _shares(weights)[:, None]
 
 
 FIXED = {"first": first, "max": maximum, "avg": average}
 """The aggregators that learn nothing, by their name in configs."""
 
-LEARNT = {"self_attention": SelfAttentionAggregator, "avg_mlp": AverageMLP}
+LEARNT = ("self_attention", "avg_mlp")
 """Those that learn, likewise."""
 
 
@@ -207,8 +210,8 @@ class Aggregator:
         """[B, N, D], weights [B, N] → [B, D]."""
         if self.kind in FIXED:
             return FIXED[self.kind](embeddings, weights)
-        found = self.module.apply({"params": params}, embeddings, weights)
-        return found[0] if isinstance(found, tuple) else found
+        pooled, _ = self.module.apply({"params": params}, embeddings, weights)
+        return pooled
 
 
 @dataclasses.dataclass(frozen=True)

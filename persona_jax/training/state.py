@@ -67,11 +67,6 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     def decayed(params: Any) -> Any:
         return jax.tree.map(lambda array: array.ndim >= 2, params)
 
-    direction = optax.chain(
-        optax.scale_by_adam(b1=config.b1, b2=config.b2),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-        optax.scale(-1.0),
-    )
     if config.muon:
         direction = optax.contrib.muon(
             1.0,
@@ -80,6 +75,12 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             adam_b2=config.b2,
             consistent_rms=config.muon,
             muon_weight_dimension_numbers=_kernel_matrices,
+        )
+    else:
+        direction = optax.chain(
+            optax.scale_by_adam(b1=config.b1, b2=config.b2),
+            optax.add_decayed_weights(config.weight_decay, mask=decayed),
+            optax.scale(-1.0),
         )
     # inject_hyperparams keeps the rate in the state, where make_step finds it for the log.
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))

@@ -9,8 +9,9 @@ import numpy as np
 import PIL.Image
 from jaxtyping import Float
 
-from persona_jax.judging import Verdict, kernel_distance
+from persona_jax.metrics.distributions import kernel_distance
 from persona_jax.metrics.intervals import bootstrap
+from persona_jax.metrics.judging import Verdict
 
 Table = dict[str, dict[str, str]]
 """Row → column → what stands there."""
@@ -39,7 +40,7 @@ def table(
         error = stacked(found, "error")
         # A row of one seed, photos for instance, is held against every seed.
         away = "" if name == versus else str(bootstrap(error - base))
-        kid = [kernel_distance(verdict.features, real)[0] for verdict in found]
+        kid = [1000 * kernel_distance(verdict.features, real, seed=0)[0] for verdict in found]
         out[name] = {
             "error of the traits ↓": str(bootstrap(error)),
             f"its difference to {versus}": away,
@@ -53,9 +54,9 @@ def table(
 def markdown(found: Table) -> str:
     """The table for a README."""
     columns = list(next(iter(found.values())))
-    lines = [" | ".join(["", *columns]).strip(), "|".join(["---"] * (len(columns) + 1))]
-    lines += [" | ".join([name, *row.values()]) for name, row in found.items()]
-    return "".join(f"| {line} |\n" if "---" not in line else f"|{line}|\n" for line in lines)
+    rows = [["", *columns], ["---"] * (len(columns) + 1)]
+    rows += [[name, *row.values()] for name, row in found.items()]
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
 def page(found: Table, caption: str) -> str:

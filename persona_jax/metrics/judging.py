@@ -16,10 +16,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
-from persona_jax.metrics import distributions, fidelity, reading
-
-PLAIN = fidelity.prompt_of(traits.as_vector(traits.SCENE, traits.PLAIN_SCENE))
-"""A calm face with nothing on it, so that every trait shows."""
+from persona_jax.metrics import fidelity, reading
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ def subjects(photos: Photos, group: Sequence[str], count: int, config: ConfigDic
         names=names,
         references=rows[:, :-1],
         held_out=held_out,
-        prompts=[PLAIN] * count + [photos.captions[row] for row in held_out],
+        prompts=[fidelity.PLAIN] * count + [photos.captions[row] for row in held_out],
         identity=photos.truth("identity")[held_out],
         scene=photos.truth("scene")[held_out],
     )
@@ -106,7 +103,9 @@ def judge(
     )
 
 
-def judge_photos(reader: reading.Reader, whom: Subjects, photos: Float[np.ndarray, "P S S 3"]):
+def judge_photos(
+    reader: reading.Reader, whom: Subjects, photos: Float[np.ndarray, "P S S 3"]
+) -> Verdict:
     """The verdict on pictures of the held-out scenes alone: of traits, those that show count."""
     seen = 1 - traits.hidden_traits(whom.scene)
     read = reader.read(photos).identity
@@ -134,11 +133,3 @@ def photos_as_pictures(
 ) -> Float[np.ndarray, "P S S 3"]:
     """Photos in [−1, 1]."""
     return np.stack([images.to_model(photos.image(int(row)), size) for row in rows])
-
-
-def kernel_distance(
-    features: Float[np.ndarray, "P F"], real: Float[np.ndarray, "R F"]
-) -> tuple[float, float]:
-    """KID × 1000 between pictures and photos, and its standard deviation over subsets."""
-    mean, spread = distributions.kernel_distance(features, real, seed=0)
-    return 1000 * mean, 1000 * spread
