@@ -75,6 +75,12 @@ def optimizer(learning_rate: float, steps: int, **changes) -> ConfigDict:
     return ConfigDict(settings | changes)
 
 
+def timesteps(low: float = 0.0, below: int = 0) -> ConfigDict:
+    """How often training takes which diffusion step: a share of the examples has one below
+    `below`, all others any. In pictures of 64 px nothing of a face is left beyond 480."""
+    return ConfigDict({"low": low, "below": below})
+
+
 def mesh() -> ConfigDict:
     return ConfigDict({"data": -1, "fsdp": 1})
 
@@ -105,6 +111,7 @@ def personal(preset: str, method: str) -> ConfigDict:
             "data": data(),
             "mesh": mesh(),
             "dtype": "auto",
+            "timesteps": timesteps(),
             "batch_size": 4,  # of the person's photos; as many of the class beside them
             "optimizer": optimizer(5e-6, 800, warmup_steps=0),
             "log_every": 20,
@@ -118,7 +125,7 @@ def personal(preset: str, method: str) -> ConfigDict:
         config.lora = ConfigDict({"rank": 4, "alpha": 4.0})
         config.optimizer.learning_rate = 1e-4
         config.people.at_once = 4
-    shared = {"pipeline", "data", "sampling"}
+    shared = {"pipeline", "data", "sampling", "timesteps"}
     config.update({key: value for key, value in PRESETS[preset].items() if key in shared})
     config.update(PERSONAL.get((preset, method), {}))
     return config
@@ -159,6 +166,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "references": {"n": 10, "fixed": False},
             "flip": True,
             "drop": {"image": 0.05, "text": 0.05, "both": 0.05},
+            "timesteps": timesteps(),
             "min_snr_gamma": 0.0,  # 0: off
             "data": data(),
             "mesh": mesh(),

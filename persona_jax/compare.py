@@ -28,18 +28,14 @@ from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye
-from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.metrics import judging, reading, report
-from persona_jax.metrics.judging import Subjects, Verdict
+from persona_jax.metrics import judging, report
+from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipeline import open_pipeline
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")
-PAPER = ("ip", "max", "avg", "sa", "dreambooth")
-"""The five that the paper compares."""
-
 GUIDANCE, SCALES = (2.0, 3.0, 5.0), (0.75, 1.25)
 """What sampling may choose from; λ = 1 is tried with each guidance."""
 RATES = (0.5, 2.0)
@@ -57,7 +53,7 @@ class World:
     Attributes:
       out: where everything goes.
       photos: all of them.
-      reader: the judge's eye.
+      judge: who says how good pictures are.
       test, validation: whom to paint.
       painters: compiled, by aggregator and number of steps; all methods share one base.
       looks: embeddings of the subjects' references, by the eye and the subjects' names.
@@ -65,7 +61,7 @@ class World:
 
     out: Path
     photos: Photos
-    reader: reading.Reader
+    judge: Judge
     test: Subjects
     validation: Subjects
     painters: dict = dataclasses.field(default_factory=dict)
@@ -93,14 +89,14 @@ def main(arguments: argparse.Namespace) -> None:
     out = Path(arguments.out)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
-    reader = reading.load_reader(folders.find(data.pipeline).parent / "reader")
     photos, groups = open_dataset(data.data)
+    judge = judging.open_judge(data, photos)
     world = World(
         out,
         photos,
-        reader,
-        judging.subjects(photos, groups.test, arguments.people, data),
-        judging.subjects(photos, groups.validation, CHOOSERS["adapter"], data),
+        judge,
+        judging.subjects(judge, photos, groups.test, arguments.people, data),
+        judging.subjects(judge, photos, groups.validation, CHOOSERS["adapter"], data),
     )
     _same_settings(out, arguments)
     rows: dict[str, list[Verdict]] = {}
@@ -115,13 +111,15 @@ def main(arguments: argparse.Namespace) -> None:
             rows.setdefault("ip, all photos side by side", []).append(side_by_side)
     rows["text alone"] = [_control(world, "sa", data, 0, "text", None)]
     rows |= {name: [found] for name, found in _photos(world, data).items()}
-    real = rows["real photos"][0].features
+    size = open_pipeline(data).image_size
+    held_out = judging.photos_as_pictures(photos, world.test.held_out, size, data.data.crop)
+    real = judge.photos(world.test, world.test.held_out, held_out).features
+    _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
     report.write(
         out,
-        report.table(rows, real, versus="sa"),
-        f"{arguments.people} people, {arguments.seeds} training seeds; read by the reader of "
-        f"{data.pipeline!r}",
-        _grid(world, arguments.methods),
+        report.table(rows, real, versus="sa", fid=arguments.fid),
+        f"{arguments.people} people, {arguments.seeds} training seeds; judged by {judge.name}",
+        ["grid.png"],
     )
 
 
@@ -178,13 +176,13 @@ def _choose_rate(world: World, name: str, config: ConfigDict) -> float:
 
     def measure() -> float:
         losses = {}
-        few = _some(world.validation, CHOOSERS["personal"])
+        few = world.validation.some(CHOOSERS["personal"])
         for factor in (1.0, *RATES):
             rate = factor * config.optimizer.learning_rate
             workdir = world.out / f"runs/{name}-choice-{rate:g}"
             changes = {"group": "validation", "count": len(few.names), "rate": rate, "seed": 0}
             run = runs.open_run(_learnt_by_heart(workdir, config, **changes))
-            losses[rate] = _loss(_verdict(world, workdir.name, run, few, run.knobs()))
+            losses[rate] = world.judge.loss(_verdict(world, workdir.name, run, few, run.knobs()))
         return min(losses, key=losses.get)
 
     return _remembered(world.out / f"choices/{name}-rate.json", measure)
@@ -195,12 +193,12 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
     if run.personal:  # the choice of the rate has trained validation people
         rate = run.config.optimizer.learning_rate
         run = runs.open_run(world.out / f"runs/{name}-choice-{rate:g}")
-    whom = _some(world.validation, CHOOSERS["personal"]) if run.personal else world.validation
+    whom = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
 
     def loss(changes: Mapping[str, float]) -> float:
         words = "-".join(f"{k}{v:g}" for k, v in changes.items())
         label = f"{name}-{seed}-choice-{words}"
-        return _loss(_verdict(world, label, run, whom, run.knobs(**changes)))
+        return world.judge.loss(_verdict(world, label, run, whom, run.knobs(**changes)))
 
     def measure() -> dict[str, float]:
         tried = [{"guidance": g} for g in GUIDANCE]
@@ -210,25 +208,6 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
         return min([best, *({**best, "scale": s} for s in SCALES)], key=loss)
 
     return run.knobs(**_remembered(world.out / f"choices/{name}-{seed}.json", measure))
-
-
-def _loss(found: Verdict) -> float:
-    """What choices minimise: the error of the person, guessing being 1, and of the prompt."""
-    return float(found.error.mean() / 12**-0.5 + 1 - found.prompt.mean())
-
-
-def _some(whom: Subjects, count: int) -> Subjects:
-    """The first few."""
-    total = len(whom.names)
-    return dataclasses.replace(
-        whom,
-        names=whom.names[:count],
-        references=whom.references[:count],
-        held_out=whom.held_out[:count],
-        prompts=whom.prompts[:count] + whom.prompts[total : total + count],
-        identity=whom.identity[:count],
-        scene=whom.scene[:count],
-    )
 
 
 def _control(
@@ -260,7 +239,7 @@ def _verdict(
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
-        return judging.judge(world.reader, whom, np.load(file))
+        return world.judge.pictures(whom, np.load(file))
     print(f"painting {label}", flush=True)
     count = len(whom.names)
     aggregator = change if isinstance(change, EveryPhoto) else run.aggregator
@@ -283,33 +262,33 @@ def _verdict(
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))
     beside.rename(file)
-    return judging.judge(world.reader, whom, np.load(file))
+    return world.judge.pictures(whom, np.load(file))
 
 
 def _photos(world: World, config: ConfigDict) -> dict[str, Verdict]:
-    """The held-out photos themselves, and as the VAE gives them back."""
-    base = open_pipeline(config)
-    real = judging.photos_as_pictures(world.photos, world.test.held_out, base.image_size)
+    """Each person's first photo; the held-out ones as the VAE gives them back."""
+    base, whom = open_pipeline(config), world.test
+    first, size, crop = whom.references[:, 0], base.image_size, config.data.crop
+    other = judging.photos_as_pictures(world.photos, first, size, crop)
+    real = judging.photos_as_pictures(world.photos, whom.held_out, size, crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
     parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)
     return {
-        name: judging.judge_photos(world.reader, world.test, pictures)
-        for name, pictures in (
-            ("real photos", real),
-            ("real photos through the VAE", restored),
-        )
+        "real photos": world.judge.photos(whom, first, other),
+        "real photos through the VAE": world.judge.photos(whom, whom.held_out, restored),
     }
 
 
-def _grid(world: World, names: list[str]) -> PIL.Image.Image:
+def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
     """The first people: three of their photos and the held-out one, then what each method made of
     them, plainly and as on the held-out photo."""
-    whom, size, cells = world.test, world.reader.size, []
+    whom, cells = world.test, []
     painted = {name: np.load(world.out / f"pictures/{name}-0.npy") for name in names}
+    size = painted["sa"].shape[1]
     for i in range(SHOWN):
         rows = [*whom.references[i, :3], whom.held_out[i]]
-        photos = judging.photos_as_pictures(world.photos, np.asarray(rows), size)
+        photos = judging.photos_as_pictures(world.photos, np.asarray(rows), size, crop)
         pictures = [p[j] for p in painted.values() for j in (i, len(whom.names) + i)]
         cells.append([images.to_uint8(x) for x in (*photos, *np.float32(pictures))])
     titles = ["photos", "", "", "held out", *(t for name in names for t in (name, ""))]
@@ -328,7 +307,7 @@ def _remembered(file: Path, measure: Callable) -> float | dict:
 def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
     """Refuses a folder of another comparison: its pictures would be taken for this one's."""
     file = out / "settings.json"
-    free = ("out", "methods", "seeds")  # more of these adds to what is there
+    free = ("out", "methods", "seeds", "fid")  # these only add to what is there
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
     if file.exists() and json.loads(file.read_text()) != settings:
         raise UserError(
@@ -349,11 +328,14 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--preset", default="tiny", help="of all configs")
     flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
-    flags.add_argument("--methods", nargs="+", default=list(PAPER), help=", ".join(METHODS))
+    flags.add_argument("--methods", nargs="+", default=list(report.PAPER), help=", ".join(METHODS))
     flags.add_argument("--seeds", type=int, default=1, help="trainings of each method")
     flags.add_argument("--people", type=int, default=128, help="test people")
     flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
     flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
+    flags.add_argument(
+        "--fid", action="store_true", help="with FID, though of fewer pictures than features"
+    )
     flags.add_argument("--configs", default="configs", help="folder of the configs")
     return flags
 

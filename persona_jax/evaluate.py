@@ -4,8 +4,10 @@ python -m persona_jax.evaluate --workdir runs/sa
 
 For drawn portraits, whose people are known number by number: paints each test person from 1, 3 and
 9 of their photos and reads the traits back off the pictures. Beside it stand the same pictures
-taken for another person's, and real photos of the person. Writes report.json, curve.svg (identity
-by number of photos) and grid.png into WORKDIR/evaluation.
+taken for another person's, and real photos of the person; it also paints each as on their held-out
+photo, for the prompt's fidelity and the pictures' distance from photos. Writes report.json,
+report.html, curve.svg (identity by number of photos), grid.png and single pictures into
+WORKDIR/evaluation.
 """
 
 import argparse
@@ -15,17 +17,21 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+from jaxtyping import Float
 from ml_collections import ConfigDict
+from PIL import Image
 
 from persona_jax import paint, personal, runs
 from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
+from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
-from persona_jax.metrics import fidelity, plots, reading
+from persona_jax.metrics import distributions, fidelity, judging, plots, reading
+from persona_jax.metrics import report as tables
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -57,9 +63,12 @@ def main(arguments: argparse.Namespace) -> None:
         """A person's value for each of their samples."""
         return np.repeat(values, arguments.samples, axis=0)
 
+    held_out = [rows[-1] for rows in sets]
+    captions = [run.prompt(photos.captions[row]) for row in held_out]
     if run.personal:
         counts = [config.references.n - 1]
         shown = {counts[0]: painter(prompts, keys, names=each(np.asarray(chosen)).tolist())}
+        asked = painter(captions, keys[: len(chosen)], names=chosen)
     else:
         counts = arguments.references
         looks = [run.eye.look([photos.image(row) for row in rows[:most]]) for rows in sets]
@@ -68,8 +77,11 @@ def main(arguments: argparse.Namespace) -> None:
         for count in counts:
             weights = np.broadcast_to(np.float32(np.arange(most) < count), embeddings.shape[:2])
             shown[count] = painter(prompts, keys, embeddings=embeddings, weights=weights)
+        one = np.stack(looks)
+        whole = np.ones(one.shape[:2], np.float32)
+        asked = painter(captions, keys[: len(one)], embeddings=one, weights=whole)
 
-    identity = photos.truth("identity")[[rows[0] for rows in sets]]
+    identity = photos.truth("identity")[held_out]
     hidden = traits.hidden_traits(photos.truth("scene"))
     truth = each(identity)
     report: dict = {"people": len(chosen), "samples": arguments.samples, "references": {}}
@@ -84,12 +96,44 @@ def main(arguments: argparse.Namespace) -> None:
     report["another_person"] = fidelity.identity_fidelity(
         reader, read, np.roll(truth, -arguments.samples, axis=0)
     )
-    held_out = [rows[-1] for rows in sets]
-    squares = [images.to_model(photos.image(row), run.pipeline.image_size) for row in held_out]
+    real = judging.photos_as_pictures(photos, np.asarray(held_out), run.pipeline.image_size)
     report["held_out_photo"] = fidelity.identity_fidelity(
-        reader, reader.read(np.stack(squares)).identity, identity, 1 - hidden[held_out]
+        reader, reader.read(real).identity, identity, 1 - hidden[held_out]
     )
-    write(workdir / "evaluation", report, photos, sets, shown, run.pipeline.image_size)
+    # How real photos score that are not the ones everything is held against.
+    firsts = [rows[0] for rows in sets]
+    others = judging.photos_as_pictures(photos, np.asarray(firsts), run.pipeline.image_size)
+    features, scene = reader.read(real).features, photos.truth("scene")
+    report["held_out_photo"] |= likeness(reader, scene[firsts], others, features)
+    report["as_on_the_photo"] = likeness(reader, scene[held_out], asked, features)
+    write(workdir / "evaluation", report, photos, sets, shown, asked)
+
+
+def likeness(
+    reader: reading.Reader,
+    scene: Float[np.ndarray, "P J"],
+    pictures: Float[np.ndarray, "P S S 3"],
+    real: Float[np.ndarray, "R F"],
+) -> dict[str, float]:
+    """Prompt fidelity, KID and IS by the reader's features and classes; FID of enough pictures.
+
+    Args:
+      reader: the judge.
+      scene: what is asked for.
+      pictures: in [−1, 1].
+      real: features of real photos.
+    """
+    prompt, readings = judging.scene_fidelity(reader, scene, pictures)
+    features, classes = readings.features, np.log(np.maximum(readings.classes, 1e-12))
+    found = {
+        "prompt": float(prompt.mean()),
+        "kid": distributions.kernel_distance(features, real, seed=0)[0],
+        "is": distributions.inception_score(classes, 0, min(10, len(features)))[0],
+    }
+    one, other = distributions.moments(features), distributions.moments(real)
+    if distributions.full_rank(one, other):
+        found["fid"] = distributions.frechet_distance(one, other)
+    return {name: round(value, 4) for name, value in found.items()}
 
 
 def whom(
@@ -109,26 +153,56 @@ def whom(
     return chosen
 
 
-def write(out: Path, report: dict, photos, sets, shown: dict[int, np.ndarray], size: int) -> None:
+def write(
+    out: Path,
+    report: dict,
+    photos: Photos,
+    sets: Sequence[np.ndarray],
+    shown: dict[int, np.ndarray],
+    asked: np.ndarray,
+) -> None:
     """report.json; a grid of the first people: their references, then a sample per number."""
     out.mkdir(exist_ok=True)
+    for name, pictures in ({f"from_{n}": p for n, p in shown.items()} | {"as_on": asked}).items():
+        (out / name).mkdir(exist_ok=True)
+        for i, picture in enumerate(pictures):
+            Image.fromarray(images.to_uint8(picture)).save(out / name / f"{i:04d}.png")
     (out / "report.json").write_text(json.dumps(report, indent=2) + "\n")
     (out / "curve.svg").write_text(curve(report))
-    most, samples = max(shown), report["samples"]
+    most, samples, size = max(shown), report["samples"], asked.shape[1]
     cells = []
     for i, rows in enumerate(sets[:8]):
         references = [np.asarray(photos.image(row).resize((size, size))) for row in rows[:most]]
         target = np.asarray(photos.image(rows[-1]).resize((size, size)))
         pictures = [images.to_uint8(shown[count][i * samples]) for count in shown]
-        cells.append([*references, target, *pictures])
-    titles = ["references", *[""] * (most - 1), "held out", *(f"from {n}" for n in shown)]
+        cells.append([*references, target, *pictures, images.to_uint8(asked[i])])
+    titles = ["references", *[""] * (most - 1), "held out", *(f"from {n}" for n in shown), "as on"]
     images.grid(cells, titles=titles).save(out / "grid.png")
-    print("| photos | named, of 32 | error of the traits |\n|---|---|---|")
-    rows = {f"{n}": found for n, found in report["references"].items()}
-    rows |= {"another person's": report["another_person"], "a real one": report["held_out_photo"]}
-    for name, found in rows.items():
-        print(f"| {name} | {found['named']:.3f} | {found['error']:.4f} |")
-    print(f"written to {out}")
+    caption = f"{report['people']} {report['group']} people, by the reader of the run's base"
+    tables.write(out, table(report), caption, ["curve.svg", "grid.png"])
+
+
+def table(report: dict) -> tables.Table:
+    """What the report says, by the photos that the pictures are from."""
+    rows = {f"from {n}": found for n, found in report["references"].items()}
+    rows["from another person's"] = report["another_person"]
+    rows["as on the held-out photo"] = report["as_on_the_photo"]
+    rows["real photos"] = report["held_out_photo"]
+    columns = {
+        "named, of 32 ↑": ("named", "{:.3f}"),
+        "error of the traits ↓": ("error", "{:.4f}"),
+        "prompt ↑": ("prompt", "{:.3f}"),
+        "KID ↓": ("kid", "{:.4f}"),
+        "IS ↑": ("is", "{:.2f}"),
+        "FID ↓": ("fid", "{:.1f}"),
+    }
+    return {
+        name: {
+            title: form.format(found[key]) if key in found else ""
+            for title, (key, form) in columns.items()
+        }
+        for name, found in rows.items()
+    }
 
 
 def curve(report: dict) -> str:

@@ -161,7 +161,7 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         def predict(z: Array, t: Array) -> Array:
             return unet.apply({"params": frozen["unet"]}, z, t, sources)
 
-        t = draw_steps(t_key, schedule)
+        t = draw_steps(t_key, schedule, **config.timesteps)
         return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
 
     return loss

@@ -114,7 +114,8 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         def predict(z: Array, t: Array) -> Array:
             return unet.apply({"params": towers["unet"]}, z, t, (source,))
 
-        return denoising_loss(predict, schedule, latents, noise, draw_steps(t_key, schedule))
+        t = draw_steps(t_key, schedule, **config.timesteps)
+        return denoising_loss(predict, schedule, latents, noise, t)
 
     def of_one(learnt: Mapping, frozen: Mapping, batch: Mapping, step: Array | int):
         towers = apply(config, frozen, learnt)

@@ -62,7 +62,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     print(
         f"base written to {folder}; pictures in {workdir / 'unet'}. Next:\n"
         f"  python -m persona_jax.train --config configs/sa.py:{config.preset} --workdir runs/sa "
-        f"--config.pipeline={folder}"
+        f"--config.pipeline={folder} --config.init_from="
     )
 
 

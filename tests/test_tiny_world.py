@@ -73,9 +73,13 @@ def test_evaluation_reads_every_number_of_references(tiny, capsys):
     for found in (*report["references"].values(), report["another_person"]):
         assert 0 < found["error"] < 5
     assert set(report["references"]["1"]["by_hiding"]) <= {"0", "1"}
-    assert "| a real one |" in capsys.readouterr().out
-    # Three references, the held-out photo, a sample from each number.
-    assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 6 * 18 + 2
+    assert "| real photos |" in capsys.readouterr().out
+    assert 0 <= report["as_on_the_photo"]["prompt"] <= 1
+    assert report["held_out_photo"]["kid"] != report["as_on_the_photo"]["kid"]
+    assert len(list((workdir / "evaluation" / "from_3").glob("*.png"))) == 8
+    assert "<table>" in (workdir / "evaluation" / "report.html").read_text()
+    # Three references, the held-out photo, a sample from each number, one as on the photo.
+    assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 7 * 18 + 2
 
 
 @pytest.mark.parametrize(

@@ -60,7 +60,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
         source = Source(*project_keys_values(text_kernels(params, module.config), hidden))
         latents = jax.vmap(lambda k, m: draw_latents(k, m, scale))(latent_key, batch["moments"])
         noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(noise_key)
-        t = draw_steps(t_key, schedule, **unet_config.steps)
+        t = draw_steps(t_key, schedule, **unet_config.timesteps)
 
         def predict(z, t):
             return module.apply({"params": params}, z, t, (source,))

@@ -1,11 +1,12 @@
-"""Judging pictures of drawn people: whom they show, what they show, and how real they are.
+"""Judging pictures of people: whom they show, what they show, and how real they are.
 
 Every method paints the same people with the same prompts and noise. Each person is painted twice:
-plainly, so that every trait can be read, and as on the photo of them that is held out.
+plainly, and as on the photo of them that is held out.
 """
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -16,6 +17,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
+from persona_jax.interop import folders
 from persona_jax.metrics import fidelity, reading
 
 
@@ -28,108 +30,171 @@ class Subjects:
       references: rows of the photos a method may see ``[P, n]``.
       held_out: row of the photo none may see ``[P]``.
       prompts: 2 P of them: P plain ones, then the held-out photos' captions.
-      identity: the truth about the people ``[P, 27]``.
-      scene: the truth about the held-out photos ``[P, 31]``.
     """
 
     names: list[str]
     references: Int[np.ndarray, "P n"]
     held_out: Int[np.ndarray, " P"]
     prompts: list[str]
-    identity: Float[np.ndarray, "P K"]
-    scene: Float[np.ndarray, "P J"]
+
+    def some(self, count: int) -> "Subjects":
+        """The first few."""
+        total = len(self.names)
+        return Subjects(
+            self.names[:count],
+            self.references[:count],
+            self.held_out[:count],
+            self.prompts[:count] + self.prompts[total : total + count],
+        )
 
 
 @dataclasses.dataclass(frozen=True)
 class Verdict:
-    """What the reader says of one picture set; the first three by person.
+    """What a judge says of one picture set.
 
     Attributes:
-      error: root mean square error of the traits, on the plain pictures ``[P]`` (0.289 is guessing
-        the middle).
-      named: 1 where a plain picture's person is picked from 32, else 0 ``[P]``.
-      prompt: share of what the other prompt asks for that is there ``[P]``: expression, background,
-        glasses, and whether each region is hidden.
-      features: the reader's, of the pictures as on the held-out photos ``[P, F]``.
+      scores: by the column's title, for each person ``[P]``; the first one leads. An arrow says
+        which way is better.
+      features: of the pictures as on the held-out photos ``[P, F]``, for FID and KID.
+      classes: logits of classes, of the same ``[P, C]``, for the inception score.
     """
 
-    error: Float[np.ndarray, " P"]
-    named: Float[np.ndarray, " P"]
-    prompt: Float[np.ndarray, " P"]
+    scores: dict[str, Float[np.ndarray, " P"]]
     features: Float[np.ndarray, "P F"]
+    classes: Float[np.ndarray, "P C"]
 
 
-def subjects(photos: Photos, group: Sequence[str], count: int, config: ConfigDict) -> Subjects:
-    """The first `count` people of a group, shown as many photos as ``config.references.n`` − 1.
+@runtime_checkable
+class Judge(Protocol):
+    """Who gives verdicts.
+
+    Attributes:
+      name: what it looks with, for captions of tables.
+      plain: the first prompt.
+      among: numbers of people must be a multiple of it.
+    """
+
+    name: str
+    plain: str
+    among: int
+
+    def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
+        """The verdict on pictures of ``whom.prompts``, in [−1, 1]."""
+
+    def photos(
+        self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
+    ) -> Verdict:
+        """The verdict on a photo of each person.
+
+        rows: which photos they are, or are pictures of.
+        """
+
+    def loss(self, found: Verdict) -> float:
+        """What choices minimise."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TraitJudge:
+    """Reads drawn people's traits and scenes, whose truth is known (see :class:`Judge`)."""
+
+    reader: reading.Reader
+    truth: Photos
+    name: str = "the reader of the base"
+    plain: str = fidelity.PLAIN
+
+    @property
+    def among(self) -> int:
+        """People are named in groups of this many."""
+        return fidelity.AMONG
+
+    def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
+        """Traits of the plain pictures, where all of them show; the prompt's share of the rest."""
+        plain, asked = np.split(pictures, 2)
+        seen = np.ones((len(plain), len(traits.IDENTITY)))
+        return self._verdict(plain, seen, asked, whom.held_out)
+
+    def photos(
+        self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
+    ) -> Verdict:
+        """Of traits, those that show count."""
+        seen = 1 - traits.hidden_traits(self.truth.truth("scene")[rows])
+        return self._verdict(photos, seen, photos, rows)
+
+    def loss(self, found: Verdict) -> float:
+        """The error of the person, guessing being 1, and of the prompt."""
+        error, _, prompt = found.scores.values()
+        return float(error.mean() / 12**-0.5 + 1 - prompt.mean())
+
+    def _verdict(self, plain, seen, asked, rows) -> Verdict:
+        read = self.reader.read(plain).identity
+        identity = self.truth.truth("identity")[rows]
+        squared = ((read - identity) ** 2 * seen).sum(axis=1)
+        prompt, found = scene_fidelity(self.reader, self.truth.truth("scene")[rows], asked)
+        return Verdict(
+            {
+                "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
+                f"named, of {self.among} ↑": fidelity.named(self.reader, read, identity),
+                "prompt ↑": prompt,
+            },
+            found.features,
+            np.log(np.maximum(found.classes, 1e-12)),
+        )
+
+
+def scene_fidelity(
+    reader: reading.Reader, scene: Float[np.ndarray, "P J"], pictures: Float[np.ndarray, "P S S 3"]
+) -> tuple[Float[np.ndarray, " P"], reading.Readings]:
+    """Share of what a scene asks for that is there: expression, background, glasses, and whether
+    each region is hidden. With the readings that it comes from."""
+    found = reader.read(pictures)
+    questions = ("expression", "background", "glasses")
+    right = [found.choices[name] == reading.truth(scene, name) for name in questions]
+    hides = (found.hides > 0.5) == (traits.hidden(scene) > 0.5)
+    return np.concatenate([np.stack(right, axis=1), hides], axis=1).mean(axis=1), found
+
+
+def open_judge(config: ConfigDict, photos: Photos) -> Judge:
+    """Who can judge pictures of these people painted on this base.
 
     Raises:
-      UserError: people whose truth nobody knows, too few of them, or too few photos of one.
+      UserError: people whose truth nobody knows, or a base without a reader.
     """
     if not photos.has("identity"):
         raise UserError(
             f"nobody knows the true traits of {config.data.dataset} people; only portraits can be "
             "read back"
         )
-    if count > len(group) or count % fidelity.AMONG:
+    return TraitJudge(reading.load_reader(folders.find(config.pipeline).parent / "reader"), photos)
+
+
+def subjects(
+    judge: Judge, photos: Photos, group: Sequence[str], count: int, config: ConfigDict
+) -> Subjects:
+    """The first `count` people of a group, shown as many photos as ``config.references.n`` − 1.
+
+    Raises:
+      UserError: too few of them, or too few photos of one.
+    """
+    if not 1 < count <= len(group) or count % judge.among:
         raise UserError(
-            f"{count} people: a multiple of {fidelity.AMONG}, at most {len(group)}, is needed"
+            f"{count} people: a multiple of {judge.among}, 2 to {len(group)}, is needed"
         )
     names, n = list(group[:count]), config.references.n
     sets = photos_of(photos.people, names)
     if poor := [name for name, rows in zip(names, sets, strict=True) if len(rows) < n]:
         raise UserError(f"{poor[0]} has too few photos: {n} are needed (config.references.n)")
     rows = np.stack([found[:n] for found in sets])
-    held_out = rows[:, -1]
     return Subjects(
         names=names,
         references=rows[:, :-1],
-        held_out=held_out,
-        prompts=[fidelity.PLAIN] * count + [photos.captions[row] for row in held_out],
-        identity=photos.truth("identity")[held_out],
-        scene=photos.truth("scene")[held_out],
+        held_out=rows[:, -1],
+        prompts=[judge.plain] * count + [photos.captions[row] for row in rows[:, -1]],
     )
-
-
-def judge(
-    reader: reading.Reader, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]
-) -> Verdict:
-    """The verdict on pictures of ``whom.prompts``, in [−1, 1]."""
-    plain, asked = np.split(pictures, 2)
-    read = reader.read(plain).identity
-    return Verdict(
-        error=np.sqrt(((read - whom.identity) ** 2).mean(axis=1)),
-        named=fidelity.named(reader, read, whom.identity),
-        **_asked(reader, whom, asked),
-    )
-
-
-def judge_photos(
-    reader: reading.Reader, whom: Subjects, photos: Float[np.ndarray, "P S S 3"]
-) -> Verdict:
-    """The verdict on pictures of the held-out scenes alone: of traits, those that show count."""
-    seen = 1 - traits.hidden_traits(whom.scene)
-    read = reader.read(photos).identity
-    squared = (read - whom.identity) ** 2 * seen
-    return Verdict(
-        error=np.sqrt(squared.sum(axis=1) / np.maximum(seen.sum(axis=1), 1)),
-        named=fidelity.named(reader, read, whom.identity),
-        **_asked(reader, whom, photos),
-    )
-
-
-def _asked(reader: reading.Reader, whom: Subjects, pictures: np.ndarray) -> dict[str, np.ndarray]:
-    found = reader.read(pictures)
-    questions = ("expression", "background", "glasses")
-    right = [found.choices[name] == reading.truth(whom.scene, name) for name in questions]
-    hides = (found.hides > 0.5) == (traits.hidden(whom.scene) > 0.5)
-    return {
-        "prompt": np.concatenate([np.stack(right, axis=1), hides], axis=1).mean(axis=1),
-        "features": found.features,
-    }
 
 
 def photos_as_pictures(
-    photos: Photos, rows: Int[np.ndarray, " P"], size: int
+    photos: Photos, rows: Int[np.ndarray, " P"], size: int, crop: float = 1.0
 ) -> Float[np.ndarray, "P S S 3"]:
-    """Photos in [−1, 1]."""
-    return np.stack([images.to_model(photos.image(int(row)), size) for row in rows])
+    """Central parts of photos, in [−1, 1]."""
+    squares = [images.centre_crop(photos.image(int(row)), crop) for row in rows]
+    return np.stack([images.to_model(square, size) for square in squares])

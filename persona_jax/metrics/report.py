@@ -6,10 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 from jaxtyping import Float
 
-from persona_jax.metrics.distributions import kernel_distance
+from persona_jax.metrics import distributions
 from persona_jax.metrics.intervals import bootstrap
 from persona_jax.metrics.judging import Verdict
 
@@ -21,33 +20,64 @@ td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f3f
 img{max-width:100%;image-rendering:pixelated}"
 
 
+PAPER = {
+    "ip": "15.37 / 8.92",
+    "max": "14.12 / 10.10",
+    "avg": "13.56 / 11.82",
+    "sa": "18.72 / 7.56",
+    "dreambooth": "17.64 / 9.61",
+}
+"""What the source paper reports, of its own base, data and network: IS / FID. No other column
+compares with it."""
+
+
 def table(
-    rows: Mapping[str, Sequence[Verdict]], real: Float[np.ndarray, "P F"], versus: str
+    rows: Mapping[str, Sequence[Verdict]],
+    real: Float[np.ndarray, "P F"],
+    versus: str,
+    fid: bool = False,
 ) -> Table:
     """Means with 95 % intervals over people and seeds, of one verdict a training seed.
 
     Args:
       rows: by name, in order.
-      real: the reader's features of real photos, for KID.
-      versus: the row whose traits' error the others' is compared with, person by person.
+      real: the judge's features of real photos, for KID.
+      versus: the row whose leading score the others' is compared with, person by person.
+      fid: report FID of fewer pictures than it has features, too; it is bias above all.
     """
+    reference = distributions.moments(real)
+    splits = min(10, len(real))
 
-    def stacked(found: Sequence[Verdict], name: str) -> Float[np.ndarray, "R P"]:
-        return np.stack([getattr(verdict, name) for verdict in found])
+    def stacked(found: Sequence[Verdict], title: str) -> Float[np.ndarray, "R P"]:
+        return np.stack([verdict.scores[title] for verdict in found])
 
-    base, out = stacked(rows[versus], "error"), {}
+    leading, *others = rows[versus][0].scores
+    base, out = stacked(rows[versus], leading), {}
     for name, found in rows.items():
-        error = stacked(found, "error")
+        scores = stacked(found, leading)
         # A row of one seed, photos for instance, is held against every seed.
-        away = "" if name == versus else str(bootstrap(error - base))
-        kid = [1000 * kernel_distance(verdict.features, real, seed=0)[0] for verdict in found]
+        away = "" if name == versus else str(bootstrap(scores - base))
+        kid = [
+            1000 * distributions.kernel_distance(verdict.features, real, seed=0)[0]
+            for verdict in found
+        ]
+        score = [
+            distributions.inception_score(verdict.classes, seed=0, splits=splits)[0]
+            for verdict in found
+        ]
         out[name] = {
-            "error of the traits ↓": str(bootstrap(error)),
+            leading: str(bootstrap(scores)),
             f"its difference to {versus}": away,
-            "named, of 32 ↑": str(bootstrap(stacked(found, "named"))),
-            "prompt ↑": str(bootstrap(stacked(found, "prompt"))),
-            "KID × 1000 ↓": "" if name == "real photos" else f"{np.mean(kid):.1f}",
+            **{title: str(bootstrap(stacked(found, title))) for title in others},
+            "KID × 1000 ↓": f"{np.mean(kid):.1f}",
+            f"IS, {splits} splits ↑": f"{np.mean(score):.2f}",
         }
+        if fid or distributions.full_rank(reference, reference):
+            own = [distributions.moments(verdict.features) for verdict in found]
+            away = np.mean([distributions.frechet_distance(one, reference) for one in own])
+            mark = "" if distributions.full_rank(own[0], reference) else " (too few pictures)"
+            out[name]["FID ↓" + mark] = f"{away:.1f}"
+        out[name]["the paper's IS / FID"] = PAPER.get(name, "")
     return out
 
 
@@ -59,25 +89,25 @@ def markdown(found: Table) -> str:
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def page(found: Table, caption: str) -> str:
-    """The table as a page, ``grid.png`` below it."""
+def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
+    """The table as a page, with picture files that lie beside it."""
 
     def row(cells: Sequence[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>\n"
 
     columns = list(next(iter(found.values())))
     body = "".join(row([name, *cells.values()], "td") for name, cells in found.items())
+    shown = "".join(f'<p><img src="{name}"></p>\n' for name in pictures)
     return (
-        f'<!doctype html><meta charset="utf-8"><title>comparison</title><style>{_STYLE}</style>\n'
-        f"<h1>Comparison</h1><p>{html.escape(caption)}</p>\n"
-        f'<table>{row(["", *columns], "th")}{body}</table>\n<p><img src="grid.png"></p>\n'
+        f'<!doctype html><meta charset="utf-8"><title>persona_jax</title><style>{_STYLE}</style>\n'
+        f"<h1>How true the pictures are</h1><p>{html.escape(caption)}</p>\n"
+        f"<table>{row(['', *columns], 'th')}{body}</table>\n{shown}"
     )
 
 
-def write(out: Path, found: Table, caption: str, grid: PIL.Image.Image) -> None:
-    """table.md, table.json, report.html and grid.png in `out`; prints the table."""
-    grid.save(out / "grid.png")
+def write(out: Path, found: Table, caption: str, pictures: Sequence[str]) -> None:
+    """table.md, table.json and report.html in `out`, where the pictures lie; prints the table."""
     (out / "table.md").write_text(markdown(found))
     (out / "table.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
-    (out / "report.html").write_text(page(found, caption))
+    (out / "report.html").write_text(page(found, caption, pictures))
     print(f"\n{caption}\n\n{markdown(found)}\nwritten to {out}")
