@@ -28,8 +28,9 @@ from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye
+from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.metrics import judging, report
+from persona_jax.metrics import faces, judging, reading, report
 from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipeline import open_pipeline
@@ -90,7 +91,7 @@ def main(arguments: argparse.Namespace) -> None:
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     photos, groups = open_dataset(data.data)
-    judge = judging.open_judge(data, photos)
+    judge = open_judge(data, photos)
     world = World(
         out,
         photos,
@@ -121,6 +122,15 @@ def main(arguments: argparse.Namespace) -> None:
         f"{arguments.people} people, {arguments.seeds} training seeds; judged by {judge.name}",
         ["grid.png"],
     )
+
+
+def open_judge(config: ConfigDict, photos: Photos) -> Judge:
+    """Who can judge pictures of these people painted on this base: by the truth where it is known,
+    by faces elsewhere."""
+    if photos.has("identity"):
+        reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
+        return judging.TraitJudge(reader, photos.truth("identity"), photos.truth("scene"))
+    return faces.open_face_judge(config, photos)
 
 
 def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:

@@ -13,12 +13,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
-from persona_jax.interop import folders
+from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
 
@@ -127,6 +127,28 @@ def load_tokenizer(folder: Path) -> Any:
     if missing and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no {' and no '.join(missing)}; a tokenizer needs them")
     return CLIPTokenizer.from_pretrained(str(folder))
+
+
+def embed_captions(
+    folder: Path, captions: Sequence[str], batch_size: int = 64
+) -> Float[np.ndarray, "P D"]:
+    """Captions in the space of the pipeline's image embeddings ``[P, D]``.
+
+    Raises:
+      UserError: a pipeline without ``text_projection.safetensors``; those trained here have it.
+    """
+    text = folders.load_tower(folder / "text_encoder", "text_encoder")
+    ids, _ = tokenize(load_tokenizer(folder / "tokenizer"), captions)
+    files = tensors.TensorFiles([folder / "text_projection.safetensors"], str(folder))
+    shape = (text.module.config.hidden_size, text.module.config.projection_dim)
+    abstract = {
+        "text_projection": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
+        "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
+    }
+    kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
+    embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
+    parts = [embed(text.params, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+    return np.concatenate([np.asarray(part) for part in parts])
 
 
 def save(pipeline: Pipeline, folder: Path) -> None:

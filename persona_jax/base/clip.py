@@ -163,24 +163,9 @@ def score_clip(folder: Path, photos: Photos, rows: np.ndarray, config: ConfigDic
     scores = verification(embeddings, people)
     kinds = captions_of(photos, rows)
     if "full" in kinds:
-        texts = embed_captions(folder, kinds["full"])
+        texts = pipeline.embed_captions(folder, kinds["full"])
         scores["retrieval"] = retrieval(embeddings, texts, people)
     return {"unseen_people": len(set(people)), **{k: round(v, 4) for k, v in scores.items()}}
-
-
-def embed_captions(folder: Path, captions: list[str]) -> np.ndarray:
-    """Captions in the space of the image embeddings ``[P, D]``."""
-    text = folders.load_tower(folder / "text_encoder", "text_encoder")
-    ids, _ = pipeline.tokenize(pipeline.load_tokenizer(folder / "tokenizer"), captions)
-    files = tensors.TensorFiles([folder / "text_projection.safetensors"], str(folder))
-    shape = (text.module.config.hidden_size, text.module.config.projection_dim)
-    abstract = {
-        "text_projection": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
-        "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
-    }
-    kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
-    embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
-    return in_parts(lambda part: embed(text.params, part), ids)
 
 
 def retrieval(

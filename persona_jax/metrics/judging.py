@@ -17,7 +17,6 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
-from persona_jax.interop import folders
 from persona_jax.metrics import fidelity, reading
 
 
@@ -56,12 +55,13 @@ class Verdict:
       scores: by the column's title, for each person ``[P]``; the first one leads. An arrow says
         which way is better.
       features: of the pictures as on the held-out photos ``[P, F]``, for FID and KID.
-      classes: logits of classes, of the same ``[P, C]``, for the inception score.
+      classes: logits of classes, of the same ``[P, C]``, for the inception score; None where the
+        judge knows none.
     """
 
     scores: dict[str, Float[np.ndarray, " P"]]
     features: Float[np.ndarray, "P F"]
-    classes: Float[np.ndarray, "P C"]
+    classes: Float[np.ndarray, "P C"] | None
 
 
 @runtime_checkable
@@ -95,10 +95,18 @@ class Judge(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class TraitJudge:
-    """Reads drawn people's traits and scenes, whose truth is known (see :class:`Judge`)."""
+    """Reads drawn people's traits and scenes, whose truth is known (see :class:`Judge`).
+
+    Attributes:
+      reader: what reads them.
+      identity, scene: the truth about all photos, by row ``[N, 27]`` and ``[N, 31]``.
+      name: of what judges.
+      plain: the first prompt.
+    """
 
     reader: reading.Reader
-    truth: Photos
+    identity: Float[np.ndarray, "N K"]
+    scene: Float[np.ndarray, "N J"]
     name: str = "the reader of the base"
     plain: str = fidelity.PLAIN
 
@@ -117,7 +125,7 @@ class TraitJudge:
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
     ) -> Verdict:
         """Of traits, those that show count."""
-        seen = 1 - traits.hidden_traits(self.truth.truth("scene")[rows])
+        seen = 1 - traits.hidden_traits(self.scene[rows])
         return self._verdict(photos, seen, photos, rows)
 
     def loss(self, found: Verdict) -> float:
@@ -127,9 +135,9 @@ class TraitJudge:
 
     def _verdict(self, plain, seen, asked, rows) -> Verdict:
         read = self.reader.read(plain).identity
-        identity = self.truth.truth("identity")[rows]
+        identity = self.identity[rows]
         squared = ((read - identity) ** 2 * seen).sum(axis=1)
-        prompt, found = scene_fidelity(self.reader, self.truth.truth("scene")[rows], asked)
+        prompt, found = scene_fidelity(self.reader, self.scene[rows], asked)
         return Verdict(
             {
                 "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
@@ -151,20 +159,6 @@ def scene_fidelity(
     right = [found.choices[name] == reading.truth(scene, name) for name in questions]
     hides = (found.hides > 0.5) == (traits.hidden(scene) > 0.5)
     return np.concatenate([np.stack(right, axis=1), hides], axis=1).mean(axis=1), found
-
-
-def open_judge(config: ConfigDict, photos: Photos) -> Judge:
-    """Who can judge pictures of these people painted on this base.
-
-    Raises:
-      UserError: people whose truth nobody knows, or a base without a reader.
-    """
-    if not photos.has("identity"):
-        raise UserError(
-            f"nobody knows the true traits of {config.data.dataset} people; only portraits can be "
-            "read back"
-        )
-    return TraitJudge(reading.load_reader(folders.find(config.pipeline).parent / "reader"), photos)
 
 
 def subjects(

@@ -61,17 +61,18 @@ def table(
             1000 * distributions.kernel_distance(verdict.features, real, seed=0)[0]
             for verdict in found
         ]
-        score = [
-            distributions.inception_score(verdict.classes, seed=0, splits=splits)[0]
-            for verdict in found
-        ]
         out[name] = {
             leading: str(bootstrap(scores)),
             f"its difference to {versus}": away,
             **{title: str(bootstrap(stacked(found, title))) for title in others},
             "KID × 1000 ↓": f"{np.mean(kid):.1f}",
-            f"IS, {splits} splits ↑": f"{np.mean(score):.2f}",
         }
+        if found[0].classes is not None:
+            score = [
+                distributions.inception_score(verdict.classes, seed=0, splits=splits)[0]
+                for verdict in found
+            ]
+            out[name][f"IS, {splits} splits ↑"] = f"{np.mean(score):.2f}"
         if fid or distributions.full_rank(reference, reference):
             own = [distributions.moments(verdict.features) for verdict in found]
             away = np.mean([distributions.frechet_distance(one, reference) for one in own])

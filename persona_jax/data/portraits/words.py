@@ -1,5 +1,6 @@
 """Captions of portraits: what a photo shows that may change, and what it shows of the person."""
 
+import re
 from collections.abc import Mapping
 from itertools import combinations
 
@@ -45,6 +46,17 @@ LOOKS = {
     "beard": (None, "a beard"),
     "ear_size": ("small ears", "big ears"),
 }
+WORN = {
+    "hides_hair": "a {hat_colour} hat",
+    "hides_brows": "a {band_colour} headband",
+    "glasses": "glasses",
+    "hides_eyes": "sunglasses",
+    "hides_nose": "a clown nose",
+    "hides_jaw": "a {scarf_colour} scarf",
+    "hides_ears": "headphones",
+    "hides_skin": "{paint_colour} face paint",
+}
+"""What may be worn, by its name in traits.SCENE."""
 LOW, HIGH = 1 / 3, 2 / 3
 SAID = 6
 """At most so many looks in a caption."""
@@ -70,15 +82,25 @@ def full_caption(
 
 def opposites() -> list[tuple[str, str]]:
     """A sentence for a low and one for a high value of each of traits.IDENTITY, in its order; then
-    one for each of two expressions, for every two of traits.EXPRESSIONS."""
+    one for each of two expressions, for every two of traits.EXPRESSIONS; then one that does not say
+    and one that says what is worn, for each of :data:`WORN`.
+
+    What is not told apart here, the text tower hardly tells apart at all: batches of captions
+    differ in so much else.
+    """
     looks = [
         (f"a person with {low}" if low else f"a person without {high}", f"a person with {high}")
         for low, high in (LOOKS[trait] for trait in IDENTITY)
     ]
-    return looks + [
+    faces = [
         (f"a photo of a {one} person", f"a photo of a {other} person")
         for one, other in combinations(EXPRESSIONS, 2)
     ]
+    worn = [
+        ("a photo of a person", f"a photo of a person wearing {re.sub('{.*} ', '', thing)}")
+        for thing in WORN.values()
+    ]
+    return looks + faces + worn
 
 
 def which_opposite(
@@ -92,7 +114,8 @@ def which_opposite(
     expression = np.rint(scene[:, SCENE.index("expression"), None])
     one, other = np.transpose(list(combinations(range(len(EXPRESSIONS)), 2)))
     faces = np.select([no_mouth, expression == one, expression == other], [-1, 0, 1], -1)
-    return np.concatenate([looks, faces], axis=1).astype(np.int32)
+    worn = scene[:, [SCENE.index(name) for name in WORN]] > 0.5
+    return np.concatenate([looks, faces, worn], axis=1).astype(np.int32)
 
 
 def _looks(who: Mapping[str, float], photo: Mapping[str, float], rng: np.random.Generator) -> str:
@@ -125,18 +148,11 @@ def _sentence(photo: Mapping[str, float], looks: str) -> str:
 
 
 def _worn(photo: Mapping[str, float]) -> list[str]:
-    things = {
-        "hides_hair": f"a {_colour(photo, 'hat_colour')} hat",
-        "hides_brows": f"a {_colour(photo, 'band_colour')} headband",
-        "glasses": "glasses",
-        "hides_eyes": "sunglasses",
-        "hides_nose": "a clown nose",
-        "hides_jaw": f"a {_colour(photo, 'scarf_colour')} scarf",
-        "hides_ears": "headphones",
-        "hides_skin": f"{_colour(photo, 'paint_colour')} face paint",
-    }
+    colours = {name: _colour(photo, name) for name in photo if name.endswith("_colour")}
     return [
-        text.replace("a orange", "an orange") for name, text in things.items() if photo[name] > 0.5
+        text.format_map(colours).replace("a orange", "an orange")
+        for name, text in WORN.items()
+        if photo[name] > 0.5
     ]
 
 

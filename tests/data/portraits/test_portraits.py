@@ -201,15 +201,29 @@ def test_opposites_are_told_by_the_truth():
 
 
 def test_opposite_expressions_are_told_where_the_mouth_shows():
-    pairs = words.opposites()[len(traits.IDENTITY) :]
+    chosen = slice(len(traits.IDENTITY), -len(words.WORN))
+    pairs = words.opposites()[chosen]
     assert pairs[0] == ("a photo of a calm person", "a photo of a smiling person")
     scene = np.zeros((3, len(traits.SCENE)), np.float32)
     scene[:, traits.SCENE.index("expression")] = [1, 4, 1]  # smiling, surprised, smiling
     scene[2, traits.SCENE.index("hides_mouth")] = 1
     identity = np.full((3, len(traits.IDENTITY)), 0.5, np.float32)
-    which = words.which_opposite(identity, scene)[:, len(traits.IDENTITY) :]
+    which = words.which_opposite(identity, scene)[:, chosen]
     for row, name in zip(which[:2], ("smiling", "surprised"), strict=True):
         said = {pair[side] for pair, side in zip(pairs, row, strict=True) if side >= 0}
         assert said == {f"a photo of a {name} person"}
         assert (row >= 0).sum() == len(traits.EXPRESSIONS) - 1
     assert (which[2] == -1).all()
+
+
+def test_what_is_worn_is_told_from_what_is_not():
+    pairs = words.opposites()[-len(words.WORN) :]
+    said = [worn.removeprefix("a photo of a person wearing ") for _, worn in pairs]
+    assert {"a hat", "glasses", "face paint"} < set(said)
+    assert {plain for plain, _ in pairs} == {"a photo of a person"}
+    scene = np.zeros((2, len(traits.SCENE)), np.float32)
+    scene[1, [traits.SCENE.index(name) for name in ("glasses", "hides_skin")]] = 1
+    identity = np.full((2, len(traits.IDENTITY)), 0.5, np.float32)
+    which = words.which_opposite(identity, scene)[:, -len(words.WORN) :]
+    assert not which[0].any()
+    assert [said[i] for i in np.flatnonzero(which[1])] == ["glasses", "face paint"]

@@ -1,0 +1,111 @@
+"""Judging by faces: what is held against what; and real photos, where they are at hand."""
+
+import tarfile
+
+import numpy as np
+import pytest
+import stock
+from world import SHARED, config_of, use_people, write_people
+
+from persona_jax.dataset import open_dataset
+from persona_jax.errors import UserError
+from persona_jax.interop import face_weights
+from persona_jax.metrics import faces, judging
+
+
+def config_for(folder, tmp_path, people: int):
+    config = config_of("sa", "lfw")
+    use_people(config, folder, tmp_path / "data")
+    config.data.test_people, config.references.n = people, 4
+    return config
+
+
+@pytest.fixture
+def drawn(tmp_path):
+    """A judge whose eye knows colours and whose words are all the same, and three people."""
+    config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
+    photos, groups = open_dataset(config.data)
+
+    def colours(pictures: np.ndarray) -> np.ndarray:
+        flat = pictures.reshape(len(pictures), -1)
+        flat = flat - flat.mean(axis=0) / len(flat)
+        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
+
+    judge = faces.FaceJudge(
+        photos,
+        crop=1.0,
+        face=colours,
+        words=lambda pictures: np.ones((len(pictures), 1)),
+        texts=lambda captions: np.full((len(captions), 1), 0.5),
+        find=lambda picture: picture.getpixel((0, 0)) != (0, 0, 0),
+    )
+    return judge, photos, judging.subjects(judge, photos, groups.test, 3, config)
+
+
+def test_pictures_are_held_against_the_references(drawn):
+    judge, photos, whom = drawn
+    own = judging.photos_as_pictures(photos, whom.held_out, 32)
+    own[0] = -1.0  # black: no face
+    found = judge.pictures(whom, np.concatenate([own, own]))
+    face, there, text = found.scores.values()
+    assert face.shape == there.shape == text.shape == (3,)
+    np.testing.assert_array_equal(there, [0, 1, 1])
+    np.testing.assert_array_equal(text, 0.5)
+    assert found.classes is None
+    assert judge.loss(found) == pytest.approx(2 - face.mean() - 0.5)
+
+
+def test_a_photo_is_not_held_against_itself(drawn):
+    judge, photos, whom = drawn
+    first = whom.references[:, 0]
+    pictures = judging.photos_as_pictures(photos, first, 32)
+    found = judge.photos(whom, first, pictures)
+    unseen = faces.dataclasses.replace(whom, references=whom.references[:, 1:])
+    want = judge.photos(unseen, whom.held_out, pictures)
+    title = next(iter(found.scores))
+    np.testing.assert_allclose(found.scores[title], want.scores[title], atol=1e-6)
+
+
+def test_dlib_cannot_judge_what_it_conditions(tmp_path):
+    config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
+    stock.write_pipeline(tmp_path / "pipeline")
+    config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
+    with pytest.raises(UserError, match="cannot judge"):
+        faces.open_face_judge(config, open_dataset(config.data)[0])
+
+
+def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
+    pytest.importorskip("dlib", reason="needs dlib-bin, of the extra 'faces'")
+    archive = SHARED / "lfw/lfw-deepfunneled.tgz"
+    if face_weights.installed_face_weights() is None or not archive.exists():
+        pytest.skip("needs face_recognition_models and ../shared/lfw")
+    taken: dict[str, dict[str, bytes]] = {}
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            if member.isfile():
+                _, person, file = member.name.split("/")
+                taken.setdefault(person, {})[file] = tar.extractfile(member).read()
+            if sum(len(files) >= 4 for files in taken.values()) > 8:
+                break
+    for person, files in taken.items():
+        if len(files) >= 4:
+            (tmp_path / "people" / person).mkdir(parents=True)
+            for file, data in files.items():
+                (tmp_path / "people" / person / file).write_bytes(data)
+    config = config_for(tmp_path / "people", tmp_path, people=6)
+    config.data.crop = 0.6
+    stock.write_pipeline(tmp_path / "pipeline")
+    config.pipeline = str(tmp_path / "pipeline")
+    photos, groups = open_dataset(config.data)
+    monkeypatch.setattr(faces, "MANY", 64)
+    monkeypatch.setattr(
+        faces, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
+    )
+    judge = faces.open_face_judge(config, photos)
+    whom = judging.subjects(judge, photos, groups.test, 6, config)
+    pictures = judging.photos_as_pictures(photos, whom.held_out, 64, 0.6)
+    own, there, _ = judge.photos(whom, whom.held_out, pictures).scores.values()
+    swapped = faces.dataclasses.replace(whom, references=np.roll(whom.references, 1, axis=0))
+    other = next(iter(judge.photos(swapped, whom.held_out, pictures).scores.values()))
+    assert own.mean() > 0.4 > 0.2 > other.mean()
+    assert there.mean() > 0.8
