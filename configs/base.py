@@ -122,7 +122,7 @@ def unet() -> ConfigDict:
             # A network this small never learns to hand on the noise as it is, which is what
             # "epsilon" asks of it where there is little else: faces stay blotches.
             "prediction": "v_prediction",
-            "timesteps": common.timesteps(low=0.75, below=480),
+            "timesteps": common.timesteps(low=0.5, below=480),
             "captions": {"full": 0.5},  # share; the rest are plain
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,

@@ -9,6 +9,11 @@ PRESETS = {
         "pipeline": "tiny",  # comes with the package
         "flip": False,  # partings and moles have a side
         "data": {"dataset": "portraits", "crop": 1.0},
+        "timesteps": {"low": 0.75, "below": 480},
+        "batch_size": 16,
+        # After 300 steps the loss is 0.0015 lower than with 1e-3, and no higher than Muon's.
+        "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "steps": 600},
+        "sampling": {"steps": 20},
     },
     "lfw": {
         "pipeline": "bases/lfw/pipeline",

@@ -97,7 +97,7 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
         (["--methods", "sa", "gan"], "gan"),
         (["--people", "5", "--methods", "sa"], "5 people: a multiple of 32"),
         (["--seeds", "0"], "--seeds 0"),
-        (["--methods", "sa", "--people", "3200"], "at most 4"),
+        (["--methods", "sa", "--people", "3200"], "2 to 4"),
         (["--methods", "sa", "max"], "no such file"),
     ],
 )
