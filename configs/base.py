@@ -46,14 +46,14 @@ def tiny(config: ConfigDict) -> ConfigDict:
         {"people": {"base": 12288, "unseen": 512}, "photos": 4, "size": 64, "seed": 0}
     )
     config.flip = False
-    config.vae.optimizer.steps = 1400
+    config.vae.optimizer.steps = 1000
     config.clip.augment = False
-    config.clip.optimizer.steps = 1700
+    config.clip.optimizer.steps = 1400
     # Batches of 16, and wide outer blocks for the noise on all latent channels to get through:
     # together they learn from 16,000 examples what took 37,000 with 32 and (32, 64, 128).
     config.unet.batch_size = 16
     config.unet.optimizer.learning_rate = 2e-3
-    config.unet.optimizer.steps = 4000
+    config.unet.optimizer.steps = 5000
     config.unet.grid_every = 1000
     config.unet.tower.block_out_channels = (64, 64, 96)
     config.reader = reader()
@@ -122,7 +122,7 @@ def unet() -> ConfigDict:
             # A network this small never learns to hand on the noise as it is, which is what
             # "epsilon" asks of it where there is little else: faces stay blotches.
             "prediction": "v_prediction",
-            "timesteps": common.timesteps(low=0.5, below=480),
+            "timesteps": common.timesteps(low=0.25, below=480),
             "captions": {"full": 0.5},  # share; the rest are plain
             "empty_caption": 0.1,  # share of examples without a caption, for guidance
             "ema_decay": 0.999,

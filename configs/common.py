@@ -9,7 +9,9 @@ PRESETS = {
         "pipeline": "tiny",  # comes with the package
         "flip": False,  # partings and moles have a side
         "data": {"dataset": "portraits", "crop": 1.0},
-        "timesteps": {"low": 0.75, "below": 480},
+        # All diffusion steps alike: who is painted, skin and hair first of all, is settled in the
+        # early ones. With three in four below 480, test people were named in 14 % of samples, not
+        # in 47 %.
         "batch_size": 16,
         # After 300 steps the loss is 0.0015 lower than with 1e-3, and no higher than Muon's.
         "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "steps": 600},

@@ -316,7 +316,11 @@ def _alone(data_dir: pathlib.Path) -> Iterator[None]:
     """Lets one process of a machine build while the others wait."""
     data_dir.mkdir(parents=True, exist_ok=True)
     with (data_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that builds data in {data_dir}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 

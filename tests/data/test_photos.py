@@ -3,6 +3,7 @@ import pathlib
 import subprocess
 import sys
 import textwrap
+import threading
 import zipfile
 from collections import Counter
 
@@ -11,6 +12,7 @@ from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
 from persona_jax.data import outside
+from persona_jax.data import photos as photos_module
 from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
 
@@ -224,3 +226,19 @@ def test_manifest_is_one_file_seen_from_both_places():
     assert link.resolve() == (root / "persona_jax/assets/manifest.toml").resolve()
     for asset in outside.manifest().values():
         assert {"home", "licence", "use"} <= set(asset)
+
+
+def test_waiting_for_another_build_is_said(tmp_path, capsys):
+    done = threading.Event()
+
+    def second():
+        with photos_module._alone(tmp_path):
+            done.set()
+
+    with photos_module._alone(tmp_path):
+        thread = threading.Thread(target=second)
+        thread.start()
+        assert not done.wait(0.3)
+    thread.join()
+    assert done.is_set()
+    assert f"waiting for another process that builds data in {tmp_path}" in capsys.readouterr().out

@@ -63,7 +63,7 @@ class Settings:
 class Portraits(tfds.core.GeneratorBasedBuilder):
     """Drawn people whose every look is known (traits.IDENTITY and traits.SCENE)."""
 
-    VERSION = tfds.core.Version("1.4.0")  # raise it whenever a pixel or a word changes
+    VERSION = tfds.core.Version("1.5.0")  # raise it whenever a pixel or a word changes
 
     def __init__(self, *, settings: Settings, **kwargs: Any):
         """`settings`: who to draw, and how."""
