@@ -67,7 +67,6 @@ def attribute(
       embeddings, weights: its references.
       painted: its pictures from all of them.
       repaint: weights → the same pictures again, from the photos that the weights leave.
-
     """
     _, heads = run.aggregator.module.apply(
         {"params": run.params["aggregator"]},

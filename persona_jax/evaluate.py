@@ -72,17 +72,18 @@ def main(arguments: argparse.Namespace) -> None:
     else:
         counts = arguments.references
         looks = [run.eye.look([photos.image(row) for row in rows[:most]]) for rows in sets]
-        embeddings = each(np.stack(looks))
+        one = np.stack(looks)
+        embeddings = each(one)
         shown = {}
         for count in counts:
             weights = np.broadcast_to(np.float32(np.arange(most) < count), embeddings.shape[:2])
             shown[count] = painter(prompts, keys, embeddings=embeddings, weights=weights)
-        one = np.stack(looks)
         whole = np.ones(one.shape[:2], np.float32)
         asked = painter(captions, keys[: len(one)], embeddings=one, weights=whole)
 
     identity = photos.truth("identity")[held_out]
-    hidden = traits.hidden_traits(photos.truth("scene"))
+    scene = photos.truth("scene")
+    hidden = traits.hidden_traits(scene)
     truth = each(identity)
     report: dict = {"people": len(chosen), "samples": arguments.samples, "references": {}}
     report |= {**dataclasses.asdict(knobs), "prompt": prompts[0], "group": arguments.group}
@@ -97,15 +98,15 @@ def main(arguments: argparse.Namespace) -> None:
         reader, read, np.roll(truth, -arguments.samples, axis=0)
     )
     real = judging.photos_as_pictures(photos, np.asarray(held_out), run.pipeline.image_size)
+    read_real = reader.read(real)
     report["held_out_photo"] = fidelity.identity_fidelity(
-        reader, reader.read(real).identity, identity, 1 - hidden[held_out]
+        reader, read_real.identity, identity, 1 - hidden[held_out]
     )
     # How real photos score that are not the ones everything is held against.
     firsts = [rows[0] for rows in sets]
     others = judging.photos_as_pictures(photos, np.asarray(firsts), run.pipeline.image_size)
-    features, scene = reader.read(real).features, photos.truth("scene")
-    report["held_out_photo"] |= likeness(reader, scene[firsts], others, features)
-    report["as_on_the_photo"] = likeness(reader, scene[held_out], asked, features)
+    report["held_out_photo"] |= likeness(reader, scene[firsts], others, read_real.features)
+    report["as_on_the_photo"] = likeness(reader, scene[held_out], asked, read_real.features)
     write(workdir / "evaluation", report, photos, sets, shown, asked)
 
 
@@ -124,11 +125,11 @@ def likeness(
       real: features of real photos.
     """
     prompt, readings = judging.scene_fidelity(reader, scene, pictures)
-    features, classes = readings.features, np.log(np.maximum(readings.classes, 1e-12))
+    features = readings.features
     found = {
         "prompt": float(prompt.mean()),
         "kid": distributions.kernel_distance(features, real, seed=0)[0],
-        "is": distributions.inception_score(classes, 0, min(10, len(features)))[0],
+        "is": distributions.inception_score(readings.logits, 0, min(10, len(features)))[0],
     }
     one, other = distributions.moments(features), distributions.moments(real)
     if distributions.full_rank(one, other):

@@ -114,8 +114,7 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         def predict(z: Array, t: Array) -> Array:
             return unet.apply({"params": towers["unet"]}, z, t, (source,))
 
-        t = draw_steps(t_key, schedule, **config.timesteps)
-        return denoising_loss(predict, schedule, latents, noise, t)
+        return denoising_loss(predict, schedule, latents, noise, draw_steps(t_key, schedule))
 
     def of_one(learnt: Mapping, frozen: Mapping, batch: Mapping, step: Array | int):
         towers = apply(config, frozen, learnt)

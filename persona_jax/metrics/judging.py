@@ -145,7 +145,7 @@ class TraitJudge:
                 "prompt ↑": prompt,
             },
             found.features,
-            np.log(np.maximum(found.classes, 1e-12)),
+            found.logits,
         )
 
 

@@ -59,6 +59,11 @@ class Readings:
     features: Float[np.ndarray, "P F"]
     classes: Float[np.ndarray, "P C"]
 
+    @property
+    def logits(self) -> Float[np.ndarray, "P C"]:
+        """Of the classes, up to a constant."""
+        return np.log(np.maximum(self.classes, 1e-12))
+
 
 @dataclasses.dataclass(frozen=True)
 class Reader:

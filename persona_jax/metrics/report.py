@@ -75,9 +75,9 @@ def table(
             out[name][f"IS, {splits} splits ↑"] = f"{np.mean(score):.2f}"
         if fid or distributions.full_rank(reference, reference):
             own = [distributions.moments(verdict.features) for verdict in found]
-            away = np.mean([distributions.frechet_distance(one, reference) for one in own])
+            distance = np.mean([distributions.frechet_distance(one, reference) for one in own])
             mark = "" if distributions.full_rank(own[0], reference) else " (too few pictures)"
-            out[name]["FID ↓" + mark] = f"{away:.1f}"
+            out[name]["FID ↓" + mark] = f"{distance:.1f}"
         out[name]["the paper's IS / FID"] = PAPER.get(name, "")
     return out
 
