@@ -8,6 +8,7 @@ import dataclasses
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from persona_jax.errors import UserError
@@ -94,12 +95,16 @@ class SetBlock(nn.Module):
         return nn.Dense(features, kernel_init=zeros, dtype=self.dtype, name=name)
 
 
-class AttentionPooling(nn.Module):
-    """A learned query per head reads the set; each head pools its own slice of the raw features,
-    so that each attribute can trust its own photo.
+def _identity(key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32) -> Array:
+    return jnp.eye(*shape, dtype=dtype)
 
-    Queries start at zero (every photo counts the same: the average) and keys at random (with
-    both at zero there would be no gradient).
+
+class AttentionPooling(nn.Module):
+    """A learned query per head reads the set; each head pools its own slice of a linear map of the
+    features, so that each attribute can trust its own photo.
+
+    Queries start at zero (every photo counts the same), the map as the identity: the average. Keys
+    start at random (with queries and keys at zero there would be no gradient).
     """
 
     heads: int
@@ -107,25 +112,38 @@ class AttentionPooling(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "B N D"], weights: Float[Array, "B N"]
+        self,
+        seen: Float[Array, "B N D"],
+        x: Float[Array, "B N D"],
+        weights: Float[Array, "B N"],
     ) -> tuple[Float[Array, "B D"], Float[Array, "B H N"]]:
-        """[B, N, D] → pooled [B, D] and each head's share per photo [B, H, N]."""
+        """`seen`, which decides, and `x`, what is pooled → pooled [B, D] and each head's share per
+        photo [B, H, N]."""
         dim = x.shape[-1]
         if dim % self.heads:
             raise UserError(f"aggregator: {self.heads} pooling heads do not divide D={dim}")
         # No bias before the keys either: the same for every photo, the softmax would cancel it.
         norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=self.dtype, name="norm")
-        keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(norm(x))
+        keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(norm(seen))
         query = self.param("query", nn.initializers.zeros, (self.heads, dim // self.heads))
         logits = jnp.einsum("hd,bnhd->bhn", query, split_heads(keys, self.heads))
         logits *= (dim // self.heads) ** -0.5
         shares = weighted_softmax(logits[:, :, None, :], weights)[:, :, 0]
-        pooled = jnp.einsum("bhn,bnhd->bhd", shares.astype(x.dtype), split_heads(x, self.heads))
+        values = split_heads(
+            nn.Dense(dim, use_bias=False, kernel_init=_identity, dtype=self.dtype, name="to_v")(x),
+            self.heads,
+        )
+        pooled = jnp.einsum("bhn,bnhd->bhd", shares.astype(x.dtype), values)
         return _zero_if_empty(pooled.reshape(x.shape[0], dim), weights), shares
 
 
 class SelfAttentionAggregator(nn.Module):
-    """Transformer blocks over the set, then attention pooling. It starts exactly as `average`."""
+    """Transformer blocks over the set say which photo to trust for what; the photos' own embeddings
+    are pooled. It starts exactly as `average`.
+
+    What the blocks make of a photo is not pooled itself: free to rewrite embeddings, they learn
+    two thousand people by heart and read unseen ones no better than the average does.
+    """
 
     depth: int = 2
     heads: int = 8
@@ -138,11 +156,12 @@ class SelfAttentionAggregator(nn.Module):
         self, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
     ) -> tuple[Float[Array, "B D"], Float[Array, "B H N"]]:
         """[B, N, D], weights [B, N] → aggregate [B, D] and pooling shares [B, H, N]."""
-        x = embeddings
+        seen = embeddings
         for i in range(self.depth):
             block = SetBlock(self.heads, self.width, dtype=self.dtype, name=f"blocks.{i}")
-            x = block(x, weights)
-        return AttentionPooling(self.pooling_heads, dtype=self.dtype, name="pool")(x, weights)
+            seen = block(seen, weights)
+        pool = AttentionPooling(self.pooling_heads, dtype=self.dtype, name="pool")
+        return pool(seen, embeddings, weights)
 
 
 class AverageMLP(nn.Module):
@@ -160,8 +179,8 @@ class AverageMLP(nn.Module):
     ) -> tuple[Float[Array, "B D"], Float[Array, "B 1 N"]]:
         """[B, N, D], weights [B, N] → [B, D] and the share of each photo [B, 1, N]."""
         x, dim = average(embeddings, weights), embeddings.shape[-1]
-        # 12 D · width a block of attention, and D² in the pool.
-        hidden = 6 * self.width + dim // (2 * self.depth)
+        # 12 D · width a block of attention, and 2 D² in the pool.
+        hidden = 6 * self.width + dim // self.depth
         for i in range(self.depth):
             y = _norm(f"blocks.{i}.norm", self.dtype)(x)
             y = nn.gelu(nn.Dense(hidden, dtype=self.dtype, name=f"blocks.{i}.fc1")(y))
