@@ -20,11 +20,6 @@ TINY = folders.SHIPPED["tiny"]
 PROMPT = "a photo of a smiling person wearing a red hat on a green background"
 STEPS, GUIDANCE = 10, 3.0
 
-complete = pytest.mark.skipif(
-    not (TINY / "ip_adapter.safetensors").exists(),
-    reason="needs the shipped adapter, reader and card, which are not packed yet",
-)
-
 
 @pytest.fixture(scope="module")
 def shipped():
@@ -78,7 +73,6 @@ def test_it_is_small():
     assert 10_000_000 < sum(path.stat().st_size for path in files) <= MOST_BYTES
 
 
-@complete
 def test_it_is_described():
     card = (TINY / "README.md").read_text()
     for word in ("license", "PSNR", "retrieval", "AUC", "minutes"):
@@ -89,7 +83,6 @@ def test_stock_diffusers_paints_the_same_picture(shipped, noise):
     assert stock.relative(ours(shipped, noise), theirs(noise)) < 2e-3
 
 
-@complete
 def test_stock_diffusers_reads_its_adapter(shipped, noise):
     embedding = stock.normal(1, 256)
     config = config_of("ip")
@@ -100,7 +93,6 @@ def test_stock_diffusers_reads_its_adapter(shipped, noise):
     assert stock.relative(painted, ours(shipped, noise)) > 0.05
 
 
-@complete
 @pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
 def test_every_method_starts_from_it_by_default(shipped, name):
     config = config_of(name)
@@ -118,7 +110,6 @@ def test_its_adapter_is_refused_on_another_pipeline(shipped):
         methods.init_adapter(config, shipped, 256)
 
 
-@complete
 def test_its_reader_reads_every_trait():
     reader = reading.load_reader(TINY / "reader")
     assert reader.size == 64

@@ -35,7 +35,7 @@ class Tower:
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
 """Bases that come with the package, by name: each a folder with ``pipeline/``, ``reader/`` and
-``ip_adapter.safetensors``. So far tiny has its pipeline alone."""
+``ip_adapter.safetensors``."""
 
 _OLD_VAE_ATTENTION = {
     ".query.": ".to_q.",
