@@ -41,8 +41,12 @@ GUIDANCE, SCALES = (2.0, 3.0, 5.0), (0.75, 1.25)
 """What sampling may choose from; λ = 1 is tried with each guidance."""
 RATES = (0.5, 2.0)
 """Factors of the config's learning rate that methods of one person may choose from, beside 1."""
+SHORTER = (0.5,)
+"""Shares of the config's steps that they may choose from, beside all of them."""
 SHOWN = 8
 """People on the grid."""
+AGAIN = 32
+"""People painted plainly twice, for diversity."""
 CHOOSERS = {"adapter": 32, "personal": 4}
 """Validation people by whom choices are made; personal ones are trained for it."""
 
@@ -96,7 +100,7 @@ def main(arguments: argparse.Namespace) -> None:
         out,
         photos,
         judge,
-        judging.subjects(judge, photos, groups.test, arguments.people, data),
+        judging.subjects(judge, photos, groups.test, arguments.people, data, AGAIN),
         judging.subjects(judge, photos, groups.validation, CHOOSERS["adapter"], data),
     )
     _same_settings(out, arguments)
@@ -150,9 +154,10 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> Verdict:
     if name in ADAPTERS:
         workdir = _trained(world.out / f"runs/{name}-{seed}", config, seed=seed)
     else:
-        rate = _choose_rate(world, name, config)
-        changes = {"group": "test", "count": len(world.test.names), "rate": rate, "seed": seed}
-        workdir = _learnt_by_heart(world.out / f"runs/{name}-{seed}", config, **changes)
+        length = _choose_training(world, name, config)
+        changes = {"group": "test", "count": len(world.test.names), "seed": seed}
+        workdir = world.out / f"runs/{name}-{seed}"
+        _learnt_by_heart(workdir, config, **changes, **length)
     run = runs.open_run(workdir)
     knobs = _choose_knobs(world, name, run, seed)
     return _verdict(world, f"{name}-{seed}", run, world.test, knobs)
@@ -169,11 +174,19 @@ def _trained(workdir: Path, config: ConfigDict, seed: int) -> Path:
 
 
 def _learnt_by_heart(
-    workdir: Path, config: ConfigDict, *, group: str, count: int, rate: float, seed: int
+    workdir: Path,
+    config: ConfigDict,
+    *,
+    group: str,
+    count: int,
+    seed: int,
+    learning_rate: float,
+    steps: int,
 ) -> Path:
     """The workdir of people learnt one by one."""
     config = config.copy_and_resolve_references()
-    config.seed, config.optimizer.learning_rate = seed, rate
+    config.seed, config.optimizer.learning_rate = seed, learning_rate
+    config.optimizer.steps = steps
     config.people.group, config.people.count = group, count
     if len(list(workdir.glob("people/*/person.json"))) < count:
         print(f"learning {count} people by heart in {workdir}", flush=True)
@@ -181,28 +194,36 @@ def _learnt_by_heart(
     return workdir
 
 
-def _choose_rate(world: World, name: str, config: ConfigDict) -> float:
-    """The learning rate under which validation people come out best."""
+def _choice_of(name: str, learning_rate: float, steps: int) -> str:
+    """Where validation people lie who were learnt so."""
+    return f"runs/{name}-choice-{learning_rate:g}-{steps}"
 
-    def measure() -> float:
-        losses = {}
-        few = world.validation.some(CHOOSERS["personal"])
-        for factor in (1.0, *RATES):
-            rate = factor * config.optimizer.learning_rate
-            workdir = world.out / f"runs/{name}-choice-{rate:g}"
-            changes = {"group": "validation", "count": len(few.names), "rate": rate, "seed": 0}
-            run = runs.open_run(_learnt_by_heart(workdir, config, **changes))
-            losses[rate] = world.judge.loss(_verdict(world, workdir.name, run, few, run.knobs()))
-        return min(losses, key=losses.get)
 
-    return _remembered(world.out / f"choices/{name}-rate.json", measure)
+def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
+    """The learning rate and then the steps by which validation people come out best."""
+    few = world.validation.some(CHOOSERS["personal"])
+    most, rate = config.optimizer.steps, config.optimizer.learning_rate
+
+    def loss(choice: Mapping[str, float | int]) -> float:
+        workdir = world.out / _choice_of(name, **choice)
+        changes = {"group": "validation", "count": len(few.names), "seed": 0}
+        run = runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
+        return world.judge.loss(_verdict(world, workdir.name, run, few, run.knobs()))
+
+    def measure() -> dict[str, float | int]:
+        rates = [{"learning_rate": factor * rate, "steps": most} for factor in (1.0, *RATES)]
+        best = min(rates, key=loss)
+        shorter = [{**best, "steps": max(1, round(share * most))} for share in SHORTER]
+        return min([best, *shorter], key=loss)
+
+    return _remembered(world.out / f"choices/{name}-training.json", measure)
 
 
 def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Knobs:
     """Guidance, and an adapter's λ, chosen on validation people."""
-    if run.personal:  # the choice of the rate has trained validation people
-        rate = run.config.optimizer.learning_rate
-        run = runs.open_run(world.out / f"runs/{name}-choice-{rate:g}")
+    if run.personal:  # the choice of the training has left validation people
+        chosen = run.config.optimizer
+        run = runs.open_run(world.out / _choice_of(name, chosen.learning_rate, chosen.steps))
     whom = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
 
     def loss(changes: Mapping[str, float]) -> float:
@@ -251,23 +272,22 @@ def _verdict(
     if file.exists():
         return world.judge.pictures(whom, np.load(file))
     print(f"painting {label}", flush=True)
-    count = len(whom.names)
     aggregator = change if isinstance(change, EveryPhoto) else run.aggregator
     compiled = world.painters.get((aggregator, knobs.steps))
     if compiled is None:
         compiled = paint.make_painter(run.pipeline, aggregator, steps=knobs.steps)
         world.painters[aggregator, knobs.steps] = compiled
     painter = runs.make_painter(run, knobs, painter=compiled)
+    who, prompts = map(list, zip(*whom.pictures, strict=True))
     shown = {}
     if run.personal:
-        shown = {"names": whom.names * 2}
+        shown = {"names": [whom.names[i] for i in who]}
     elif change is not None:
         seen = world.look(run.eye, whom)
-        seen = seen if isinstance(change, EveryPhoto) else change(seen)
-        seen = np.concatenate([seen] * 2)
+        seen = (seen if isinstance(change, EveryPhoto) else change(seen))[who]
         shown = {"embeddings": seen, "weights": np.ones(seen.shape[:2], np.float32)}
-    prompts = [run.prompt(prompt) for prompt in whom.prompts]
-    pictures = painter(prompts, paint.picture_keys(0, 2 * count), **shown)
+    keys = paint.picture_keys(0, len(prompts))
+    pictures = painter([run.prompt(prompt) for prompt in prompts], keys, **shown)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))

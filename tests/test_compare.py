@@ -58,6 +58,7 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     monkeypatch.setattr(compare, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(compare, "SCALES", (0.5,))
     monkeypatch.setattr(compare, "RATES", ())
+    monkeypatch.setattr(compare, "AGAIN", 3)
     monkeypatch.setattr(compare, "SHOWN", 2)
     flags = ["--out", str(tmp_path), "--people", "4", "--configs", str(small_configs)]
     flags += ["--methods", *methods]

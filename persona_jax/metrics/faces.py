@@ -13,7 +13,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
-from persona_jax.metrics.judging import Subjects, Verdict, photos_as_pictures
+from persona_jax.metrics.judging import Subjects, Verdict, apart, photos_as_pictures
 from persona_jax.pipeline import embed_captions, open_pipeline
 
 DETECTED_AT = 256
@@ -62,8 +62,14 @@ class FaceJudge:
 
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
         """Faces of the plain pictures, texts of the others."""
-        plain, asked = np.split(pictures, 2)
-        return self._verdict(whom, plain, asked, whom.prompts[len(plain) :])
+        plain, asked, again = whom.split(pictures)
+        found = self._verdict(whom, plain, asked, whom.prompts[len(plain) :])
+        return dataclasses.replace(found, diversity=apart(plain, again, self._features))
+
+    def _features(self, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
+        """Of unit variance or so, as the kernel of KID expects."""
+        face = self.face(pictures)
+        return face * face.shape[1] ** 0.5
 
     def photos(
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
@@ -92,7 +98,7 @@ class FaceJudge:
                 "a face is found ↑": np.asarray(found, np.float64),
                 "text cosine ↑": (self.words(asked) * self.texts(captions)).sum(axis=1),
             },
-            self.face(asked) * face.shape[1] ** 0.5,
+            self._features(asked),
             None,
         )
 

@@ -1,11 +1,12 @@
 """Judging pictures of people: whom they show, what they show, and how real they are.
 
 Every method paints the same people with the same prompts and noise. Each person is painted twice:
-plainly, and as on the photo of them that is held out.
+plainly, and as on the photo of them that is held out. The first few are painted plainly once more,
+from other noise, to see how much that changes.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -29,15 +30,17 @@ class Subjects:
       references: rows of the photos a method may see ``[P, n]``.
       held_out: row of the photo none may see ``[P]``.
       prompts: 2 P of them: P plain ones, then the held-out photos' captions.
+      again: how many of the first people are painted plainly once more.
     """
 
     names: list[str]
     references: Int[np.ndarray, "P n"]
     held_out: Int[np.ndarray, " P"]
     prompts: list[str]
+    again: int = 0
 
     def some(self, count: int) -> "Subjects":
-        """The first few."""
+        """The first few, each painted twice."""
         total = len(self.names)
         return Subjects(
             self.names[:count],
@@ -45,6 +48,18 @@ class Subjects:
             self.held_out[:count],
             self.prompts[:count] + self.prompts[total : total + count],
         )
+
+    @property
+    def pictures(self) -> list[tuple[int, str]]:
+        """Who is on each picture, by number, and its prompt."""
+        count = len(self.names)
+        who = [*range(count), *range(count), *range(self.again)]
+        return list(zip(who, self.prompts + self.prompts[: self.again], strict=True))
+
+    def split(self, pictures: Float[np.ndarray, "Q S S 3"]) -> list[Float[np.ndarray, "_ S S 3"]]:
+        """Those painted plainly, as on the held-out photos, and plainly again."""
+        count = len(self.names)
+        return np.split(pictures, [count, 2 * count])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +70,8 @@ class Verdict:
       scores: by the column's title, for each person ``[P]``; the first one leads. An arrow says
         which way is better.
       features: of the pictures as on the held-out photos ``[P, F]``, for FID and KID.
+      diversity: mean distance between the features of two plain pictures of a person; None where
+        there is one of each.
       classes: logits of classes, of the same ``[P, C]``, for the inception score; None where the
         judge knows none.
     """
@@ -62,6 +79,19 @@ class Verdict:
     scores: dict[str, Float[np.ndarray, " P"]]
     features: Float[np.ndarray, "P F"]
     classes: Float[np.ndarray, "P C"] | None
+    diversity: float | None = None
+
+
+def apart(
+    pictures: Float[np.ndarray, "P S S 3"],
+    again: Float[np.ndarray, "A S S 3"],
+    look: Callable[[np.ndarray], Float[np.ndarray, "A F"]],
+) -> float | None:
+    """Mean distance between the features of the first A pictures and of others of the same."""
+    if not len(again):
+        return None
+    one, other = look(pictures[: len(again)]), look(again)
+    return float(np.linalg.norm(one - other, axis=1).mean())
 
 
 @runtime_checkable
@@ -79,7 +109,7 @@ class Judge(Protocol):
     among: int
 
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
-        """The verdict on pictures of ``whom.prompts``, in [−1, 1]."""
+        """The verdict on what ``whom.pictures`` asks for, in [−1, 1]."""
 
     def photos(
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
@@ -117,9 +147,12 @@ class TraitJudge:
 
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
         """Traits of the plain pictures, where all of them show; the prompt's share of the rest."""
-        plain, asked = np.split(pictures, 2)
+        plain, asked, again = whom.split(pictures)
         seen = np.ones((len(plain), len(traits.IDENTITY)))
-        return self._verdict(plain, seen, asked, whom.held_out)
+        found = self._verdict(plain, seen, asked, whom.held_out)
+        return dataclasses.replace(
+            found, diversity=apart(plain, again, lambda some: self.reader.read(some).features)
+        )
 
     def photos(
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
@@ -162,7 +195,12 @@ def scene_fidelity(
 
 
 def subjects(
-    judge: Judge, photos: Photos, group: Sequence[str], count: int, config: ConfigDict
+    judge: Judge,
+    photos: Photos,
+    group: Sequence[str],
+    count: int,
+    config: ConfigDict,
+    again: int = 0,
 ) -> Subjects:
     """The first `count` people of a group, shown as many photos as ``config.references.n`` − 1.
 
@@ -183,6 +221,7 @@ def subjects(
         references=rows[:, :-1],
         held_out=rows[:, -1],
         prompts=[judge.plain] * count + [photos.captions[row] for row in rows[:, -1]],
+        again=min(again, count),
     )
 
 

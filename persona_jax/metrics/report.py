@@ -39,6 +39,9 @@ def table(
 ) -> Table:
     """Means with 95 % intervals over people and seeds, of one verdict a training seed.
 
+    Diversity is how far two pictures of a person for the same prompt are apart, as a share of how
+    far real photos of different people are.
+
     Args:
       rows: by name, in order.
       real: the judge's features of real photos, for KID.
@@ -51,6 +54,7 @@ def table(
     def stacked(found: Sequence[Verdict], title: str) -> Float[np.ndarray, "R P"]:
         return np.stack([verdict.scores[title] for verdict in found])
 
+    unlike = float(np.mean([np.linalg.norm(real - np.roll(real, n, 0), axis=1) for n in (1, 2, 3)]))
     leading, *others = rows[versus][0].scores
     base, out = stacked(rows[versus], leading), {}
     for name, found in rows.items():
@@ -65,6 +69,7 @@ def table(
             leading: str(bootstrap(scores)),
             f"its difference to {versus}": away,
             **{title: str(bootstrap(stacked(found, title))) for title in others},
+            "diversity": _share([verdict.diversity for verdict in found], unlike),
             "KID × 1000 ↓": f"{np.mean(kid):.1f}",
         }
         if found[0].classes is not None:
@@ -80,6 +85,10 @@ def table(
             out[name]["FID ↓" + mark] = f"{distance:.1f}"
         out[name]["the paper's IS / FID"] = PAPER.get(name, "")
     return out
+
+
+def _share(found: Sequence[float | None], whole: float) -> str:
+    return "" if None in found else f"{np.mean(found) / whole:.2f}"
 
 
 def markdown(found: Table) -> str:
