@@ -35,7 +35,7 @@ PRESETS = {
 """What each preset changes of an adapter's training on a small base."""
 
 PERSONAL = {
-    ("tiny", "dreambooth"): {"optimizer": {"learning_rate": 2e-4, "steps": 100}},
+    ("tiny", "dreambooth"): {"optimizer": {"learning_rate": 4e-4, "steps": 50}},
     ("tiny", "lora"): {"optimizer": {"learning_rate": 2e-3, "steps": 100}},
 }
 """What small bases change of the training of weights that belong to one person."""

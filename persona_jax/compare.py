@@ -12,7 +12,7 @@ table.json and grid.png. Stopped, it goes on where it was when run again.
 import argparse
 import dataclasses
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -27,10 +27,9 @@ from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
-from persona_jax.eyes import Eye
-from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.metrics import faces, judging, reading, report
+from persona_jax.judges import open_judge
+from persona_jax.metrics import judging, networks, report
 from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipeline import open_pipeline
@@ -39,15 +38,12 @@ ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")
 GUIDANCE, SCALES = (2.0, 3.0, 5.0), (0.75, 1.25)
 """What sampling may choose from; λ = 1 is tried with each guidance."""
-RATES = (0.5, 2.0)
-"""Factors of the config's learning rate that methods of one person may choose from, beside 1."""
-SHORTER = (0.5,)
-"""Shares of the config's steps that they may choose from, beside all of them."""
+DOUBLINGS = 3
+"""How far methods of one person may go from the config's learning rate, up or down, and from its
+number of steps, down."""
 SHOWN = 8
 """People on the grid."""
-AGAIN = 32
-"""People painted plainly twice, for diversity."""
-CHOOSERS = {"adapter": 32, "personal": 4}
+CHOOSERS = {"adapter": 32, "personal": 8}
 """Validation people by whom choices are made; personal ones are trained for it."""
 
 
@@ -72,12 +68,13 @@ class World:
     painters: dict = dataclasses.field(default_factory=dict)
     looks: dict = dataclasses.field(default_factory=dict)
 
-    def look(self, eye: Eye, whom: Subjects) -> Float[np.ndarray, "P N D"]:
-        """What the eye sees in the references of each; looked at once."""
-        key = (eye.hash, *whom.names)
+    def look(self, run: runs.Run, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
+        """What the run's eye sees in the references of each; looked at once."""
+        if run.personal:
+            return None
+        key = (run.eye.hash, *whom.names)
         if key not in self.looks:
-            sets = [[self.photos.image(row) for row in rows] for rows in whom.references.tolist()]
-            self.looks[key] = np.stack([eye.look(set_) for set_ in sets])
+            self.looks[key] = runs.look_at(run, self.photos, whom)
         return self.looks[key]
 
 
@@ -90,51 +87,46 @@ def main(arguments: argparse.Namespace) -> None:
             "(differences are told from it)"
         )
     if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds}: one training of each method or more")
+        raise UserError(f"--seeds {arguments.seeds}: one training of each adapter or more")
     out = Path(arguments.out)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     photos, groups = open_dataset(data.data)
-    judge = open_judge(data, photos)
+    judge = open_judge(data, photos, arguments)
     world = World(
         out,
         photos,
         judge,
-        judging.subjects(judge, photos, groups.test, arguments.people, data, AGAIN),
+        judging.subjects(judge, photos, groups.test, arguments.people, data, judging.AGAIN),
         judging.subjects(judge, photos, groups.validation, CHOOSERS["adapter"], data),
     )
     _same_settings(out, arguments)
     rows: dict[str, list[Verdict]] = {}
+    for name, config in configs.items():
+        # What is learnt by heart is a training for each person anyway: people are seeds too.
+        for seed in range(arguments.seeds if name in ADAPTERS else 1):
+            for row, verdict in _method(world, name, config, seed).items():
+                rows.setdefault(row, []).append(verdict)
+    roll = {"see": lambda seen: np.roll(seen, 1, axis=0)}
+    every = {"aggregator": EveryPhoto()}
     for seed in range(arguments.seeds):
-        for name, config in configs.items():
-            rows.setdefault(name, []).append(_method(world, name, config, seed))
-        rows.setdefault("sa, another person's photos", []).append(
-            _control(world, "sa", data, seed, "another", lambda e: np.roll(e, 1, axis=0))
-        )
+        another = _control(world, "sa", data, seed, "another", **roll)
+        rows.setdefault("sa, another person's photos", []).append(another)
         if "ip" in configs:
-            side_by_side = _control(world, "ip", configs["ip"], seed, "every", EveryPhoto())
-            rows.setdefault("ip, all photos side by side", []).append(side_by_side)
-    rows["text alone"] = [_control(world, "sa", data, 0, "text", None)]
-    rows |= {name: [found] for name, found in _photos(world, data).items()}
+            together = _control(world, "ip", configs["ip"], seed, "every", **every)
+            rows.setdefault("ip, all photos side by side", []).append(together)
+    rows["text alone"] = [_control(world, "sa", data, 0, "text", see=lambda seen: None)]
     size = open_pipeline(data).image_size
-    held_out = judging.photos_as_pictures(photos, world.test.held_out, size, data.data.crop)
-    real = judge.photos(world.test, world.test.held_out, held_out).features
+    first, real = judging.real_photos(judge, photos, world.test, size, data.data.crop)
+    rows |= {"real photos": [first]}
+    rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
     _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
     report.write(
         out,
         report.table(rows, real, versus="sa", fid=arguments.fid),
-        f"{arguments.people} people, {arguments.seeds} training seeds; judged by {judge.name}",
+        f"{arguments.people} people, {arguments.seeds} trainings of each adapter; judged by {judge.name}",
         ["grid.png"],
     )
-
-
-def open_judge(config: ConfigDict, photos: Photos) -> Judge:
-    """Who can judge pictures of these people painted on this base: by the truth where it is known,
-    by faces elsewhere."""
-    if photos.has("identity"):
-        reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
-        return judging.TraitJudge(reader, photos.truth("identity"), photos.truth("scene"))
-    return faces.open_face_judge(config, photos)
 
 
 def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
@@ -149,8 +141,9 @@ def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
     return load_config(f"{folder / file}.py:{arguments.preset}", changes)
 
 
-def _method(world: World, name: str, config: ConfigDict, seed: int) -> Verdict:
-    """The verdict on a method trained from one seed, its choices made."""
+def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str, Verdict]:
+    """The verdict on a method trained from one seed, its choices made; of people learnt by heart
+    also what has become of everybody else."""
     if name in ADAPTERS:
         workdir = _trained(world.out / f"runs/{name}-{seed}", config, seed=seed)
     else:
@@ -160,7 +153,12 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> Verdict:
         _learnt_by_heart(workdir, config, **changes, **length)
     run = runs.open_run(workdir)
     knobs = _choose_knobs(world, name, run, seed)
-    return _verdict(world, f"{name}-{seed}", run, world.test, knobs)
+    out = {name: _verdict(world, f"{name}-{seed}", run, world.test, knobs)}
+    if run.personal:
+        label = f"{name}-{seed}-anybody"
+        anybody = _verdict(world, label, run, world.test, knobs, named=False)
+        out[f"{name}, anybody by the same weights"] = anybody
+    return out
 
 
 def _trained(workdir: Path, config: ConfigDict, seed: int) -> Path:
@@ -211,12 +209,32 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
         return world.judge.loss(_verdict(world, workdir.name, run, few, run.knobs()))
 
     def measure() -> dict[str, float | int]:
-        rates = [{"learning_rate": factor * rate, "steps": most} for factor in (1.0, *RATES)]
-        best = min(rates, key=loss)
-        shorter = [{**best, "steps": max(1, round(share * most))} for share in SHORTER]
-        return min([best, *shorter], key=loss)
+        start = {"learning_rate": rate, "steps": most}
+        best = _walk(start, "learning_rate", (2.0, 0.5), loss)
+        return _walk(best, "steps", (0.5,), loss)
 
     return _remembered(world.out / f"choices/{name}-training.json", measure)
+
+
+def _walk(
+    choice: dict[str, float | int],
+    key: str,
+    factors: Sequence[float],
+    loss: Callable[[dict[str, float | int]], float],
+) -> dict[str, float | int]:
+    """Multiplies one of the choice's numbers by the first of the factors that lowers the loss, and
+    on by the same for as long as it does, :data:`DOUBLINGS` times at most."""
+    for factor in factors:
+        found = [choice]
+        while len(found) <= DOUBLINGS:
+            value = found[-1][key]
+            further = {**found[-1], key: type(value)(value * factor) or 1}
+            if loss(further) >= loss(found[-1]):
+                break
+            found.append(further)
+        if len(found) > 1:
+            return found[-1]
+    return choice
 
 
 def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Knobs:
@@ -242,17 +260,12 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
 
 
 def _control(
-    world: World,
-    name: str,
-    config: ConfigDict,
-    seed: int,
-    label: str,
-    change: Callable[[np.ndarray], np.ndarray] | EveryPhoto | None,
+    world: World, name: str, config: ConfigDict, seed: int, label: str, **changes
 ) -> Verdict:
-    """A method's run under the same choices, with other references, or none."""
+    """An adapter under the same choices, with other references, or none (see :func:`_verdict`)."""
     run = runs.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
     knobs = _choose_knobs(world, name, run, seed)
-    return _verdict(world, f"{name}-{seed}-{label}", run, world.test, knobs, change)
+    return _verdict(world, f"{name}-{seed}-{label}", run, world.test, knobs, **changes)
 
 
 def _verdict(
@@ -261,33 +274,30 @@ def _verdict(
     run: runs.Run,
     whom: Subjects,
     knobs: runs.Knobs,
-    change: Callable[[np.ndarray], np.ndarray] | EveryPhoto | None = lambda embeddings: embeddings,
+    *,
+    see: Callable[[np.ndarray], np.ndarray | None] = lambda seen: seen,
+    aggregator: EveryPhoto | None = None,
+    named: bool = True,
 ) -> Verdict:
-    """What the reader says of a run's pictures of people; pictures are kept and painted once.
+    """The verdict on a run's pictures of people; pictures are kept and painted once.
 
-    change: of the references' embeddings; or an aggregator in place of the run's; None for no
-    references at all.
+    Args:
+      see: changes the references' embeddings.
+      aggregator: in place of the run's.
+      named: see :func:`persona_jax.runs.paint_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
         return world.judge.pictures(whom, np.load(file))
     print(f"painting {label}", flush=True)
-    aggregator = change if isinstance(change, EveryPhoto) else run.aggregator
+    aggregator = aggregator or run.aggregator
     compiled = world.painters.get((aggregator, knobs.steps))
     if compiled is None:
         compiled = paint.make_painter(run.pipeline, aggregator, steps=knobs.steps)
         world.painters[aggregator, knobs.steps] = compiled
     painter = runs.make_painter(run, knobs, painter=compiled)
-    who, prompts = map(list, zip(*whom.pictures, strict=True))
-    shown = {}
-    if run.personal:
-        shown = {"names": [whom.names[i] for i in who]}
-    elif change is not None:
-        seen = world.look(run.eye, whom)
-        seen = (seen if isinstance(change, EveryPhoto) else change(seen))[who]
-        shown = {"embeddings": seen, "weights": np.ones(seen.shape[:2], np.float32)}
-    keys = paint.picture_keys(0, len(prompts))
-    pictures = painter([run.prompt(prompt) for prompt in prompts], keys, **shown)
+    seen = see(world.look(run, whom))
+    pictures = runs.paint_subjects(run, painter, whom, seen, named=named)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))
@@ -295,19 +305,14 @@ def _verdict(
     return world.judge.pictures(whom, np.load(file))
 
 
-def _photos(world: World, config: ConfigDict) -> dict[str, Verdict]:
-    """Each person's first photo; the held-out ones as the VAE gives them back."""
-    base, whom = open_pipeline(config), world.test
-    first, size, crop = whom.references[:, 0], base.image_size, config.data.crop
-    other = judging.photos_as_pictures(world.photos, first, size, crop)
-    real = judging.photos_as_pictures(world.photos, whom.held_out, size, crop)
+def _through_the_vae(world: World, config: ConfigDict) -> Verdict:
+    """The held-out photos as the base's VAE gives them back."""
+    base, rows = open_pipeline(config), world.test.held_out
+    real = judging.photos_as_pictures(world.photos, rows, base.image_size, config.data.crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
     parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)
-    return {
-        "real photos": world.judge.photos(whom, first, other),
-        "real photos through the VAE": world.judge.photos(whom, whom.held_out, restored),
-    }
+    return world.judge.photos(world.test, rows, restored)
 
 
 def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
@@ -337,7 +342,8 @@ def _remembered(file: Path, measure: Callable) -> float | dict:
 def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
     """Refuses a folder of another comparison: its pictures would be taken for this one's."""
     file = out / "settings.json"
-    free = ("out", "methods", "seeds", "fid")  # these only add to what is there
+    # These only add to what is there.
+    free = ("out", "methods", "seeds", "fid", "inception", "inception_sha256")
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
     if file.exists() and json.loads(file.read_text()) != settings:
         raise UserError(
@@ -359,13 +365,14 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--preset", default="tiny", help="of all configs")
     flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
     flags.add_argument("--methods", nargs="+", default=list(report.PAPER), help=", ".join(METHODS))
-    flags.add_argument("--seeds", type=int, default=1, help="trainings of each method")
+    flags.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
     flags.add_argument("--people", type=int, default=128, help="test people")
     flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
     flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )
+    networks.add_flags(flags)
     flags.add_argument("--configs", default="configs", help="folder of the configs")
     return flags
 

@@ -112,13 +112,13 @@ def _dlib_eye(config: ConfigDict) -> Eye:
 
 
 def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
-    asset, key = "facenet_vggface2", "image_encoder.sha256"
+    asset, flag = "facenet_vggface2", "--config.image_encoder.sha256"
     if config.path:
         file = Path(config.path)
-        digest = outside.verify(asset, file, config.sha256, key)
+        digest = outside.verify(asset, file, config.sha256, flag)
     else:
         remedy = "or name it with --config.image_encoder.path=FILE"
-        file, digest = outside.find(asset, folder, config.sha256, key=key, remedy=remedy)
+        file, digest = outside.find(asset, folder, config.sha256, flag=flag, remedy=remedy)
     centre, side, size = config.face_centre, config.face_side, facenet.SIDE
 
     def preprocess(photo: Image.Image) -> np.ndarray:

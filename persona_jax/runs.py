@@ -11,8 +11,10 @@ from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal, tuning
 from persona_jax.cli import read_config
+from persona_jax.data.photos import Photos
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.metrics.judging import Subjects
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.pipeline import Pipeline, open_pipeline
 
@@ -166,3 +168,45 @@ def make_painter(
         return np.stack([out[i] for i in range(len(names))])
 
     return paint_people
+
+
+def look_at(run: Run, photos: Photos, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
+    """What the run's eye sees in the references of each; None where weights belong to people."""
+    if run.eye is None:
+        return None
+    sets = [[photos.image(row) for row in rows] for rows in whom.references.tolist()]
+    return np.stack([run.eye.look(set_) for set_ in sets])
+
+
+def paint_subjects(
+    run: Run,
+    painter: Callable[..., Float[np.ndarray, "Q H W 3"]],
+    whom: Subjects,
+    seen: Float[np.ndarray, "P N D"] | None = None,
+    *,
+    shown: int | None = None,
+    named: bool = True,
+    seed: int = 0,
+) -> Float[np.ndarray, "Q H W 3"]:
+    """The pictures that subjects ask for, from the same noise whatever the run.
+
+    Args:
+      run: where weights belong to people, it must know these.
+      painter: :func:`make_painter`'s.
+      whom: the people.
+      seen: their references' embeddings, for adapters; None: text alone.
+      shown: how many of the references count; None: all.
+      named: where weights belong to people, call each by the rare token; else the prompts stay as
+        they are, and ask for anybody.
+      seed: of the noise.
+    """
+    who, prompts = map(list, zip(*whom.pictures, strict=True))
+    keys = paint.picture_keys(seed, len(prompts))
+    if run.personal:
+        wanted = [run.prompt(prompt) for prompt in prompts] if named else prompts
+        return painter(wanted, keys, names=[whom.names[i] for i in who])
+    if seen is None:
+        return painter(prompts, keys)
+    counts = np.arange(seen.shape[1]) < (seen.shape[1] if shown is None else shown)
+    weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
+    return painter(prompts, keys, embeddings=seen[who], weights=weights)

@@ -11,7 +11,7 @@ from world import config_of, shrink_adapter
 
 from persona_jax import compare
 from persona_jax.cli import run_with_arguments, write_run_files
-from persona_jax.metrics import fidelity, reading
+from persona_jax.metrics import fidelity, judging, reading
 from persona_jax.models import reader as model
 
 
@@ -57,24 +57,30 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     monkeypatch.setattr(compare, "CHOOSERS", {"adapter": 4, "personal": 2})
     monkeypatch.setattr(compare, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(compare, "SCALES", (0.5,))
-    monkeypatch.setattr(compare, "RATES", ())
-    monkeypatch.setattr(compare, "AGAIN", 3)
+    monkeypatch.setattr(compare, "DOUBLINGS", 0)
+    monkeypatch.setattr(judging, "AGAIN", 3)
     monkeypatch.setattr(compare, "SHOWN", 2)
     flags = ["--out", str(tmp_path), "--people", "4", "--configs", str(small_configs)]
     flags += ["--methods", *methods]
     run_compare(*flags)
     printed = capsys.readouterr().out
     table = json.loads((tmp_path / "table.json").read_text())
+    anybody = [f"{name}, anybody by the same weights" for name in methods if name == "dreambooth"]
     assert list(table) == [
         *methods,
+        *anybody,
         "sa, another person's photos",
         "ip, all photos side by side",
         "text alone",
         "real photos",
         "real photos through the VAE",
     ]
-    assert table["sa"]["its difference to sa"] == ""
-    assert all(row["error of the traits ↓"] in printed for row in table.values())
+    assert table["sa"]["its difference to sa"] is None
+    for row in table.values():
+        error = row["error of the traits ↓"]
+        assert f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f})" in printed
+        assert row["IS, 4 splits (the reader) ↑"] == pytest.approx(1.0)  # a picture a split
+    assert table["sa"]["diversity"] > 0
     # Four photos a person: three references; two pictures of each method.
     assert Image.open(tmp_path / "grid.png").size[0] == (4 + 2 * len(methods)) * 18 + 2
     assert "<table>" in (tmp_path / "report.html").read_text()
@@ -89,6 +95,20 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     with pytest.raises(SystemExit):
         run_compare(*flags, "--steps", "9")
     assert "holds a comparison with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("best", "found"), [(1.0, 1.0), (2.0, 2.0), (0.25, 0.25), (64.0, 8.0), (0.01, 0.125)]
+)
+def test_choices_walk_downhill_three_doublings_at_most(best, found):
+    start = {"rate": 1.0, "steps": 9}
+
+    def loss(choice):
+        return abs(np.log(choice["rate"] / best))
+
+    assert compare._walk(start, "rate", (2.0, 0.5), loss) == {"rate": found, "steps": 9}
+    fewer = compare._walk(start, "steps", (0.5,), lambda choice: choice["steps"])
+    assert fewer == {"rate": 1.0, "steps": 1}
 
 
 @pytest.mark.parametrize(

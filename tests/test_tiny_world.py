@@ -13,7 +13,7 @@ from persona_jax.base import ship
 from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.metrics import reading
+from persona_jax.metrics import fidelity, reading
 
 
 def assert_close(ours, theirs) -> None:
@@ -65,32 +65,39 @@ def run_evaluate(workdir, *flags: str) -> None:
     run_with_arguments(evaluate.parser(), evaluate.main, argv)
 
 
-def test_evaluation_reads_every_number_of_references(tiny, capsys):
+def test_evaluation_reads_every_number_of_references(tiny, monkeypatch, capsys):
     _, _, workdir = tiny
-    run_evaluate(workdir, "--people", "4", "--references", "1", "3", "--samples", "2")
+    monkeypatch.setattr(fidelity, "AMONG", 4)
+    run_evaluate(workdir, "--people", "4", "--references", "1", "3")
     report = json.loads((workdir / "evaluation" / "report.json").read_text())
-    assert set(report["references"]) == {"1", "3"}
-    for found in (*report["references"].values(), report["another_person"]):
-        assert 0 < found["error"] < 5
-    assert set(report["references"]["1"]["by_hiding"]) <= {"0", "1"}
+    rows = report["rows"]
+    assert list(rows) == ["from 1", "from 3", "from another person's", "real photos"]
+    for row in rows.values():
+        assert 0 < row["error of the traits ↓"]["value"] < 5
+        assert 0 <= row["named, of 4 ↑"]["value"] <= 1
+    assert rows["from 3"]["its difference to from 3"] is None
+    assert (
+        rows["from 1"]["KID × 1000 (the reader) ↓"] != rows["from 3"]["KID × 1000 (the reader) ↓"]
+    )
+    assert set(report["details"]["1"]["by_hiding"]) <= {"0", "1"}
     assert "| real photos |" in capsys.readouterr().out
-    assert 0 <= report["as_on_the_photo"]["prompt"] <= 1
-    assert report["held_out_photo"]["kid"] != report["as_on_the_photo"]["kid"]
-    assert len(list((workdir / "evaluation" / "from_3").glob("*.png"))) == 8
+    # Plain, as on the held-out photo, and plain again.
+    assert len(list((workdir / "evaluation" / "from_3").glob("*.png"))) == 12
     assert "<table>" in (workdir / "evaluation" / "report.html").read_text()
-    # Three references, the held-out photo, a sample from each number, one as on the photo.
-    assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 7 * 18 + 2
+    # Three references, the held-out photo, a sample of each kind, one as on the photo.
+    assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 8 * 18 + 2
 
 
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--people", "5", "--references", "1"], "--people"),
+        (["--people", "5", "--references", "1"], "5 people"),
         (["--people", "4", "--references", "4"], "--references"),
         (["--people", "4", "--references", "0"], "--references"),
     ],
 )
-def test_wrong_flags_of_evaluate(tiny, capsys, flags, word):
+def test_wrong_flags_of_evaluate(tiny, monkeypatch, capsys, flags, word):
+    monkeypatch.setattr(fidelity, "AMONG", 4)
     with pytest.raises(SystemExit) as stop:
         run_evaluate(tiny[2], *flags)
     assert stop.value.code == 2
@@ -102,12 +109,24 @@ def test_the_probe_tells_aggregators_apart_on_unseen_people(tiny, tmp_path, monk
     monkeypatch.setattr(probe, "STEPS", 3)
     monkeypatch.setattr(probe, "SIZES", (1, 3))
     probe.main(adapter_config(data, base), tmp_path)
-    table = json.loads((tmp_path / "probe.json").read_text())
-    assert set(table) == set(probe.KINDS)
+    found = json.loads((tmp_path / "probe.json").read_text())
+    table = found["errors"]
+    assert set(table) == {*probe.KINDS, probe.TRUTH}
     # Three steps teach nothing: everyone is guessed to be about the middle.
     errors = np.array([list(row.values()) for row in table.values()])
-    assert errors.shape == (4, 2)
+    assert errors.shape == (5, 2)
     assert ((errors > 0.2) & (errors < 0.5)).all()
+
+
+def test_a_trait_is_read_off_the_photos_that_show_it():
+    """Three photos of one person whose readings are their embeddings: a trait hidden on one, on
+    two, on all."""
+    params = {"kernel": np.eye(3), "bias": np.zeros(3)}
+    embeddings = np.array([[[1.0, 1, 1]], [[2, 2, 2]], [[6, 6, 6]]])
+    hidden = np.array([[0.0, 1, 1], [0, 1, 1], [1, 0, 1]])
+    look = probe.photos_that_show(params, embeddings, hidden, [np.arange(3)])
+    np.testing.assert_allclose(look(3), [[1.5, 6.0, 3.0]])
+    np.testing.assert_allclose(look(2), [[1.5, 1.5, 1.5]])
 
 
 def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):

@@ -6,6 +6,7 @@ Features and logits come from one of the networks that score; nothing here knows
 import dataclasses
 from collections.abc import Iterable
 from itertools import pairwise
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float
@@ -67,7 +68,15 @@ def merge(parts: Iterable[Moments]) -> Moments:
     )
 
 
-def frechet_distance(one: Moments, other: Moments) -> float:
+@runtime_checkable
+class Statistics(Protocol):
+    """Mean ``[D]`` and covariance ``[D, D]`` of features."""
+
+    mean: Float[np.ndarray, " D"]
+    covariance: Float[np.ndarray, "D D"]
+
+
+def frechet_distance(one: Statistics, other: Statistics) -> float:
     """FID (Heusel et al. 2017, eq. 6): ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½).
 
     The last trace is the sum of the singular values of Σ₁^½ Σ₂^½, which stay real and accurate for
@@ -79,13 +88,8 @@ def frechet_distance(one: Moments, other: Moments) -> float:
     return float(mean + np.trace(first) + np.trace(second) - 2.0 * shared)
 
 
-def full_rank(one: Moments, other: Moments) -> bool:
-    """Whether both sets have more pictures than features; FID of fewer is bias above all."""
-    return min(one.count, other.count) > len(one.total)
-
-
 def frechet_distance_infinity(
-    features: Float[np.ndarray, "P D"], reference: Moments, seed: int, points: int = 15
+    features: Float[np.ndarray, "P D"], reference: Statistics, seed: int, points: int = 15
 ) -> float:
     """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
 

@@ -1,28 +1,21 @@
 """Judging pictures of real people, of whom nobody knows the truth in numbers."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
-from ml_collections import ConfigDict
 from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.data.photos import Photos
-from persona_jax.errors import UserError
-from persona_jax.eyes import Eye, open_eye
-from persona_jax.interop import folders
 from persona_jax.metrics.judging import Subjects, Verdict, apart, photos_as_pictures
-from persona_jax.pipeline import embed_captions, open_pipeline
+from persona_jax.metrics.networks import Network
 
 DETECTED_AT = 256
 """Pixels that pictures are enlarged to for the detector, which misses faces below 80."""
-BATCH = 32
-MANY = 256
-"""Photos whose mean is taken."""
 
-Look = Callable[[Float[np.ndarray, "P S S 3"]], Float[np.ndarray, "P D"]]
+Embed = Callable[[Float[np.ndarray, "P S S 3"]], Float[np.ndarray, "P D"]]
 """Pictures in [−1, 1] → unit embeddings."""
 
 
@@ -43,33 +36,33 @@ class FaceJudge:
       words: the picture tower of the pair.
       texts: captions → unit embeddings in the space of `words`.
       find: whether a face is found on a picture.
+      networks: its own and more.
       name: of what judges.
       plain: the first prompt.
       among: any number of people will do.
+      likeness: title of the leading score.
       known: embeddings of photos' faces, by row.
     """
 
     real: Photos
     crop: float
-    face: Look
-    words: Look
+    face: Embed
+    words: Embed
     texts: Callable[[Sequence[str]], Float[np.ndarray, "P D"]]
     find: Callable[[Image.Image], bool]
+    networks: Mapping[str, Network]
     name: str = "dlib's face network and detector, and the base's CLIP pair"
     plain: str = "a photo of a person"
     among: int = 1
+    likeness: str = "face cosine to the references ↑"
     known: dict[int, Float[np.ndarray, " D"]] = dataclasses.field(default_factory=dict)
 
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
         """Faces of the plain pictures, texts of the others."""
         plain, asked, again = whom.split(pictures)
         found = self._verdict(whom, plain, asked, whom.prompts[len(plain) :])
-        return dataclasses.replace(found, diversity=apart(plain, again, self._features))
-
-    def _features(self, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
-        """Of unit variance or so, as the kernel of KID expects."""
-        face = self.face(pictures)
-        return face * face.shape[1] ** 0.5
+        own = next(iter(self.networks.values()))
+        return dataclasses.replace(found, diversity=apart(own, plain, again))
 
     def photos(
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
@@ -81,6 +74,10 @@ class FaceJudge:
         """How far from the person, and from the prompt."""
         face, _, text = found.scores.values()
         return float(2 - face.mean() - text.mean())
+
+    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+        """Nothing."""
+        return {}
 
     def _verdict(self, whom, plain, asked, captions, left_out=None) -> Verdict:
         size, face = plain.shape[1], self.face(plain)
@@ -94,80 +91,9 @@ class FaceJudge:
         found = [self.find(Image.fromarray(picture)) for picture in images.to_uint8(plain)]
         return Verdict(
             {
-                "face cosine to the references ↑": cosines,
+                self.likeness: cosines,
                 "a face is found ↑": np.asarray(found, np.float64),
                 "text cosine ↑": (self.words(asked) * self.texts(captions)).sum(axis=1),
             },
-            self._features(asked),
-            None,
+            {name: network(asked) for name, network in self.networks.items()},
         )
-
-
-def open_face_judge(config: ConfigDict, photos: Photos) -> FaceJudge:
-    """The judge of a config's people and base.
-
-    Raises:
-      UserError: dlib or its weights are missing, or the base has no CLIP pair; says what to
-        install.
-    """
-    pipeline = open_pipeline(config)
-    eye = config.image_encoder
-    if eye.kind == "dlib":
-        raise UserError(
-            "image_encoder.kind=dlib: pictures are judged by dlib's network; what it conditions it "
-            "cannot judge"
-        )
-    settings = ConfigDict({"image_encoder": eye.to_dict(), "data": {"crop": 1.0}})
-    # Pictures are the central part of photos: the face fills more of them.
-    centre = [0.5 + (place - 0.5) / config.data.crop for place in eye.face_centre]
-    settings.image_encoder.update(
-        {"kind": "dlib", "path": "", "sha256": "", "face_side": eye.face_side / config.data.crop}
-    )
-    settings.image_encoder.face_centre = tuple(centre)
-    face = _look(open_eye(settings, pipeline))
-    many = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
-    mean = face(photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)).mean(0)
-    settings.image_encoder.kind = "clip"
-    folder = folders.find(config.pipeline)
-
-    def texts(captions: Sequence[str]) -> np.ndarray:
-        return _unit(embed_captions(folder, captions))
-
-    return FaceJudge(
-        photos,
-        config.data.crop,
-        face=lambda pictures: _unit(face(pictures) - mean),
-        words=_look(open_eye(settings, pipeline)),
-        texts=texts,
-        find=_detector(),
-    )
-
-
-def _look(eye: Eye) -> Look:
-    def look(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
-        shown = [Image.fromarray(picture) for picture in images.to_uint8(pictures)]
-        parts = [eye.look(shown[i : i + BATCH]) for i in range(0, len(shown), BATCH)]
-        return _unit(np.concatenate(parts))
-
-    return look
-
-
-def _unit(x: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "P D"]:
-    return x / np.linalg.norm(x, axis=1, keepdims=True)
-
-
-def _detector() -> Callable[[Image.Image], bool]:
-    try:
-        import dlib
-    except ImportError as error:
-        raise UserError(
-            "pictures of real people are judged with dlib, which is not installed; pip install "
-            "-e '.[faces]'"
-        ) from error
-    detect = dlib.get_frontal_face_detector()
-
-    def find(picture: Image.Image) -> bool:
-        large = picture.resize((DETECTED_AT, DETECTED_AT), Image.Resampling.BICUBIC)
-        return len(detect(np.asarray(large))) > 0
-
-    return find

@@ -70,38 +70,23 @@ def prompt_fidelity(
     }
 
 
-def identity_fidelity(
-    reader: reading.Reader,
-    identity: Float[np.ndarray, "P K"],
-    truth: Float[np.ndarray, "P K"],
-    seen: Float[np.ndarray, "P K"] | None = None,
-) -> dict:
-    """How far the people on pictures are from who they should be.
+def scene_fidelity(
+    readings: reading.Readings, scene: Float[np.ndarray, "P J"]
+) -> Float[np.ndarray, " P"]:
+    """Share of what a scene asks for that is there: expression, background, glasses, and whether
+    each region is hidden."""
+    questions = ("expression", "background", "glasses")
+    right = [readings.choices[name] == reading.truth(scene, name) for name in questions]
+    hides = (readings.hides > 0.5) == (traits.hidden(scene) > 0.5)
+    return np.concatenate([np.stack(right, axis=1), hides], axis=1).mean(axis=1)
 
-    Args:
-      reader: what read them.
-      identity: traits read off the pictures.
-      truth: traits of who should be there.
-      seen: which of them the picture shows at all; all, if None.
 
-    Returns:
-      "error": root mean square over pictures and traits (guessing the middle is 0.289);
-      "traits": the same of each; "named": share of pictures whose person is picked from
-      :data:`AMONG`, each from the people next to them in `truth`; NaN with fewer.
-    """
-    seen = np.ones_like(truth) if seen is None else seen
-    squared = (identity - truth) ** 2 * seen
-    spread = np.sqrt(squared.sum(axis=0) / np.maximum(seen.sum(axis=0), 1))
-    right = named(reader, identity, truth)
-    asked = np.isfinite(right)
-    return {
-        "error": round(float(np.sqrt(squared.sum() / seen.sum())), 4),
-        "named": round(float(right[asked].mean()), 4) if asked.any() else float("nan"),
-        "traits": {
-            name: round(float(value), 3)
-            for name, value in zip(traits.IDENTITY, spread, strict=True)
-        },
-    }
+def error_by_trait(
+    identity: Float[np.ndarray, "P K"], truth: Float[np.ndarray, "P K"]
+) -> dict[str, float]:
+    """Root mean square error of each trait (guessing the middle is 0.289)."""
+    off = np.sqrt(((identity - truth) ** 2).mean(axis=0))
+    return {name: round(float(e), 4) for name, e in zip(traits.IDENTITY, off, strict=True)}
 
 
 def named(

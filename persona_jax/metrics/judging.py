@@ -6,7 +6,7 @@ from other noise, to see how much that changes.
 """
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -19,6 +19,10 @@ from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
 from persona_jax.metrics import fidelity, reading
+from persona_jax.metrics.networks import Look, Network
+
+AGAIN = 32
+"""How many people are painted plainly once more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,28 +73,23 @@ class Verdict:
     Attributes:
       scores: by the column's title, for each person ``[P]``; the first one leads. An arrow says
         which way is better.
-      features: of the pictures as on the held-out photos ``[P, F]``, for FID and KID.
-      diversity: mean distance between the features of two plain pictures of a person; None where
-        there is one of each.
-      classes: logits of classes, of the same ``[P, C]``, for the inception score; None where the
-        judge knows none.
+      looks: what each of the judge's networks makes of the pictures as on the held-out photos.
+      diversity: mean distance between the features of two plain pictures of a person, by the first
+        network; None where there is one of each.
     """
 
     scores: dict[str, Float[np.ndarray, " P"]]
-    features: Float[np.ndarray, "P F"]
-    classes: Float[np.ndarray, "P C"] | None
+    looks: dict[str, Look]
     diversity: float | None = None
 
 
 def apart(
-    pictures: Float[np.ndarray, "P S S 3"],
-    again: Float[np.ndarray, "A S S 3"],
-    look: Callable[[np.ndarray], Float[np.ndarray, "A F"]],
+    network: Network, pictures: Float[np.ndarray, "P S S 3"], again: Float[np.ndarray, "A S S 3"]
 ) -> float | None:
     """Mean distance between the features of the first A pictures and of others of the same."""
     if not len(again):
         return None
-    one, other = look(pictures[: len(again)]), look(again)
+    one, other = network(pictures[: len(again)]).features, network(again).features
     return float(np.linalg.norm(one - other, axis=1).mean())
 
 
@@ -102,11 +101,15 @@ class Judge(Protocol):
       name: what it looks with, for captions of tables.
       plain: the first prompt.
       among: numbers of people must be a multiple of it.
+      networks: that FID, KID, IS and diversity go by, its own first.
+      likeness: title of the score that tells whether it is the person, 1 at best.
     """
 
     name: str
     plain: str
     among: int
+    networks: Mapping[str, Network]
+    likeness: str
 
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
         """The verdict on what ``whom.pictures`` asks for, in [−1, 1]."""
@@ -122,6 +125,9 @@ class Judge(Protocol):
     def loss(self, found: Verdict) -> float:
         """What choices minimise."""
 
+    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+        """What else there is to say of pictures painted from the first `shown` references."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TraitJudge:
@@ -130,6 +136,7 @@ class TraitJudge:
     Attributes:
       reader: what reads them.
       identity, scene: the truth about all photos, by row ``[N, 27]`` and ``[N, 31]``.
+      networks: its own and more.
       name: of what judges.
       plain: the first prompt.
     """
@@ -137,6 +144,7 @@ class TraitJudge:
     reader: reading.Reader
     identity: Float[np.ndarray, "N K"]
     scene: Float[np.ndarray, "N J"]
+    networks: Mapping[str, Network]
     name: str = "the reader of the base"
     plain: str = fidelity.PLAIN
 
@@ -145,14 +153,18 @@ class TraitJudge:
         """People are named in groups of this many."""
         return fidelity.AMONG
 
+    @property
+    def likeness(self) -> str:
+        """Naming the right one."""
+        return f"named, of {self.among} ↑"
+
     def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
         """Traits of the plain pictures, where all of them show; the prompt's share of the rest."""
         plain, asked, again = whom.split(pictures)
         seen = np.ones((len(plain), len(traits.IDENTITY)))
         found = self._verdict(plain, seen, asked, whom.held_out)
-        return dataclasses.replace(
-            found, diversity=apart(plain, again, lambda some: self.reader.read(some).features)
-        )
+        own = next(iter(self.networks.values()))
+        return dataclasses.replace(found, diversity=apart(own, plain, again))
 
     def photos(
         self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
@@ -166,32 +178,28 @@ class TraitJudge:
         error, _, prompt = found.scores.values()
         return float(error.mean() / 12**-0.5 + 1 - prompt.mean())
 
+    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+        """Errors of the plain pictures by trait, and by how many references hide the trait."""
+        plain, _, _ = whom.split(pictures)
+        read, truth = self.reader.read(plain).identity, self.identity[whom.held_out]
+        hidden = traits.hidden_traits(self.scene)[whom.references[:, :shown]].sum(axis=1)
+        return {
+            "by_trait": fidelity.error_by_trait(read, truth),
+            "by_hiding": fidelity.error_by_hiding(read, truth, hidden),
+        }
+
     def _verdict(self, plain, seen, asked, rows) -> Verdict:
         read = self.reader.read(plain).identity
         identity = self.identity[rows]
         squared = ((read - identity) ** 2 * seen).sum(axis=1)
-        prompt, found = scene_fidelity(self.reader, self.scene[rows], asked)
         return Verdict(
             {
                 "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
-                f"named, of {self.among} ↑": fidelity.named(self.reader, read, identity),
-                "prompt ↑": prompt,
+                self.likeness: fidelity.named(self.reader, read, identity),
+                "prompt ↑": fidelity.scene_fidelity(self.reader.read(asked), self.scene[rows]),
             },
-            found.features,
-            found.logits,
+            {name: network(asked) for name, network in self.networks.items()},
         )
-
-
-def scene_fidelity(
-    reader: reading.Reader, scene: Float[np.ndarray, "P J"], pictures: Float[np.ndarray, "P S S 3"]
-) -> tuple[Float[np.ndarray, " P"], reading.Readings]:
-    """Share of what a scene asks for that is there: expression, background, glasses, and whether
-    each region is hidden. With the readings that it comes from."""
-    found = reader.read(pictures)
-    questions = ("expression", "background", "glasses")
-    right = [found.choices[name] == reading.truth(scene, name) for name in questions]
-    hides = (found.hides > 0.5) == (traits.hidden(scene) > 0.5)
-    return np.concatenate([np.stack(right, axis=1), hides], axis=1).mean(axis=1), found
 
 
 def subjects(
@@ -231,3 +239,16 @@ def photos_as_pictures(
     """Central parts of photos, in [−1, 1]."""
     squares = [images.centre_crop(photos.image(int(row)), crop) for row in rows]
     return np.stack([images.to_model(square, size) for square in squares])
+
+
+def real_photos(
+    judge: Judge, photos: Photos, whom: Subjects, size: int, crop: float
+) -> tuple[Verdict, dict[str, Float[np.ndarray, "P F"]]]:
+    """The verdict on each person's first photo, and every network's features of the held-out ones,
+    which all pictures are held against."""
+    first, held_out = (
+        photos_as_pictures(photos, rows, size, crop)
+        for rows in (whom.references[:, 0], whom.held_out)
+    )
+    against = {name: network(held_out).features for name, network in judge.networks.items()}
+    return judge.photos(whom, whom.references[:, 0], first), against

@@ -1,5 +1,6 @@
 """Tables of verdicts, as Markdown, JSON and a page to look at."""
 
+import dataclasses
 import html
 import json
 from collections.abc import Mapping, Sequence
@@ -8,11 +9,15 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.metrics import distributions
-from persona_jax.metrics.intervals import bootstrap
+from persona_jax.errors import UserError
+from persona_jax.metrics import distributions, references
+from persona_jax.metrics.intervals import Mean, bootstrap
 from persona_jax.metrics.judging import Verdict
+from persona_jax.metrics.networks import Look
+from persona_jax.metrics.references import Reference
 
-Table = dict[str, dict[str, str]]
+Cell = Mean | float | str | None
+Table = dict[str, dict[str, Cell]]
 """Row → column → what stands there."""
 
 _STYLE = "body{font:15px sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}\
@@ -33,7 +38,7 @@ compares with it."""
 
 def table(
     rows: Mapping[str, Sequence[Verdict]],
-    real: Float[np.ndarray, "P F"],
+    real: Mapping[str, Float[np.ndarray, "P F"]],
     versus: str,
     fid: bool = False,
 ) -> Table:
@@ -44,58 +49,91 @@ def table(
 
     Args:
       rows: by name, in order.
-      real: the judge's features of real photos, for KID.
+      real: every network's features of real photos.
       versus: the row whose leading score the others' is compared with, person by person.
-      fid: report FID of fewer pictures than it has features, too; it is bias above all.
+      fid: report FID of fewer pictures than there are features, too; it is bias above all.
     """
-    reference = distributions.moments(real)
-    splits = min(10, len(real))
+    first = next(iter(real.values()))
+    unlike = np.mean([np.linalg.norm(first - np.roll(first, n, 0), axis=1) for n in (1, 2, 3)])
 
     def stacked(found: Sequence[Verdict], title: str) -> Float[np.ndarray, "R P"]:
         return np.stack([verdict.scores[title] for verdict in found])
 
-    unlike = float(np.mean([np.linalg.norm(real - np.roll(real, n, 0), axis=1) for n in (1, 2, 3)]))
     leading, *others = rows[versus][0].scores
     base, out = stacked(rows[versus], leading), {}
     for name, found in rows.items():
         scores = stacked(found, leading)
-        # A row of one seed, photos for instance, is held against every seed.
-        away = "" if name == versus else str(bootstrap(scores - base))
-        kid = [
-            1000 * distributions.kernel_distance(verdict.features, real, seed=0)[0]
-            for verdict in found
-        ]
+        apart = [verdict.diversity for verdict in found]
         out[name] = {
-            leading: str(bootstrap(scores)),
-            f"its difference to {versus}": away,
-            **{title: str(bootstrap(stacked(found, title))) for title in others},
-            "diversity": _share([verdict.diversity for verdict in found], unlike),
-            "KID × 1000 ↓": f"{np.mean(kid):.1f}",
+            leading: bootstrap(scores),
+            # A row of one seed, photos for instance, is held against every seed.
+            f"its difference to {versus}": None if name == versus else bootstrap(scores - base),
+            **{title: bootstrap(stacked(found, title)) for title in others},
+            "diversity": None if None in apart else float(np.mean(apart) / unlike),
         }
-        if found[0].classes is not None:
-            score = [
-                distributions.inception_score(verdict.classes, seed=0, splits=splits)[0]
-                for verdict in found
-            ]
-            out[name][f"IS, {splits} splits ↑"] = f"{np.mean(score):.2f}"
-        if fid or distributions.full_rank(reference, reference):
-            own = [distributions.moments(verdict.features) for verdict in found]
-            distance = np.mean([distributions.frechet_distance(one, reference) for one in own])
-            mark = "" if distributions.full_rank(own[0], reference) else " (too few pictures)"
-            out[name]["FID ↓" + mark] = f"{distance:.1f}"
-        out[name]["the paper's IS / FID"] = PAPER.get(name, "")
+        for network, features in real.items():
+            looks = [verdict.looks[network] for verdict in found]
+            out[name] |= realism(looks, references.of(features), network, fid)
+        if rows.keys() & PAPER.keys():
+            out[name]["the paper's IS / FID"] = PAPER.get(name)
     return out
 
 
-def _share(found: Sequence[float | None], whole: float) -> str:
-    return "" if None in found else f"{np.mean(found) / whole:.2f}"
+def realism(
+    looks: Sequence[Look], real: Reference, network: str, fid: bool, most_splits: int | None = None
+) -> dict[str, Cell]:
+    """KID, IS and FID by a network, which the columns name; means over seeds.
+
+    Args:
+      looks: the network's, of one picture set a seed.
+      real: what they are held against.
+      network: its name.
+      fid: see :func:`table`.
+      most_splits: of the Inception Score; None: ten, or as many as there are pictures.
+
+    Raises:
+      UserError: fewer pictures than splits, or other features than the reference's.
+    """
+    out, features = {}, [look.features for look in looks]
+    if features[0].shape[1] != len(real.mean):
+        raise UserError(
+            f"{network}: {features[0].shape[1]} features, but the photos' statistics are of "
+            f"{len(real.mean)}"
+        )
+    if real.features is not None:
+        kid = [distributions.kernel_distance(x, real.features, seed=0)[0] for x in features]
+        out[f"KID × 1000 ({network}) ↓"] = float(1000 * np.mean(kid))
+    if looks[0].classes is not None:
+        splits = most_splits or min(10, len(features[0]))
+        for uniform, word in ((False, ""), (True, ", uniform p(y)")):
+            scores = [
+                distributions.inception_score(look.classes, 0, splits, uniform)[0] for look in looks
+            ]
+            out[f"IS, {splits} splits{word} ({network}) ↑"] = float(np.mean(scores))
+    fewest = min(len(features[0]), real.count or len(features[0]))
+    enough = fewest > len(real.mean)
+    if fid or enough:
+        mark = network if enough else f"{network}, too few pictures"
+        own = [distributions.frechet_distance(distributions.moments(x), real) for x in features]
+        out[f"FID ({mark}) ↓"] = float(np.mean(own))
+        if len(features[0]) >= 20:
+            endless = [distributions.frechet_distance_infinity(x, real, 0) for x in features]
+            out[f"FID∞ ({mark}) ↓"] = float(np.mean(endless))
+    return out
+
+
+def text(cell: Cell) -> str:
+    """As it stands in a table."""
+    if cell is None:
+        return ""
+    return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
 def markdown(found: Table) -> str:
     """The table for a README."""
     columns = list(next(iter(found.values())))
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[name, *row.values()] for name, row in found.items()]
+    rows += [[name, *map(text, row.values())] for name, row in found.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
@@ -106,7 +144,7 @@ def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>\n"
 
     columns = list(next(iter(found.values())))
-    body = "".join(row([name, *cells.values()], "td") for name, cells in found.items())
+    body = "".join(row([name, *map(text, cells.values())], "td") for name, cells in found.items())
     shown = "".join(f'<p><img src="{name}"></p>\n' for name in pictures)
     return (
         f'<!doctype html><meta charset="utf-8"><title>persona_jax</title><style>{_STYLE}</style>\n'
@@ -118,6 +156,7 @@ def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
 def write(out: Path, found: Table, caption: str, pictures: Sequence[str]) -> None:
     """table.md, table.json and report.html in `out`, where the pictures lie; prints the table."""
     (out / "table.md").write_text(markdown(found))
-    (out / "table.json").write_text(json.dumps(found, indent=2, ensure_ascii=False) + "\n")
+    numbers = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
+    (out / "table.json").write_text(numbers + "\n")
     (out / "report.html").write_text(page(found, caption, pictures))
     print(f"\n{caption}\n\n{markdown(found)}\nwritten to {out}")

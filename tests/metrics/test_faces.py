@@ -1,5 +1,7 @@
 """Judging by faces: what is held against what; and real photos, where they are at hand."""
 
+import argparse
+import dataclasses
 import tarfile
 
 import numpy as np
@@ -7,10 +9,13 @@ import pytest
 import stock
 from world import SHARED, config_of, use_people, write_people
 
+from persona_jax import judges
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights
-from persona_jax.metrics import faces, judging
+from persona_jax.metrics import faces, judging, networks
+
+NO_FLAGS = argparse.Namespace(inception=None)
 
 
 def config_for(folder, tmp_path, people: int):
@@ -38,6 +43,7 @@ def drawn(tmp_path):
         words=lambda pictures: np.ones((len(pictures), 1)),
         texts=lambda captions: np.full((len(captions), 1), 0.5),
         find=lambda picture: picture.getpixel((0, 0)) != (0, 0, 0),
+        networks={"colours": networks.by_faces(colours)},
     )
     return judge, photos, judging.subjects(judge, photos, groups.test, 3, config)
 
@@ -51,8 +57,22 @@ def test_pictures_are_held_against_the_references(drawn):
     assert face.shape == there.shape == text.shape == (3,)
     np.testing.assert_array_equal(there, [0, 1, 1])
     np.testing.assert_array_equal(text, 0.5)
-    assert found.classes is None
+    assert found.looks["colours"].classes is None
+    assert found.diversity is None
     assert judge.loss(found) == pytest.approx(2 - face.mean() - 0.5)
+
+
+def test_diversity_is_how_far_pictures_of_one_person_are_apart(drawn):
+    judge, photos, whom = drawn
+    whom = dataclasses.replace(whom, again=2)
+    own = judging.photos_as_pictures(photos, whom.held_out, 32)
+    assert [who for who, _ in whom.pictures] == [0, 1, 2, 0, 1, 2, 0, 1]
+    same = judge.pictures(whom, np.concatenate([own, own, own[:2]]))
+    other = judge.pictures(whom, np.concatenate([own, own, own[1:]]))
+    features = judge.networks["colours"](own).features
+    away = np.linalg.norm(features[:2] - features[1:], axis=1).mean()
+    assert same.diversity < 0.2 * away
+    assert other.diversity == pytest.approx(away, rel=0.2)
 
 
 def test_a_photo_is_not_held_against_itself(drawn):
@@ -60,7 +80,7 @@ def test_a_photo_is_not_held_against_itself(drawn):
     first = whom.references[:, 0]
     pictures = judging.photos_as_pictures(photos, first, 32)
     found = judge.photos(whom, first, pictures)
-    unseen = faces.dataclasses.replace(whom, references=whom.references[:, 1:])
+    unseen = dataclasses.replace(whom, references=whom.references[:, 1:])
     want = judge.photos(unseen, whom.held_out, pictures)
     title = next(iter(found.scores))
     np.testing.assert_allclose(found.scores[title], want.scores[title], atol=1e-6)
@@ -71,7 +91,7 @@ def test_dlib_cannot_judge_what_it_conditions(tmp_path):
     stock.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
     with pytest.raises(UserError, match="cannot judge"):
-        faces.open_face_judge(config, open_dataset(config.data)[0])
+        judges.open_judge(config, open_dataset(config.data)[0], NO_FLAGS)
 
 
 def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
@@ -97,15 +117,15 @@ def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
     stock.write_pipeline(tmp_path / "pipeline")
     config.pipeline = str(tmp_path / "pipeline")
     photos, groups = open_dataset(config.data)
-    monkeypatch.setattr(faces, "MANY", 64)
+    monkeypatch.setattr(judges, "MANY", 64)
     monkeypatch.setattr(
-        faces, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
+        judges, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
     )
-    judge = faces.open_face_judge(config, photos)
+    judge = judges.open_judge(config, photos, NO_FLAGS)
     whom = judging.subjects(judge, photos, groups.test, 6, config)
     pictures = judging.photos_as_pictures(photos, whom.held_out, 64, 0.6)
     own, there, _ = judge.photos(whom, whom.held_out, pictures).scores.values()
-    swapped = faces.dataclasses.replace(whom, references=np.roll(whom.references, 1, axis=0))
+    swapped = dataclasses.replace(whom, references=np.roll(whom.references, 1, axis=0))
     other = next(iter(judge.photos(swapped, whom.held_out, pictures).scores.values()))
     assert own.mean() > 0.4 > 0.2 > other.mean()
     assert there.mean() > 0.8

@@ -1,0 +1,112 @@
+"""Opens who judges pictures of a config's people, painted on its base."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+from ml_collections import ConfigDict
+from PIL import Image
+
+from persona_jax.data import images
+from persona_jax.data.photos import Photos
+from persona_jax.errors import UserError
+from persona_jax.eyes import Eye, open_eye
+from persona_jax.interop import folders
+from persona_jax.metrics import faces, judging, networks, reading
+from persona_jax.pipeline import embed_captions, open_pipeline
+
+BATCH = 32
+MANY = 256
+"""Photos whose mean is taken."""
+
+
+def open_judge(config: ConfigDict, photos: Photos, arguments: argparse.Namespace) -> judging.Judge:
+    """By the truth where it is known, by faces elsewhere.
+
+    Args:
+      config: of people and base.
+      photos: the people's.
+      arguments: :func:`persona_jax.metrics.networks.add_flags`'.
+
+    Raises:
+      UserError: the base has no reader or no CLIP pair, or weights are missing; says what to do.
+    """
+    more, folder = {}, Path(config.data.data_dir) / "weights"
+    if arguments.inception is not None:
+        more = networks.inception(arguments.inception, arguments.inception_sha256, folder)
+    if photos.has("identity"):
+        reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
+        seen_by = {"the reader": networks.by_reader(reader)} | more
+        return judging.TraitJudge(reader, photos.truth("identity"), photos.truth("scene"), seen_by)
+    return _face_judge(config, photos, more)
+
+
+def _face_judge(
+    config: ConfigDict, photos: Photos, more: dict[str, networks.Network]
+) -> faces.FaceJudge:
+    pipeline = open_pipeline(config)
+    eye = config.image_encoder
+    if eye.kind == "dlib":
+        raise UserError(
+            "image_encoder.kind=dlib: pictures are judged by dlib's network; what it conditions it "
+            "cannot judge"
+        )
+    settings = ConfigDict({"image_encoder": eye.to_dict(), "data": {"crop": 1.0}})
+    # Pictures are the central part of photos: the face fills more of them.
+    centre = [0.5 + (place - 0.5) / config.data.crop for place in eye.face_centre]
+    settings.image_encoder.update(
+        {"kind": "dlib", "path": "", "sha256": "", "face_side": eye.face_side / config.data.crop}
+    )
+    settings.image_encoder.face_centre = tuple(centre)
+    raw = _embedding(open_eye(settings, pipeline))
+    many = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
+    shown = judging.photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)
+    mean = raw(shown).mean(axis=0)
+    settings.image_encoder.kind = "clip"
+    folder = folders.find(config.pipeline)
+
+    def face(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
+        return _unit(raw(pictures) - mean)
+
+    return faces.FaceJudge(
+        photos,
+        config.data.crop,
+        face=face,
+        words=_embedding(open_eye(settings, pipeline)),
+        texts=lambda captions: _unit(embed_captions(folder, captions)),
+        find=_detector(),
+        networks={"dlib": networks.by_faces(face)} | more,
+    )
+
+
+def _embedding(eye: Eye) -> faces.Embed:
+    def embed(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
+        shown = [Image.fromarray(p) for p in images.to_uint8(pictures)]
+        parts = [eye.look(shown[i : i + BATCH]) for i in range(0, len(shown), BATCH)]
+        return _unit(np.concatenate(parts))
+
+    return embed
+
+
+def _unit(x: Float[np.ndarray, "P D"]) -> Float[np.ndarray, "P D"]:
+    return x / np.linalg.norm(x, axis=1, keepdims=True)
+
+
+def _detector() -> Callable[[Image.Image], bool]:
+    try:
+        import dlib
+    except ImportError as error:
+        raise UserError(
+            "pictures of real people are judged with dlib, which is not installed; pip install "
+            "-e '.[faces]'"
+        ) from error
+    detect = dlib.get_frontal_face_detector()
+
+    def find(picture: Image.Image) -> bool:
+        size = (faces.DETECTED_AT, faces.DETECTED_AT)
+        large = picture.resize(size, Image.Resampling.BICUBIC)
+        return len(detect(np.asarray(large))) > 0
+
+    return find

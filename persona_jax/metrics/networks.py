@@ -1,0 +1,98 @@
+"""The networks whose features and classes say how real pictures look: FID, KID and IS by them.
+
+A network is a function from pictures in [−1, 1] to a :class:`Look`; whoever reports a figure names
+the network beside it.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float
+
+from persona_jax.data import images, outside
+from persona_jax.interop import network_weights
+from persona_jax.metrics.features import inception_pass
+from persona_jax.metrics.reading import Reader
+from persona_jax.training.mesh import make_mesh
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a network makes of P pictures.
+
+    Attributes:
+      features: for FID and KID ``[P, F]``.
+      classes: logits, for the Inception Score ``[P, C]``; None where it knows no classes.
+    """
+
+    features: Float[np.ndarray, "P F"]
+    classes: Float[np.ndarray, "P C"] | None
+
+
+Network = Callable[[Float[np.ndarray, "P S S 3"]], Look]
+
+
+def by_reader(reader: Reader) -> Network:
+    """The reader's penultimate layer, and expression × background as classes."""
+
+    def look(pictures: np.ndarray) -> Look:
+        found = reader.read(pictures)
+        return Look(found.features, found.logits)
+
+    return look
+
+
+def by_faces(embed: Callable[[np.ndarray], np.ndarray]) -> Network:
+    """An embedding of faces, brought to unit variance or so, as KID's kernel expects; no classes.
+
+    embed: pictures in [−1, 1] → unit embeddings ``[P, D]``.
+    """
+
+    def look(pictures: np.ndarray) -> Look:
+        faces = embed(pictures)
+        return Look(faces * faces.shape[1] ** 0.5, None)
+
+    return look
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """What :func:`inception` asks of a command line; ``inception`` is None where it is not asked
+    for."""
+    parser.add_argument(
+        "--inception",
+        nargs="?",
+        const="",
+        help="FID, KID and IS by Inception v3 too: its weights, fetched if not named",
+    )
+    parser.add_argument("--inception_sha256", help="of weights to accept beside the known ones")
+
+
+def inception(file: str, sha256: str | None, folder: Path) -> dict[str, Network]:
+    """Inception v3 of 2015 behind both ways of enlarging pictures, "Inception, clean" and
+    "Inception, legacy" (see :func:`persona_jax.metrics.features.inception_pass`).
+
+    Args:
+      file: its weights, pytorch-fid's or torch-fidelity's; found or fetched if empty.
+      sha256: of weights to accept beside those.
+      folder: where they are looked for, and fetched to.
+
+    Raises:
+      UserError: not to be had, or not those weights.
+    """
+    asset, flag, place = "inception_2015", "--inception_sha256", Path(file)
+    if file:
+        outside.verify(asset, place, sha256, flag)
+    else:
+        remedy = "or name it with --inception FILE"
+        place, _ = outside.find(asset, folder, sha256, flag=flag, remedy=remedy)
+    params = network_weights.load_inception(place)
+    mesh = make_mesh(data=-1, fsdp=1)
+
+    def network(resize: str) -> Network:
+        look = inception_pass(params, mesh, resize)
+        return lambda pictures: Look(*look(images.to_uint8(pictures)))
+
+    return {f"Inception, {resize}": network(resize) for resize in ("clean", "legacy")}

@@ -1,0 +1,28 @@
+"""What a table says, and when it keeps silent."""
+
+import numpy as np
+import pytest
+
+from persona_jax.metrics import references, report
+from persona_jax.metrics.networks import Look
+
+
+def row(count: int, photos: int, fid: bool) -> dict:
+    random = np.random.default_rng(0)
+    look = Look(random.normal(size=(count, 8)), random.normal(size=(count, 5)))
+    real = references.of(random.normal(size=(photos, 8)))
+    return report.realism([look], real, "eye", fid)
+
+
+@pytest.mark.parametrize(("count", "photos"), [(8, 40), (40, 8)])
+def test_fid_of_fewer_pictures_than_features_is_told_on_request_and_marked(count, photos):
+    assert not any("FID" in title for title in row(count, photos, fid=False))
+    marked = [title for title in row(count, photos, fid=True) if "FID" in title]
+    assert marked
+    assert all("too few pictures" in title for title in marked)
+
+
+def test_fid_of_enough_pictures():
+    titles = row(40, 40, fid=False)
+    assert {"FID (eye) ↓", "FID∞ (eye) ↓"} <= titles.keys()
+    assert titles["IS, 10 splits, uniform p(y) (eye) ↑"] > titles["IS, 10 splits (eye) ↑"] > 1
