@@ -121,12 +121,10 @@ def main(arguments: argparse.Namespace) -> None:
     rows |= {"real photos": [first]}
     rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
     _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
-    report.write(
-        out,
-        report.table(rows, real, versus="sa", fid=arguments.fid),
-        f"{arguments.people} people, {arguments.seeds} trainings of each adapter; judged by {judge.name}",
-        ["grid.png"],
-    )
+    people, seeds = arguments.people, arguments.seeds
+    caption = f"{people} people, {seeds} trainings of each adapter; judged by {judge.name}"
+    table = report.table(rows, real, versus="sa", fid=arguments.fid)
+    report.write(out, table, caption, ["grid.png"])
 
 
 def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
