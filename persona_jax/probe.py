@@ -96,7 +96,7 @@ def report(errors: dict[str, dict[int, np.ndarray]], workdir: Path) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / "probe.json").write_text(json.dumps(found, indent=2) + "\n")
     print("\nroot mean square error of a person's traits (0.289: guessing the middle)\n")
-    print("| aggregator | " + " | ".join(f"{n} photos" for n in SIZES) + " |")
+    print("| aggregator | " + " | ".join(f"{n} photo{'s' * (n > 1)}" for n in SIZES) + " |")
     print("|---|" + "---|" * len(SIZES))
     for kind in (*KINDS, TRUTH):
         print(f"| {kind} | " + " | ".join(f"{error:.4f}" for error in table[kind].values()) + " |")

@@ -79,12 +79,13 @@ class Run:
         return personal.call(prompt, self.config.token, self.config.noun)
 
 
-def open_run(workdir: Path, crop: float | None = None) -> Run:
+def open_run(workdir: Path, crop: float | None = None, weights: str | None = None) -> Run:
     """Reads what `workdir` holds.
 
     Args:
       workdir: of a run of persona_jax.train.
       crop: central part of a photo that the eye looks at; None: as in training.
+      weights: of an adapter, "ema" or "params"; None: the running average, where there is one.
 
     Raises:
       UserError: no run there, or files that do not fit.
@@ -95,7 +96,7 @@ def open_run(workdir: Path, crop: float | None = None) -> Run:
     pipeline = open_pipeline(config)
     if config.method in personal.METHODS:
         return Run(workdir, config, pipeline, None, None, None)
-    which = "ema" if config.optimizer.ema_decay else "params"
+    which = weights or ("ema" if config.optimizer.ema_decay else "params")
     return Run(
         workdir,
         config,

@@ -267,6 +267,7 @@ def save(workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: 
     if "lora" in learnt:
         tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
     about = {"method": config.method, "called": f"{config.token} {config.noun}"}
+    about |= {name: getattr(pipeline, name).hash for name in personal.TOWERS}
     folders.write_json(folder / "person.json", about)
 
 

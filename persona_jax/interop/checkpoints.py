@@ -9,6 +9,7 @@ The optimiser state lies apart, so that sampling reads only the tree it needs.
 """
 
 import contextlib
+import json
 import logging
 import sys
 from collections.abc import Iterator, Mapping
@@ -196,6 +197,21 @@ def load_params(directory: str | Path, which: str = "params") -> Any:
         except Exception as error:
             print(f"{folder}: damaged ({_one_line(error)}), trying the one before", file=sys.stderr)
     raise UserError(f"{directory}: no checkpoint can be read; train again")
+
+
+def read_fingerprint(directory: str | Path) -> dict[str, Any]:
+    """What was trained, as the newest checkpoint says (see :class:`Checkpoints`).
+
+    Raises UserError if there is no checkpoint, or it does not say.
+    """
+    directory = Path(directory).absolute()
+    steps = _steps(directory)
+    if not steps:
+        raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
+    try:
+        return json.loads((directory / str(steps[0]) / "meta/metadata").read_text())["fingerprint"]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"{directory}/{steps[0]}: does not say what was trained") from error
 
 
 def _steps(directory: Path) -> list[int]:

@@ -34,6 +34,25 @@ def save_ip_adapter(
     tensors.save_tree(jax.tree.map(lambda x: np.asarray(x, dtype), tree), file)
 
 
+def save_ip_adapter_bin(file: Path, nested: Path) -> None:
+    """Writes a safetensors adapter once more as the nested ``.bin`` that older readers take.
+
+    Raises:
+      UserError: torch is missing.
+    """
+    try:
+        import torch
+    except ImportError as error:
+        raise UserError(f"{nested}: takes torch; pip install -e '.[torch]'") from error
+    from safetensors.torch import load_file
+
+    out: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
+    for name, tensor in load_file(file).items():
+        part, _, rest = name.partition(".")
+        out[part][rest] = tensor
+    torch.save(out, nested)
+
+
 def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_dim: int) -> dict:
     """Reads such a file, float32.
 

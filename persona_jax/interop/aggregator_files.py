@@ -1,0 +1,33 @@
+"""An aggregator as files that PyTorch users read without this package or JAX."""
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from persona_jax.errors import UserError
+from persona_jax.interop import folders, tensors
+from persona_jax.models.aggregators import Aggregator
+
+SIZES = ("depth", "heads", "width", "pooling_heads")
+
+
+def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: Path) -> None:
+    """Writes ``aggregator.json``, ``aggregator.py`` (a copy of
+    :mod:`persona_jax.interop.torch_aggregator`) and, where it has learnt anything,
+    ``aggregator.safetensors``, float32.
+
+    Raises:
+      UserError: a kind that is there for comparisons only.
+    """
+    if aggregator.kind == "avg_mlp":
+        raise UserError("aggregator.kind=avg_mlp is there to compare with, and is not exported")
+    settings = {"kind": aggregator.kind, "dim": dim}
+    if aggregator.module is not None:
+        settings |= {name: getattr(aggregator.module, name) for name in SIZES}
+        whole = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        tensors.save_tree(whole, folder / "aggregator.safetensors")
+    folders.write_json(folder / "aggregator.json", settings)
+    shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")

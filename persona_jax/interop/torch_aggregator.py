@@ -1,0 +1,104 @@
+"""Reads a set of reference embeddings in PyTorch. One file; it needs torch and safetensors alone.
+
+    embedding = load("aggregator.json")(embeddings)      # [B, N, D] → [B, D]
+    both = torch.cat([torch.zeros_like(embedding), embedding])[:, None]
+    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1
+
+`embeddings` are what the pipeline's image encoder makes of the photos (``image_embeds``), N of any
+number. `weights` ``[B, N]`` count photos more or less, and 0 leaves one out.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+
+def weighted_softmax(logits: Tensor, weights: Tensor) -> Tensor:
+    """softmax(logits + log w) over the last axis; a weight of 0 removes a photo."""
+    return torch.softmax(logits + weights.log()[:, None, None, :], dim=-1)
+
+
+class SetBlock(nn.Module):
+    """A transformer block over the set: pre-norm, no positions."""
+
+    def __init__(self, dim: int, heads: int, width: int):
+        """`dim` of the embeddings; `width` of the attention, shared out among `heads`."""
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
+        self.to_q, self.to_k, self.to_v = (nn.Linear(dim, width, bias=False) for _ in range(3))
+        self.to_out = nn.Linear(width, dim)
+        self.fc1, self.fc2 = nn.Linear(dim, 4 * width), nn.Linear(4 * width, dim)
+
+    def forward(self, x: Tensor, weights: Tensor) -> Tensor:
+        """[B, N, D] → [B, N, D]."""
+        y = self.norm1(x)
+        q, k, v = (
+            to(y).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+            for to in (self.to_q, self.to_k, self.to_v)
+        )
+        shares = weighted_softmax(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5, weights)
+        x = x + self.to_out((shares @ v).transpose(1, 2).flatten(2))
+        return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
+
+
+class AttentionPooling(nn.Module):
+    """A query per head reads the set; each head pools its own slice of a linear map of it."""
+
+    def __init__(self, dim: int, heads: int):
+        """`dim` of the embeddings, shared out among `heads`."""
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
+        self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
+        self.query = nn.Parameter(torch.zeros(heads, dim // heads))
+
+    def forward(self, seen: Tensor, x: Tensor, weights: Tensor) -> Tensor:
+        """What decides, and what is pooled, [B, N, D] → [B, D]."""
+        heads, size = self.query.shape
+        keys, values = (
+            y.unflatten(-1, (heads, size)) for y in (self.to_k(self.norm(seen)), self.to_v(x))
+        )
+        logits = torch.einsum("hd,bnhd->bhn", self.query, keys) * size**-0.5
+        shares = weighted_softmax(logits[:, :, None], weights)[:, :, 0]
+        return torch.einsum("bhn,bnhd->bhd", shares, values).flatten(1)
+
+
+class Aggregator(nn.Module):
+    """[B, N, D] → [B, D]: ``first``, ``max``, ``avg`` or ``self_attention`` over the set."""
+
+    def __init__(self, kind: str, dim: int, depth=0, heads=1, width=0, pooling_heads=1):
+        """`kind` and, for self-attention, its sizes, as in ``aggregator.json``."""
+        super().__init__()
+        self.kind = kind
+        if kind == "self_attention":
+            self.blocks = nn.ModuleList([SetBlock(dim, heads, width) for _ in range(depth)])
+            self.pool = AttentionPooling(dim, pooling_heads)
+        elif kind not in ("first", "max", "avg"):
+            raise ValueError(f"unknown kind {kind!r}")
+
+    def forward(self, embeddings: Tensor, weights: Tensor | None = None) -> Tensor:
+        """At least one photo of each set must have a weight above 0."""
+        if weights is None:
+            weights = torch.ones(embeddings.shape[:2], dtype=embeddings.dtype)
+        there = (weights > 0)[..., None]
+        if self.kind == "first":
+            return embeddings[torch.arange(len(embeddings)), there[..., 0].int().argmax(dim=1)]
+        if self.kind == "max":
+            return embeddings.masked_fill(~there, -torch.inf).amax(dim=1)
+        if self.kind == "avg":
+            return (embeddings * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+        seen = embeddings
+        for block in self.blocks:
+            seen = block(seen, weights)
+        return self.pool(seen, embeddings, weights)
+
+
+def load(config: str | Path) -> Aggregator:
+    """From ``aggregator.json`` and, where it has weights, the ``.safetensors`` beside it."""
+    aggregator = Aggregator(**json.loads(Path(config).read_text()))
+    file = Path(config).with_suffix(".safetensors")
+    aggregator.load_state_dict(load_file(file) if file.exists() else {})
+    return aggregator.eval()

@@ -1,0 +1,159 @@
+"""Paints with stock diffusers, from exported files, what we paint, and says how far it is apart.
+
+Needs the extra ``torch``. Float32, ten DDIM steps from the same noise; what is compared are the
+last latents, relative to their norm.
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from persona_jax import paint, pipeline, runs
+from persona_jax.errors import UserError
+from persona_jax.pipeline import Pipeline
+
+PROMPT, STEPS, GUIDANCE = "a photo of a person", 10, 3.0
+SETS = (1, 3, 9)
+"""Numbers of references that an adapter is tried with."""
+MOST = 1e-3
+"""What latents may differ by."""
+
+
+def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
+    """Of an exported adapter, the largest over sets of random references; by the files alone: the
+    aggregator is the PyTorch one.
+
+    Raises:
+      UserError: diffusers is missing, or paints something else.
+    """
+    import torch
+
+    from persona_jax.interop import torch_aggregator
+
+    stock = open_stock(base)
+    stock.load_ip_adapter(
+        str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
+    )
+    stock.set_ip_adapter_scale(1.0)
+    aggregator = torch_aggregator.load(folder / "aggregator.json")
+    ours, worst = our_painter(run.pipeline, run.aggregator), 0.0
+    seen = np.random.default_rng(0).normal(size=(1, max(SETS), run.eye.dim)).astype(np.float32)
+    for count in SETS:
+        with torch.no_grad():
+            image = aggregator(torch.from_numpy(seen[:, :count]))
+        both = torch.cat([torch.zeros_like(image), image])[:, None]
+        weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
+        found = ours(run.params, paint.References(jnp.asarray(seen), weights))
+        theirs = stock_latents(stock, run.pipeline, ip_adapter_image_embeds=[both])
+        worst = max(worst, apart(found, theirs))
+    return accepted(worst)
+
+
+def lora_difference(run: runs.Run, towers: Mapping, folder: Path, base: Path) -> float:
+    """Of a LoRA file that stock diffusers loads on the base; `towers` are ours with it merged."""
+    stock = open_stock(base)
+    try:
+        stock.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+    except ValueError as error:
+        raise UserError(
+            f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
+        ) from error
+    ours = our_painter(run.pipeline, None, towers)(None, None)
+    return accepted(apart(ours, stock_latents(stock, run.pipeline)))
+
+
+def base_difference(folder: Path) -> float:
+    """Of a pipeline folder, opened by both."""
+    towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
+    parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
+    ours = our_painter(parts, None)(None, None)
+    return accepted(apart(ours, stock_latents(open_stock(folder), parts)))
+
+
+def open_stock(folder: Path) -> Any:
+    """diffusers' StableDiffusionPipeline of a folder, float32."""
+    try:
+        import diffusers
+        import torch
+    except ImportError as error:
+        raise UserError("--verify takes diffusers and torch; pip install -e '.[torch]'") from error
+    stock = diffusers.StableDiffusionPipeline.from_pretrained(
+        folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
+    )
+    stock.scheduler = diffusers.DDIMScheduler.from_config(stock.scheduler.config)
+    stock.set_progress_bar_config(disable=True)
+    return stock
+
+
+def noise_for(parts: Pipeline) -> Float[np.ndarray, "1 h w C"]:
+    """The same for both."""
+    return np.random.default_rng(0).standard_normal((1, *parts.latent_shape), np.float32)
+
+
+def our_painter(
+    parts: Pipeline, aggregator: Any, towers: Mapping | None = None
+) -> Callable[[Mapping | None, paint.References | None], Float[np.ndarray, "1 h w C"]]:
+    """(adapter's parameters, references) → the last latents; compiled once.
+
+    towers: in the place of the pipeline's.
+    """
+    painter = jax.jit(paint.make_latent_painter(parts, aggregator, steps=STEPS))
+    frozen = paint.frozen_params(parts) | dict(towers or {})
+    ids, negative_ids = (jnp.asarray(parts.tokenize([text])[0]) for text in (PROMPT, ""))
+
+    def latents(params: Mapping | None, references: paint.References | None) -> np.ndarray:
+        request = paint.Request(
+            keys=paint.picture_keys(0, 1),
+            ids=ids,
+            negative_ids=negative_ids,
+            references=references,
+            guidance=GUIDANCE,
+            noise=jnp.asarray(noise_for(parts)),
+        )
+        with jax.default_matmul_precision("highest"):
+            return np.asarray(painter(frozen, params, request))
+
+    return latents
+
+
+def stock_latents(stock: Any, parts: Pipeline, **more: Any) -> Float[np.ndarray, "1 h w C"]:
+    """The same, from diffusers."""
+    import torch
+
+    noise = torch.from_numpy(np.ascontiguousarray(noise_for(parts).transpose(0, 3, 1, 2)))
+    found = stock(
+        PROMPT,
+        latents=noise,
+        num_inference_steps=STEPS,
+        guidance_scale=GUIDANCE,
+        height=parts.image_size,
+        width=parts.image_size,
+        output_type="latent",
+        **more,
+    ).images
+    return found.numpy().transpose(0, 2, 3, 1)
+
+
+def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
+    """‖ours − theirs‖ / ‖theirs‖."""
+    wide = theirs.astype(np.float64)
+    return float(np.linalg.norm(ours - wide) / np.linalg.norm(wide))
+
+
+def accepted(difference: float) -> float:
+    """The difference.
+
+    Raises:
+      UserError: above :data:`MOST`.
+    """
+    if not difference <= MOST:
+        raise UserError(
+            f"--verify: latents differ by {difference:.1e} from stock diffusers', more than "
+            f"{MOST:.0e}; nothing was written. In bfloat16 (--config.dtype) they always do"
+        )
+    return difference

@@ -1,0 +1,176 @@
+"""Exports end in stock diffusers: what is written there paints what we paint."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+from PIL import Image
+from safetensors.numpy import load_file
+from world import adapter_config, config_of, write_people
+
+from persona_jax import export, methods, personal, runs, tuning
+from persona_jax.cli import run_with_arguments, write_run_files
+from persona_jax.eyes import open_eye
+from persona_jax.interop.checkpoints import Checkpoints, load_params
+from persona_jax.pipeline import open_pipeline
+
+
+def shaken(tree, seed: int):
+    """No parameter at its start, where zeros and ones hide mistakes."""
+    leaves, structure = jax.tree.flatten(tree)
+    random = [
+        np.asarray(x + 0.2 * stock.normal(*x.shape, seed=seed + i)) for i, x in enumerate(leaves)
+    ]
+    return jax.tree.unflatten(structure, random)
+
+
+def write_adapter(config, workdir) -> None:
+    """A run's folder, as after a training that has left random parameters."""
+    parts = open_pipeline(config)
+    eye = open_eye(config, parts)
+    params = methods.init_adapter(config, parts, eye.dim)
+    state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
+    write_run_files(workdir, config)
+    trained = {"unet": parts.unet.hash, "eye": eye.hash}
+    with Checkpoints(workdir / "checkpoints", fingerprint=trained) as checkpoints:
+        checkpoints.save(1, state)
+
+
+def write_person(config, workdir) -> None:
+    """The same where weights belong to people: ann's."""
+    parts = open_pipeline(config)
+    (learnt,) = [personal.init(config, parts, jax.random.split(jax.random.key(0), 1))]
+    write_run_files(workdir, config)
+    tuning.save(workdir, "ann", shaken(jax.tree.map(lambda x: x[0], learnt), 0), parts, config)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with people, a random base, and a run of every kind."""
+    root = tmp_path_factory.mktemp("world")
+    write_people(root / "people", people=1)
+    stock.write_pipeline(root / "base")
+    for name in ("ip", "max", "avg", "sa"):
+        config = adapter_config(name, root / "people", root / "data", root / "base")
+        config.aggregator.pooling_heads = 3  # of 12 features
+        write_adapter(config, root / name)
+    for name in ("dreambooth", "lora"):
+        config = config_of(name, "lfw")
+        config.pipeline = str(root / "base")
+        write_person(config, root / name)
+    return root
+
+
+def run_export(world, name: str, out, *flags: str) -> None:
+    argv = ["export", "--workdir", str(world / name), "--out", str(out), *flags]
+    run_with_arguments(export.parser(), export.main, argv)
+
+
+@pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
+def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
+    photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
+    out = tmp_path / "a" / "out"
+    flags = ["--format", "ip-adapter", "--verify", "--bin", "--photos", *photos]
+    run_export(world, name, out, *flags)
+    assert "stock diffusers paints the same" in capsys.readouterr().out
+    files = {"README.md", "aggregator.json", "aggregator.py", "image_embeds.safetensors"}
+    files |= {"ip_adapter.safetensors", "ip_adapter.bin"}
+    assert {p.name for p in out.iterdir()} - {"aggregator.safetensors"} == files
+    assert (out / "aggregator.safetensors").exists() == (name == "sa")
+
+    run = runs.open_run(world / name)
+    assert run.pipeline.unet.hash in (out / "README.md").read_text()
+    seen = run.eye.look([Image.open(photo) for photo in photos])
+    image = run.aggregator.apply(
+        run.params["aggregator"], jnp.asarray(seen)[None], jnp.ones((1, 3))
+    )
+    both = load_file(out / "image_embeds.safetensors")["image_embeds"]
+    assert both.shape == (2, 1, run.eye.dim)
+    np.testing.assert_array_equal(both[0], 0)
+    np.testing.assert_allclose(both[1], image, rtol=1e-5, atol=1e-6)
+
+    flat = load_file(out / "ip_adapter.safetensors")
+    nested = torch.load(out / "ip_adapter.bin", weights_only=True)
+    assert {f"{part}.{key}" for part, found in nested.items() for key in found} == set(flat)
+    key = "ip_adapter.1.to_k_ip.weight"
+    np.testing.assert_array_equal(nested["ip_adapter"]["1.to_k_ip.weight"], flat[key])
+
+
+def test_running_average_or_last_step(world, tmp_path):
+    for which in ("ema", "params"):
+        out = tmp_path / which
+        run_export(world, "avg", out, "--format", "ip-adapter", "--weights", which)
+        bias = load_params(world / "avg/checkpoints", which)["image_proj"]["norm"]["bias"]
+        found = load_file(out / "ip_adapter.safetensors")["image_proj.norm.bias"]
+        np.testing.assert_array_equal(found, bias)
+    assert (out / "README.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("dreambooth", "diffusers"), ("lora", "lora"), ("lora", "diffusers")]
+)
+def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
+    flags = ["--format", form, "--person", "ann", "--verify"]
+    run_export(world, name, tmp_path / "out", *flags)
+    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert 'Call this person "sks person"' in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_base_is_exported_whole(world, tmp_path, capsys):
+    base = tmp_path / "base"
+    shutil.copytree(world / "base", base / "pipeline")
+    config = config_of("base", "lfw").to_dict()
+    (base / "config.json").write_text(json.dumps(config))
+    run_export(tmp_path, "base", tmp_path / "out", "--format", "diffusers", "--verify")
+    assert "stock diffusers paints the same" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "flags", "words"),
+    [
+        ("dreambooth", ["--format", "ip-adapter"], "is a run of dreambooth"),
+        ("sa", ["--format", "diffusers"], "adapters are exported with --format ip-adapter"),
+        ("dreambooth", ["--format", "diffusers"], "say who"),
+        ("dreambooth", ["--format", "lora", "--person", "ann"], "is a run of dreambooth"),
+        ("lora", ["--format", "lora", "--person", "nobody"], "no such person"),
+        ("sa", ["--format", "ip-adapter", "--photos", "nowhere.png"], "nowhere.png"),
+        ("nothing", ["--format", "ip-adapter"], "nothing"),
+    ],
+)
+def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
+    with pytest.raises(SystemExit) as stop:
+        run_export(world, name, tmp_path / "out", *flags)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert stop.value.code == 2
+    assert error.startswith("error: ")
+    assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_is_left_alone(world, tmp_path, capsys):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        run_export(world, "avg", tmp_path, "--format", "ip-adapter")
+    assert "there is something already" in capsys.readouterr().err
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_another_base_is_refused(world, tmp_path, capsys):
+    moved = tmp_path / "avg"
+    shutil.copytree(world / "avg", moved)
+    other = tmp_path / "base"
+    shutil.copytree(world / "base", other)
+    settings = (other / "unet/config.json").read_text()
+    (other / "unet/config.json").write_text(settings + "\n")
+    config = json.loads((moved / "config.json").read_text())
+    (moved / "config.json").write_text(json.dumps(config | {"pipeline": str(other)}))
+    with pytest.raises(SystemExit) as stop:
+        run_export(tmp_path, "avg", tmp_path / "out", "--format", "ip-adapter")
+    assert stop.value.code == 2
+    assert "trained on a base of hash" in capsys.readouterr().err
