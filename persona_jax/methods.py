@@ -46,7 +46,7 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
     """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
-    an IP-Adapter file (the plain layout, ``.safetensors``), or a shipped base, whose adapter it is.
+    an IP-Adapter file (plain layout, ``.safetensors`` or ``.bin``), or a shipped base, for its own.
 
     A file has no aggregator: a fresh one learns on top.
 
@@ -71,7 +71,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
             f"for {config.pipeline}; set --config.init_from= to start afresh"
         )
     place = shipped / "ip_adapter.safetensors" if shipped else Path(config.init_from).expanduser()
-    if place.suffix == ".safetensors":
+    if place.suffix in (".safetensors", ".bin"):
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
         return fresh | learnt
     return start_from(place, fresh)

@@ -55,7 +55,11 @@ with torch.no_grad():
     embeddings = pipe.image_encoder(pixels).image_embeds[None]
     image = load("aggregator.json")(embeddings)
 both = torch.cat([torch.zeros_like(image), image])[:, None]
-pipe("a photo of a smiling person", ip_adapter_image_embeds=[both]).images[0].save("out.png")
+pipe(
+    "a photo of a smiling person",
+    ip_adapter_image_embeds=[both],
+    guidance_scale={config.sampling.guidance:g},
+).images[0].save("out.png")
 ```
 
 Photos are cut to their central part first, a fraction of {config.data.crop:g} of the shorter side.

@@ -13,6 +13,7 @@ from jax.typing import DTypeLike
 
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
+from persona_jax.interop.torch_files import StateDict
 from persona_jax.models.adapter import TOKENS, ImageProjection
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
 
@@ -57,16 +58,19 @@ def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_
     """Reads such a file, float32.
 
     Args:
-      file: the safetensors file.
+      file: safetensors, or the nested ``.bin``.
       config: of the UNet that it is for.
       kernels: that UNet's text W_k, W_v, whose shapes the adapter's must have.
       embedding_dim: D of the image embeddings that it reads.
 
     Raises:
-      UserError: no such file; every missing, unexpected and misshapen tensor, by name.
+      UserError: no such file; an adapter of another kind or for another base; every missing,
+        unexpected and misshapen tensor, by name; numbers that are not finite.
     """
     if not file.is_file():
-        raise UserError(f"{file}: no such file; expected an IP-Adapter in safetensors")
+        raise UserError(f"{file}: no such file; expected an IP-Adapter, .safetensors or .bin")
+    files = StateDict(file) if file.suffix == ".bin" else tensors.TensorFiles([file], str(file))
+    _refuse_other_kinds(files, config)
     layers = cross_attention_layers(config)
     projection = ImageProjection(config.cross_attention_dim, TOKENS)
     abstract = jax.eval_shape(
@@ -80,10 +84,34 @@ def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_
             },
         }
     )
-    found = tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)), dtype=jnp.float32)
+    found = tensors.load_tree(abstract, files, dtype=jnp.float32)
+    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
+        raise UserError(f"{file}: numbers that are not finite; fetch or save it again")
     numbered = [found["ip_adapter"][str(2 * i + 1)] for i in range(len(layers))]
     renamed = {
         layer: {"to_k": its["to_k_ip"], "to_v": its["to_v_ip"]}
         for layer, its in zip(layers, numbered, strict=True)
     }
     return {"image_proj": found["image_proj"], "ip_adapter": renamed}
+
+
+def _refuse_other_kinds(files: tensors.Tensors, config: UNetConfig) -> None:
+    """Says what an adapter is that is known but not read here."""
+    names, where = files.shapes, files.where
+    if "image_proj.latents" in names:
+        depth = {name.split(".")[2] for name in names if name.startswith("image_proj.layers.")}
+        raise UserError(
+            f"{where}: an IP-Adapter-Plus file of depth {len(depth)}; what is read is the plain "
+            f"layout, image_proj.proj and image_proj.norm, {TOKENS} tokens"
+        )
+    if any(name.startswith(("image_proj.proj.0.", "image_proj.perceiver")) for name in names):
+        raise UserError(
+            f"{where}: an IP-Adapter-FaceID or full-face file; what is read is the plain layout, "
+            "whose image_proj.proj is one linear map"
+        )
+    widths = {shape[1] for name, shape in names.items() if "to_k_ip" in name and len(shape) == 2}
+    if widths and config.cross_attention_dim not in widths:
+        raise UserError(
+            f"{where}: made for text of width {', '.join(map(str, sorted(widths)))}, but this "
+            f"base has {config.cross_attention_dim} (Stable Diffusion 1.5: 768, SDXL: 2048)"
+        )
