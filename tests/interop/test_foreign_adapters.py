@@ -1,4 +1,4 @@
-"""Adapter files that are damaged, foreign or hostile: one line each, nothing run, nothing changed."""
+"""Damaged, foreign or hostile adapter files: one line each, nothing run, nothing changed."""
 
 import json
 import struct
@@ -178,7 +178,7 @@ def test_cut_short(world, tmp_path, kind, share):
 )
 def test_files_of_torch_that_hold_something_else(world, tmp_path, state):
     torch.save(state, tmp_path / "a.bin")
-    refused(tmp_path / "a.bin", world, "")
+    refused(tmp_path / "a.bin", world, "state dict|more than tensors")
 
 
 def header(text: str, length: int | None = None) -> bytes:
