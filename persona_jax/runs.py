@@ -13,9 +13,12 @@ from persona_jax import methods, paint, personal, tuning
 from persona_jax.cli import read_config
 from persona_jax.data.photos import Photos
 from persona_jax.eyes import Eye, open_eye
+from persona_jax.interop.aggregator_files import load_aggregator
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.metrics.judging import Subjects
-from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.aggregators import Aggregator, EveryPhoto
+from persona_jax.models.unet import text_kernels
 from persona_jax.pipeline import Pipeline, open_pipeline
 
 
@@ -105,6 +108,42 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
         aggregator=methods.make_aggregator(config.aggregator),
         params=load_params(workdir / "checkpoints", which),
     )
+
+
+def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: float = 1.0) -> Run:
+    """An adapter from a file in IP-Adapter's plain layout, or from a folder that
+    :mod:`persona_jax.export` wrote.
+
+    A file has no aggregator: each photo makes tokens of its own, as stock diffusers has it.
+
+    Args:
+      path: the file or folder.
+      base: what it is for, as in ``config.pipeline``.
+      image_encoder: where the base has none.
+      crop: central part of a photo that the eye looks at.
+
+    Raises:
+      UserError: files that are missing or do not fit.
+    """
+    config = ConfigDict(
+        {
+            "method": "adapter",
+            "pipeline": base,
+            "dtype": "auto",
+            "image_encoder": {"kind": "clip", "path": image_encoder or ""},
+            "data": {"crop": crop},
+            "sampling": {"steps": 30, "guidance": 5.0, "eta": 0.0, "scale": 1.0},
+        }
+    )
+    pipeline = open_pipeline(config)
+    eye, unet = open_eye(config, pipeline), pipeline.unet
+    kernels = text_kernels(unet.params, unet.module.config)
+    aggregator, learnt, file = EveryPhoto(), {}, path
+    if path.is_dir():
+        aggregator, learnt = load_aggregator(path, eye.dim)
+        file = path / "ip_adapter.safetensors"
+    params = load_ip_adapter(file, unet.module.config, kernels, eye.dim)
+    return Run(path, config, pipeline, eye, aggregator, params | {"aggregator": learnt})
 
 
 def make_painter(

@@ -2,6 +2,7 @@
 
 python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a smiling person"
 python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
+python -m persona_jax.sample --adapter ip-adapter_sd15.safetensors --pipeline FOLDER --photos a.jpg
 
 Writes OUT/0000.png …, OUT/grid.png (references beside samples) and OUT/sample.json, which holds
 everything needed to repeat it. With --attribution, OUT/attribution.png: what each photo gave.
@@ -21,22 +22,24 @@ from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
+from persona_jax.models.aggregators import EveryPhoto
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
-    workdir, out = Path(arguments.workdir), Path(arguments.out)
-    method = read_config(workdir).method
-    by_name = method in personal.METHODS
-    if by_name != (arguments.person is not None) or by_name == bool(arguments.photos):
-        wanted = "--person, one of those it learnt, and no --photos" if by_name else "--photos"
-        raise UserError(f"{workdir} is a run of {method}: give {wanted}")
+    out, by_name = Path(arguments.out), painted_by_name(arguments)
     photos = [images.load_photo(path) for path in arguments.photos]
     weights, num = read_weights(arguments), arguments.num
     if num < 1:
         raise UserError(f"--num {num}: at least one picture")
 
-    run = runs.open_run(workdir, arguments.crop)
+    if arguments.adapter:
+        places = (arguments.pipeline, arguments.image_encoder)
+        run = runs.open_adapter(Path(arguments.adapter), *places, arguments.crop or 1.0)
+    else:
+        run = runs.open_run(Path(arguments.workdir), arguments.crop)
+    if isinstance(run.aggregator, EveryPhoto) and set(weights) != {1.0}:
+        raise UserError(f"--weights: {arguments.adapter} has no aggregator; all photos count alike")
     if arguments.attribution:
         attribution.check(run, np.float32(weights))
     knobs = run.knobs(
@@ -68,8 +71,8 @@ def main(arguments: argparse.Namespace) -> None:
         found = attribution.attribute(run, seen, np.float32(weights), painted, paint_all)
 
     record = {
-        "workdir": str(workdir.absolute()),
-        "step": newest_step(workdir / "checkpoints"),
+        "workdir": str(run.workdir.absolute()),
+        "step": newest_step(run.workdir / "checkpoints"),
         "person": arguments.person,
         "photos": [str(Path(photo).absolute()) for photo in arguments.photos],
         "weights": weights,
@@ -89,6 +92,26 @@ def main(arguments: argparse.Namespace) -> None:
         squares = [images.centre_crop(photo, record["crop"]) for photo in photos]
         attribution.draw(found, squares, run.pipeline.image_size).save(out / "attribution.png")
         print(f"what each photo contributed: {out / 'attribution.png'}")
+
+
+def painted_by_name(arguments: argparse.Namespace) -> bool:
+    """Whether people are painted by name, not from photos.
+
+    Raises:
+      UserError: flags that do not go together.
+    """
+    if bool(arguments.workdir) == bool(arguments.adapter):
+        raise UserError("give --workdir, a run, or --adapter, a file, and --pipeline with it")
+    if arguments.adapter:
+        if not arguments.pipeline or not arguments.photos or arguments.person:
+            raise UserError("--adapter: give --pipeline, the base it is for, and --photos")
+        return False
+    method = read_config(Path(arguments.workdir)).method
+    by_name = method in personal.METHODS
+    if by_name != (arguments.person is not None) or by_name == bool(arguments.photos):
+        wanted = "--person, one of those it learnt, and no --photos" if by_name else "--photos"
+        raise UserError(f"{arguments.workdir} is a run of {method}: give {wanted}")
+    return by_name
 
 
 def read_weights(arguments: argparse.Namespace) -> list[float]:
@@ -127,7 +150,12 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", required=True, help="a run of persona_jax.train")
+    flags.add_argument("--workdir", help="a run of persona_jax.train")
+    flags.add_argument(
+        "--adapter", help="in its place, an IP-Adapter file, or a folder that export wrote"
+    )
+    flags.add_argument("--pipeline", help="the base of --adapter: tiny, a folder or a hub id")
+    flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
     flags.add_argument("--photos", nargs="+", default=[], help="the person's photos")
     flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
     flags.add_argument("--prompt", default="a photo of a person")

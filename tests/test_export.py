@@ -14,7 +14,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 from world import adapter_config, config_of, write_people
 
-from persona_jax import export, methods, personal, runs, tuning
+import persona_jax.stock
+from persona_jax import export, methods, paint, personal, runs, sample, tuning
 from persona_jax.cli import run_with_arguments, write_run_files
 from persona_jax.eyes import open_eye
 from persona_jax.interop.checkpoints import Checkpoints, load_params
@@ -100,6 +101,64 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
     assert {f"{part}.{key}" for part, found in nested.items() for key in found} == set(flat)
     key = "ip_adapter.1.to_k_ip.weight"
     np.testing.assert_array_equal(nested["ip_adapter"]["1.to_k_ip.weight"], flat[key])
+
+
+@pytest.mark.parametrize("name", ["max", "sa"])
+def test_what_was_exported_paints_the_same_again_here(world, tmp_path, name):
+    run_export(world, name, tmp_path / "out", "--format", "ip-adapter")
+    photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
+    base = ["--pipeline", str(world / "base")]
+    for place, flags in (
+        ("a", ["--workdir", str(world / name)]),
+        ("b", ["--adapter", str(tmp_path / "out"), *base]),
+    ):
+        argv = ["sample", "--out", str(tmp_path / place), "--photos", *photos, *flags]
+        argv += ["--num", "1", "--steps", "2", "--guidance", "3"]
+        run_with_arguments(sample.parser(), sample.main, argv)
+    one, other = (np.asarray(Image.open(tmp_path / p / "0000.png"), int) for p in "ab")
+    assert abs(one - other).max() <= 1
+
+
+def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
+    """Several photos under one softmax."""
+    run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
+    run = runs.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
+    seen = run.eye.look([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
+    ours = persona_jax.stock.our_painter(run.pipeline, run.aggregator)
+    references = paint.References(jnp.asarray(seen)[None], jnp.ones((1, 3)))
+    pipe = persona_jax.stock.open_stock(world / "base")
+    pipe.load_ip_adapter(
+        str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
+    )
+    both = torch.from_numpy(np.stack([np.zeros_like(seen), seen]))
+    theirs = persona_jax.stock.stock_latents(pipe, run.pipeline, ip_adapter_image_embeds=[both])
+    assert persona_jax.stock.apart(ours(run.params, references), theirs) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--adapter", "a.bin"], "--adapter: give --pipeline"),
+        ([], "give --workdir"),
+        (["--adapter", "{world}/people", "--pipeline", "{world}/base"], "aggregator.json"),
+        (["--adapter", "{world}/none.bin", "--pipeline", "{world}/base"], "no such file"),
+        (["--adapter", "{tmp}/out", "--pipeline", "tiny"], "gives 256"),
+        (
+            "--adapter {tmp}/out/ip_adapter.safetensors --pipeline {world}/base --weights 2".split(),
+            "all photos count alike",
+        ),
+    ],
+)
+def test_adapters_that_cannot_be_sampled(world, tmp_path, capsys, flags, words):
+    run_export(world, "avg", tmp_path / "out", "--format", "ip-adapter")
+    photo = str(world / "people/person_0/0.png")
+    argv = ["sample", "--out", str(tmp_path / "pictures"), "--photos", photo]
+    argv += [flag.format(world=world, tmp=tmp_path) for flag in flags]
+    with pytest.raises(SystemExit) as stop:
+        run_with_arguments(sample.parser(), sample.main, argv)
+    assert stop.value.code == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "pictures").exists()
 
 
 def test_running_average_or_last_step(world, tmp_path):

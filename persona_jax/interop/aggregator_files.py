@@ -5,11 +5,12 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
-from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.aggregators import Aggregator, SelfAttentionAggregator
 
 SIZES = ("depth", "heads", "width", "pooling_heads")
 
@@ -31,3 +32,29 @@ def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: P
         tensors.save_tree(whole, folder / "aggregator.safetensors")
     folders.write_json(folder / "aggregator.json", settings)
     shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")
+
+
+def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
+    """What :func:`save_aggregator` wrote: the aggregator and its parameters.
+
+    Raises:
+      UserError: not there, of another dimension than `dim`, or tensors that do not fit.
+    """
+    settings = folders.read_json(folder / "aggregator.json")
+    kind, module = settings.get("kind"), None
+    if settings.get("dim") != dim:
+        raise UserError(
+            f"{folder}: reads embeddings of {settings.get('dim')} numbers, but the image encoder "
+            f"gives {dim}"
+        )
+    if kind == "self_attention":
+        if missing := [name for name in SIZES if not isinstance(settings.get(name), int)]:
+            raise UserError(f"{folder}/aggregator.json: no {', '.join(missing)}")
+        module = SelfAttentionAggregator(**{name: settings[name] for name in SIZES})
+    aggregator = Aggregator(kind, module)
+    abstract = jax.eval_shape(lambda: aggregator.init(jax.random.key(0), dim))
+    if not abstract:
+        return aggregator, {}
+    file = folder / "aggregator.safetensors"
+    files = tensors.TensorFiles([file], str(file))
+    return aggregator, tensors.load_tree(abstract, files, dtype=jnp.float32)
