@@ -135,6 +135,9 @@ def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     assert persona_jax.stock.apart(ours(run.params, references), theirs) < 1e-3
 
 
+PLAIN = ["--adapter", "{tmp}/out/ip_adapter.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
@@ -144,7 +147,7 @@ def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
         (["--adapter", "{world}/none.bin", "--pipeline", "{world}/base"], "no such file"),
         (["--adapter", "{tmp}/out", "--pipeline", "tiny"], "gives 256"),
         (
-            "--adapter {tmp}/out/ip_adapter.safetensors --pipeline {world}/base --weights 2".split(),
+            [*PLAIN, "--pipeline", "{world}/base", "--weights", "2"],
             "all photos count alike",
         ),
     ],
