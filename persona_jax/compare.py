@@ -92,12 +92,13 @@ def main(arguments: argparse.Namespace) -> None:
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     photos, groups = open_dataset(data.data)
-    judge = open_judge(data, photos, arguments)
+    people = judging.how_many(arguments.people, groups.test)
+    judge = open_judge(data, photos, people, arguments)
     world = World(
         out,
         photos,
         judge,
-        judging.subjects(judge, photos, groups.test, arguments.people, data, judging.AGAIN),
+        judging.subjects(judge, photos, groups.test, people, data, judging.AGAIN),
         judging.subjects(judge, photos, groups.validation, CHOOSERS["adapter"], data),
     )
     _same_settings(out, arguments)
@@ -121,8 +122,9 @@ def main(arguments: argparse.Namespace) -> None:
     rows |= {"real photos": [first]}
     rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
     _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
-    people, seeds = arguments.people, arguments.seeds
-    caption = f"{people} people, {seeds} trainings of each adapter; judged by {judge.name}"
+    caption = (
+        f"{people} people, {arguments.seeds} trainings of each adapter; judged by {judge.name}"
+    )
     table = report.table(rows, real, versus="sa", fid=arguments.fid)
     report.write(out, table, caption, ["grid.png"])
 
@@ -364,7 +366,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
     flags.add_argument("--methods", nargs="+", default=list(report.PAPER), help=", ".join(METHODS))
     flags.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
-    flags.add_argument("--people", type=int, default=128, help="test people")
+    flags.add_argument("--people", type=int, help="test people; all, 128 at most, if not given")
     flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
     flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
     flags.add_argument(

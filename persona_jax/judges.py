@@ -14,7 +14,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
-from persona_jax.metrics import faces, judging, networks, reading
+from persona_jax.metrics import faces, fidelity, judging, networks, reading
 from persona_jax.pipeline import embed_captions, open_pipeline
 
 BATCH = 32
@@ -22,12 +22,15 @@ MANY = 256
 """Photos whose mean is taken."""
 
 
-def open_judge(config: ConfigDict, photos: Photos, arguments: argparse.Namespace) -> judging.Judge:
+def open_judge(
+    config: ConfigDict, photos: Photos, people: int, arguments: argparse.Namespace
+) -> judging.Judge:
     """By the truth where it is known, by faces elsewhere.
 
     Args:
       config: of people and base.
       photos: the people's.
+      people: how many are to be judged; of fewer than readers pick from, they pick from these.
       arguments: :func:`persona_jax.metrics.networks.add_flags`'.
 
     Raises:
@@ -39,7 +42,9 @@ def open_judge(config: ConfigDict, photos: Photos, arguments: argparse.Namespace
     if photos.has("identity"):
         reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
         seen_by = {"the reader": networks.by_reader(reader)} | more
-        return judging.TraitJudge(reader, photos.truth("identity"), photos.truth("scene"), seen_by)
+        among = min(people, fidelity.AMONG)
+        truth = photos.truth("identity"), photos.truth("scene")
+        return judging.TraitJudge(reader, *truth, seen_by, among)
     return _face_judge(config, photos, more)
 
 

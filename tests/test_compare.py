@@ -11,7 +11,7 @@ from world import config_of, shrink_adapter
 
 from persona_jax import compare
 from persona_jax.cli import run_with_arguments, write_run_files
-from persona_jax.metrics import fidelity, judging, reading
+from persona_jax.metrics import judging, reading
 from persona_jax.models import reader as model
 
 
@@ -53,14 +53,13 @@ def run_compare(*flags: str) -> None:
     [["ip", "sa"], pytest.param(["ip", "sa", "dreambooth"], marks=pytest.mark.slow)],
 )
 def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(fidelity, "AMONG", 4)
     monkeypatch.setattr(compare, "CHOOSERS", {"adapter": 4, "personal": 2})
     monkeypatch.setattr(compare, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(compare, "SCALES", (0.5,))
     monkeypatch.setattr(compare, "DOUBLINGS", 0)
     monkeypatch.setattr(judging, "AGAIN", 3)
     monkeypatch.setattr(compare, "SHOWN", 2)
-    flags = ["--out", str(tmp_path), "--people", "4", "--configs", str(small_configs)]
+    flags = ["--out", str(tmp_path), "--configs", str(small_configs)]
     flags += ["--methods", *methods]
     run_compare(*flags)
     printed = capsys.readouterr().out
@@ -116,7 +115,7 @@ def test_choices_walk_downhill_three_doublings_at_most(best, found):
     [
         (["--methods", "ip"], "sa among them"),
         (["--methods", "sa", "gan"], "gan"),
-        (["--people", "5", "--methods", "sa"], "5 people: a multiple of 32"),
+        (["--people", "5", "--methods", "sa"], "5 people: a multiple of 5, 2 to 4"),
         (["--seeds", "0"], "--seeds 0"),
         (["--methods", "sa", "--people", "3200"], "2 to 4"),
         (["--methods", "sa", "max"], "no such file"),

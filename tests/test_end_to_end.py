@@ -123,7 +123,7 @@ def test_real_people_are_evaluated_by_their_faces(world, monkeypatch, capsys):
         flat = pictures.reshape(len(pictures), -1)
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
-    def judge(config, photos, arguments):
+    def judge(config, photos, people, arguments):
         return faces.FaceJudge(
             photos,
             crop=config.data.crop,
@@ -139,7 +139,7 @@ def test_real_people_are_evaluated_by_their_faces(world, monkeypatch, capsys):
     config.data.test_people = 2
     monkeypatch.setattr(evaluate.judges, "open_judge", judge)
     monkeypatch.setattr(evaluate, "read_config", lambda workdir: config)
-    argv = ["evaluate", "--workdir", str(workdir), "--people", "2", "--references", "3", "1"]
+    argv = ["evaluate", "--workdir", str(workdir), "--references", "3", "1"]
     run_with_arguments(evaluate.parser(), evaluate.main, argv)
     report = json.loads((workdir / "evaluation/report.json").read_text())
     assert list(report["rows"]) == ["from 1", "from 3", "from another person's", "real photos"]

@@ -13,7 +13,7 @@ from persona_jax.base import ship
 from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.metrics import fidelity, reading
+from persona_jax.metrics import reading
 
 
 def assert_close(ours, theirs) -> None:
@@ -65,10 +65,9 @@ def run_evaluate(workdir, *flags: str) -> None:
     run_with_arguments(evaluate.parser(), evaluate.main, argv)
 
 
-def test_evaluation_reads_every_number_of_references(tiny, monkeypatch, capsys):
+def test_evaluation_reads_every_number_of_references(tiny, capsys):
     _, _, workdir = tiny
-    monkeypatch.setattr(fidelity, "AMONG", 4)
-    run_evaluate(workdir, "--people", "4", "--references", "1", "3")
+    run_evaluate(workdir, "--references", "1", "3")
     report = json.loads((workdir / "evaluation" / "report.json").read_text())
     rows = report["rows"]
     assert list(rows) == ["from 1", "from 3", "from another person's", "real photos"]
@@ -96,8 +95,7 @@ def test_evaluation_reads_every_number_of_references(tiny, monkeypatch, capsys):
         (["--people", "4", "--references", "0"], "--references"),
     ],
 )
-def test_wrong_flags_of_evaluate(tiny, monkeypatch, capsys, flags, word):
-    monkeypatch.setattr(fidelity, "AMONG", 4)
+def test_wrong_flags_of_evaluate(tiny, capsys, flags, word):
     with pytest.raises(SystemExit) as stop:
         run_evaluate(tiny[2], *flags)
     assert stop.value.code == 2

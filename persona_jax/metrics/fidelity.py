@@ -90,9 +90,12 @@ def error_by_trait(
 
 
 def named(
-    reader: reading.Reader, identity: Float[np.ndarray, "P K"], truth: Float[np.ndarray, "P K"]
+    reader: reading.Reader,
+    identity: Float[np.ndarray, "P K"],
+    truth: Float[np.ndarray, "P K"],
+    among: int = AMONG,
 ) -> Float[np.ndarray, " P"]:
-    """1 for a picture whose person is picked from :data:`AMONG`, else 0; NaN for those of the last
+    """1 for a picture whose person is picked from `among`, else 0; NaN for those of the last
     people, who are too few to be picked from.
 
     Args:
@@ -103,9 +106,9 @@ def named(
     _, first, who = np.unique(truth, axis=0, return_index=True, return_inverse=True)
     who, people = np.argsort(np.argsort(first))[who], truth[np.sort(first)]
     out = np.full(len(truth), np.nan)
-    for start in range(0, len(people) - AMONG + 1, AMONG):
-        chosen = (who >= start) & (who < start + AMONG)
-        picked = reader.name(identity[chosen], people[start : start + AMONG])
+    for start in range(0, len(people) - among + 1, among):
+        chosen = (who >= start) & (who < start + among)
+        picked = reader.name(identity[chosen], people[start : start + among])
         out[chosen] = picked == who[chosen] - start
     return out
 

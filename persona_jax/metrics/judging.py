@@ -23,6 +23,8 @@ from persona_jax.metrics.networks import Look, Network
 
 AGAIN = 32
 """How many people are painted plainly once more."""
+MOST = 128
+"""People, where nobody says how many."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,6 +139,7 @@ class TraitJudge:
       reader: what reads them.
       identity, scene: the truth about all photos, by row ``[N, 27]`` and ``[N, 31]``.
       networks: its own and more.
+      among: people are named in groups of so many.
       name: of what judges.
       plain: the first prompt.
     """
@@ -145,13 +148,9 @@ class TraitJudge:
     identity: Float[np.ndarray, "N K"]
     scene: Float[np.ndarray, "N J"]
     networks: Mapping[str, Network]
+    among: int = fidelity.AMONG
     name: str = "the reader of the base"
     plain: str = fidelity.PLAIN
-
-    @property
-    def among(self) -> int:
-        """People are named in groups of this many."""
-        return fidelity.AMONG
 
     @property
     def likeness(self) -> str:
@@ -195,11 +194,20 @@ class TraitJudge:
         return Verdict(
             {
                 "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
-                self.likeness: fidelity.named(self.reader, read, identity),
+                self.likeness: fidelity.named(self.reader, read, identity, self.among),
                 "prompt ↑": fidelity.scene_fidelity(self.reader.read(asked), self.scene[rows]),
             },
             {name: network(asked) for name, network in self.networks.items()},
         )
+
+
+def how_many(wanted: int | None, group: Sequence[str]) -> int:
+    """As many people of a group as are wanted; without a wish all of them, :data:`MOST` at most, in
+    whole groups of those that readers pick from."""
+    if wanted is not None:
+        return wanted
+    count = min(MOST, len(group))
+    return count - count % fidelity.AMONG if count > fidelity.AMONG else count
 
 
 def subjects(

@@ -91,7 +91,7 @@ def test_dlib_cannot_judge_what_it_conditions(tmp_path):
     stock.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
     with pytest.raises(UserError, match="cannot judge"):
-        judges.open_judge(config, open_dataset(config.data)[0], NO_FLAGS)
+        judges.open_judge(config, open_dataset(config.data)[0], 3, NO_FLAGS)
 
 
 def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
@@ -121,7 +121,7 @@ def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
     monkeypatch.setattr(
         judges, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
     )
-    judge = judges.open_judge(config, photos, NO_FLAGS)
+    judge = judges.open_judge(config, photos, 6, NO_FLAGS)
     whom = judging.subjects(judge, photos, groups.test, 6, config)
     pictures = judging.photos_as_pictures(photos, whom.held_out, 64, 0.6)
     own, there, _ = judge.photos(whom, whom.held_out, pictures).scores.values()
