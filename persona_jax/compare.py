@@ -330,7 +330,7 @@ def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
     return images.grid(cells, titles=titles)
 
 
-def _remembered(file: Path, measure: Callable) -> float | dict:
+def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
     """What `measure` found, kept in a file."""
     if not file.exists():
         found = measure()

@@ -94,8 +94,7 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
         shutil.copytree(source, folder, dirs_exist_ok=True)
         (folder / "README.md").write_text(cards.base(config))
         return stock.base_difference(folder) if arguments.verify else None
-    run, about = learnt_by_heart(workdir, arguments)
-    towers = tuning.load(workdir, arguments.person, run.pipeline, run.config)
+    run, about, towers = learnt_by_heart(workdir, arguments)
     changed = {
         name: dataclasses.replace(
             getattr(run.pipeline, name),
@@ -110,7 +109,7 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
 
 def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
     """A person's LoRA."""
-    run, about = learnt_by_heart(workdir, arguments)
+    run, about, towers = learnt_by_heart(workdir, arguments)
     if run.config.method != "lora":
         raise UserError(f"--format lora: {workdir} is a run of {run.config.method}")
     name = "pytorch_lora_weights.safetensors"
@@ -118,12 +117,11 @@ def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> fl
     (folder / "README.md").write_text(cards.lora(run.config, about, arguments.person))
     if not arguments.verify:
         return None
-    towers = tuning.load(workdir, arguments.person, run.pipeline, run.config)
     return stock.lora_difference(run, towers, folder, folders.find(run.config.pipeline))
 
 
-def learnt_by_heart(workdir: Path, arguments: argparse.Namespace) -> tuple[runs.Run, dict]:
-    """The run and what ``person.json`` says of the person.
+def learnt_by_heart(workdir: Path, arguments: argparse.Namespace) -> tuple[runs.Run, dict, dict]:
+    """The run, what ``person.json`` says of the person, and their towers.
 
     Raises:
       UserError: not such a run, nobody named, or another base.
@@ -137,10 +135,10 @@ def learnt_by_heart(workdir: Path, arguments: argparse.Namespace) -> tuple[runs.
     if not arguments.person:
         raise UserError(f"--format {arguments.format}: say who, --person NAME")
     run = runs.open_run(workdir)
-    tuning.load(workdir, arguments.person, run.pipeline, run.config)
+    towers = tuning.load(workdir, arguments.person, run.pipeline, run.config)
     about = folders.read_json(tuning.folder_of(workdir, arguments.person) / "person.json")
     same_base(workdir, about.get("unet"), run.pipeline.unet.hash)
-    return run, about
+    return run, about, towers
 
 
 def same_base(workdir: Path, trained: str | None, now: str, what: str = "base") -> None:

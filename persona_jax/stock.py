@@ -31,11 +31,11 @@ def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
     Raises:
       UserError: diffusers is missing, or paints something else.
     """
+    stock = open_stock(base)
     import torch
 
     from persona_jax.interop import torch_aggregator
 
-    stock = open_stock(base)
     stock.load_ip_adapter(
         str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )

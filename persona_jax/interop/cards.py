@@ -30,6 +30,13 @@ def ip_adapter(config: ConfigDict, trained: Mapping[str, Any], kind: str, photos
 `ip_adapter_image_embeds=[load_file("image_embeds.safetensors")["image_embeds"]]`.
 """
     )
+    see = """photos = [Image.open(path).convert("RGB") for path in PHOTOS]
+pixels = pipe.feature_extractor(photos, return_tensors="pt").pixel_values
+with torch.no_grad():
+    embeddings = pipe.image_encoder(pixels).image_embeds[None]"""
+    if config.image_encoder.kind != "clip":
+        see = f"""with torch.no_grad():
+    embeddings = FACES  # [1, N, D]: what the {config.image_encoder.kind} network sees"""
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
@@ -49,10 +56,7 @@ pipe = StableDiffusionPipeline.from_pretrained(BASE)
 pipe.load_ip_adapter(
     ".", subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
 )
-photos = [Image.open(path).convert("RGB") for path in PHOTOS]
-pixels = pipe.feature_extractor(photos, return_tensors="pt").pixel_values
-with torch.no_grad():
-    embeddings = pipe.image_encoder(pixels).image_embeds[None]
+{see}
     image = load("aggregator.json")(embeddings)
 both = torch.cat([torch.zeros_like(image), image])[:, None]
 pipe(

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
-from persona_jax.interop.torch_files import StateDict
+from persona_jax.interop.torch_files import open_tensors
 from persona_jax.models.adapter import TOKENS, ImageProjection
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
 
@@ -69,7 +69,7 @@ def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected an IP-Adapter, .safetensors or .bin")
-    files = StateDict(file) if file.suffix == ".bin" else tensors.TensorFiles([file], str(file))
+    files = open_tensors(file)
     _refuse_other_kinds(files, config)
     layers = cross_attention_layers(config)
     projection = ImageProjection(config.cross_attention_dim, TOKENS)

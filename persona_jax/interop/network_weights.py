@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from persona_jax.errors import UserError
-from persona_jax.interop.tensors import TensorFiles, load_tree
-from persona_jax.interop.torch_files import StateDict
+from persona_jax.interop.tensors import load_tree
+from persona_jax.interop.torch_files import open_tensors
 from persona_jax.models import facenet, inception
 
 
@@ -40,10 +40,9 @@ def load_facenet(file: str | Path) -> dict:
 def _load(module: nn.Module, side: int, file: Path, passed_over: tuple[str, ...]) -> dict:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
-    files = TensorFiles([file], str(file)) if file.suffix == ".safetensors" else StateDict(file)
     blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), blank)["params"]
-    return load_tree(abstract, files, rename=_rename(passed_over), dtype=jnp.float32)
+    return load_tree(abstract, open_tensors(file), rename=_rename(passed_over), dtype=jnp.float32)
 
 
 def _rename(passed_over: tuple[str, ...]) -> Callable[[str], str | None]:

@@ -1,5 +1,7 @@
-"""PyTorch's own files of tensors. They are pickles: torch reads them with ``weights_only``, which
-makes tensors and runs nothing."""
+"""Files of tensors, PyTorch's own among them.
+
+Those are pickles: torch reads them with ``weights_only``, which makes tensors and runs nothing.
+"""
 
 import pickle
 from collections.abc import Iterator, Mapping
@@ -9,6 +11,12 @@ from typing import Any
 import numpy as np
 
 from persona_jax.errors import UserError
+from persona_jax.interop.tensors import TensorFiles, Tensors
+
+
+def open_tensors(file: Path) -> Tensors:
+    """The tensors of one file: safetensors, or anything else as torch's own."""
+    return TensorFiles([file], str(file)) if file.suffix == ".safetensors" else StateDict(file)
 
 
 class StateDict:

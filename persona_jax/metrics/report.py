@@ -60,6 +60,7 @@ def table(
         return np.stack([verdict.scores[title] for verdict in found])
 
     leading, *others = rows[versus][0].scores
+    against = {network: references.of(features) for network, features in real.items()}
     base, out = stacked(rows[versus], leading), {}
     for name, found in rows.items():
         scores = stacked(found, leading)
@@ -71,9 +72,9 @@ def table(
             **{title: bootstrap(stacked(found, title)) for title in others},
             "diversity": None if None in apart else float(np.mean(apart) / unlike),
         }
-        for network, features in real.items():
+        for network, reference in against.items():
             looks = [verdict.looks[network] for verdict in found]
-            out[name] |= realism(looks, references.of(features), network, fid)
+            out[name] |= realism(looks, reference, network, fid)
         if rows.keys() & PAPER.keys():
             out[name]["the paper's IS / FID"] = PAPER.get(name)
     return out
