@@ -14,11 +14,10 @@ import pytest
 from PIL import Image
 from world import adapter_config, base_config, write_people
 
-from persona_jax import evaluate, pretrain, sample, train
-from persona_jax.cli import read_config, run_with_arguments
+from persona_jax import pretrain, sample, train
+from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params, newest_step
-from persona_jax.metrics import faces, networks
 
 
 @pytest.fixture(scope="module")
@@ -114,40 +113,6 @@ def test_attribution_of_one_photo_is_refused(world, tmp_path, capsys):
         paint(world, tmp_path, "--attribution", "--num", "1", photos=1)
     assert stop.value.code == 2
     assert "two photos or more" in capsys.readouterr().err
-
-
-def test_real_people_are_evaluated_by_their_faces(world, monkeypatch, capsys):
-    """With a judge whose eye knows colours, in the place of dlib's."""
-
-    def colours(pictures: np.ndarray) -> np.ndarray:
-        flat = pictures.reshape(len(pictures), -1)
-        return flat / np.linalg.norm(flat, axis=1, keepdims=True)
-
-    def judge(config, photos, people, arguments):
-        return faces.FaceJudge(
-            photos,
-            crop=config.data.crop,
-            face=colours,
-            words=lambda pictures: np.ones((len(pictures), 1)),
-            texts=lambda captions: np.full((len(captions), 1), 0.5),
-            find=lambda picture: True,
-            networks={"colours": networks.by_faces(colours)},
-        )
-
-    workdir = world[3]
-    config = read_config(workdir)
-    config.data.test_people = 2
-    monkeypatch.setattr(evaluate.judges, "open_judge", judge)
-    monkeypatch.setattr(evaluate, "read_config", lambda workdir: config)
-    argv = ["evaluate", "--workdir", str(workdir), "--references", "3", "1"]
-    run_with_arguments(evaluate.parser(), evaluate.main, argv)
-    report = json.loads((workdir / "evaluation/report.json").read_text())
-    assert list(report["rows"]) == ["from 1", "from 3", "from another person's", "real photos"]
-    real = report["rows"]["real photos"]
-    assert 0 < real["face cosine to the references ↑"]["value"] <= 1
-    assert real["text cosine ↑"]["value"] == 0.5
-    assert "details" not in report
-    assert "| from 3 |" in capsys.readouterr().out
 
 
 def test_long_prompt_is_cut_with_a_warning(world, tmp_path, capsys):

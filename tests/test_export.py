@@ -2,7 +2,6 @@
 
 import json
 import shutil
-from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -12,35 +11,13 @@ import stock
 import torch
 from PIL import Image
 from safetensors.numpy import load_file
-from world import adapter_config, config_of, write_people
+from world import adapter_config, config_of, shaken, write_adapter, write_people
 
 import persona_jax.stock
-from persona_jax import export, methods, paint, personal, runs, sample, tuning
+from persona_jax import export, paint, personal, runs, sample, tuning
 from persona_jax.cli import run_with_arguments, write_run_files
-from persona_jax.eyes import open_eye
-from persona_jax.interop.checkpoints import Checkpoints, load_params
+from persona_jax.interop.checkpoints import load_params
 from persona_jax.pipeline import open_pipeline
-
-
-def shaken(tree, seed: int):
-    """No parameter at its start, where zeros and ones hide mistakes."""
-    leaves, structure = jax.tree.flatten(tree)
-    random = [
-        np.asarray(x + 0.2 * stock.normal(*x.shape, seed=seed + i)) for i, x in enumerate(leaves)
-    ]
-    return jax.tree.unflatten(structure, random)
-
-
-def write_adapter(config, workdir) -> None:
-    """A run's folder, as after a training that has left random parameters."""
-    parts = open_pipeline(config)
-    eye = open_eye(config, parts)
-    params = methods.init_adapter(config, parts, eye.dim)
-    state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
-    write_run_files(workdir, config)
-    trained = {"unet": parts.unet.hash, "eye": eye.hash}
-    with Checkpoints(workdir / "checkpoints", fingerprint=trained) as checkpoints:
-        checkpoints.save(1, state)
 
 
 def write_person(config, workdir) -> None:

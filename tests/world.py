@@ -4,10 +4,18 @@ import io
 import runpy
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
+
+from persona_jax import methods
+from persona_jax.cli import write_run_files
+from persona_jax.eyes import open_eye
+from persona_jax.interop.checkpoints import Checkpoints
+from persona_jax.pipeline import open_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -115,3 +123,26 @@ def shrink_adapter(config: ConfigDict, pipeline: Path) -> ConfigDict:
     config.sampling.steps = 2
     config.grid.update({"people": 1, "samples": 2})
     return config
+
+
+def shaken(tree, seed: int):
+    """No parameter at its start, where zeros and ones hide mistakes."""
+    leaves, structure = jax.tree.flatten(tree)
+    generators = map(np.random.default_rng, range(seed, seed + len(leaves)))
+    random = [
+        np.asarray(x + 0.2 * generator.standard_normal(x.shape, np.float32))
+        for x, generator in zip(leaves, generators, strict=True)
+    ]
+    return jax.tree.unflatten(structure, random)
+
+
+def write_adapter(config, workdir) -> None:
+    """A run's folder, as after a training that has left random parameters."""
+    parts = open_pipeline(config)
+    eye = open_eye(config, parts)
+    params = methods.init_adapter(config, parts, eye.dim)
+    state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
+    write_run_files(workdir, config)
+    trained = {"unet": parts.unet.hash, "eye": eye.hash}
+    with Checkpoints(workdir / "checkpoints", fingerprint=trained) as checkpoints:
+        checkpoints.save(1, state)
