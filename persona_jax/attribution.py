@@ -12,6 +12,7 @@ from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.models.aggregators import SelfAttentionAggregator
 from persona_jax.runs import Run
+from persona_jax.shown import Set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +46,9 @@ class Attribution:
 def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
     """Raises UserError where there is nothing to attribute: another aggregator, which attends to
     nothing, or fewer than two photos that count."""
-    if run.personal or not isinstance(run.aggregator.module, SelfAttentionAggregator):
+    if run.adapter is None or not isinstance(
+        run.adapter.aggregator.module, SelfAttentionAggregator
+    ):
         raise UserError(
             f"--attribution: {run.workdir} does not attend to photos; it is for self-attention"
         )
@@ -55,8 +58,7 @@ def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
 
 def attribute(
     run: Run,
-    embeddings: Float[np.ndarray, "N D"],
-    weights: Float[np.ndarray, " N"],
+    shown: Set,
     painted: Float[np.ndarray, "P S S 3"],
     repaint: Callable[[np.ndarray], np.ndarray],
 ) -> Attribution:
@@ -64,12 +66,14 @@ def attribute(
 
     Args:
       run: of an adapter with self-attention.
-      embeddings, weights: its references.
+      shown: its references.
       painted: its pictures from all of them.
       repaint: weights → the same pictures again, from the photos that the weights leave.
     """
-    _, heads = run.aggregator.module.apply(
-        {"params": run.params["aggregator"]},
+    weights = np.float32(shown.weights)
+    embeddings = run.eye.look([images.load_photo(file) for file in shown.photos])
+    _, heads = run.adapter.aggregator.module.apply(
+        {"params": run.adapter.params["aggregator"]},
         jnp.asarray(embeddings[None]),
         jnp.asarray(weights[None]),
     )

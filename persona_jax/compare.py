@@ -56,7 +56,7 @@ class World:
       photos: all of them.
       judge: who says how good pictures are.
       test, validation: whom to paint.
-      painters: compiled, by aggregator and number of steps; all methods share one base.
+      painters: compiled, by number of steps; all methods share one base.
       looks: embeddings of the subjects' references, by the eye and the subjects' names.
     """
 
@@ -109,12 +109,11 @@ def main(arguments: argparse.Namespace) -> None:
             for row, verdict in _method(world, name, config, seed).items():
                 rows.setdefault(row, []).append(verdict)
     roll = {"see": lambda seen: np.roll(seen, 1, axis=0)}
-    every = {"aggregator": EveryPhoto()}
     for seed in range(arguments.seeds):
         another = _control(world, "sa", data, seed, "another", **roll)
         rows.setdefault("sa, another person's photos", []).append(another)
         if "ip" in configs:
-            together = _control(world, "ip", configs["ip"], seed, "every", **every)
+            together = _control(world, "ip", configs["ip"], seed, "every", side_by_side=True)
             rows.setdefault("ip, all photos side by side", []).append(together)
     rows["text alone"] = [_control(world, "sa", data, 0, "text", see=lambda seen: None)]
     size = open_pipeline(data).image_size
@@ -276,28 +275,29 @@ def _verdict(
     knobs: runs.Knobs,
     *,
     see: Callable[[np.ndarray], np.ndarray | None] = lambda seen: seen,
-    aggregator: EveryPhoto | None = None,
+    side_by_side: bool = False,
     named: bool = True,
 ) -> Verdict:
     """The verdict on a run's pictures of people; pictures are kept and painted once.
 
     Args:
       see: changes the references' embeddings.
-      aggregator: in place of the run's.
+      side_by_side: no aggregator; each photo makes tokens of its own.
       named: see :func:`persona_jax.runs.paint_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
         return world.judge.pictures(whom, np.load(file))
     print(f"painting {label}", flush=True)
-    aggregator = aggregator or run.aggregator
-    compiled = world.painters.get((aggregator, knobs.steps))
-    if compiled is None:
-        compiled = paint.make_painter(run.pipeline, aggregator, steps=knobs.steps)
-        world.painters[aggregator, knobs.steps] = compiled
-    painter = runs.make_painter(run, knobs, painter=compiled)
+    if knobs.steps not in world.painters:
+        world.painters[knobs.steps] = paint.make_painter(run.pipeline, steps=knobs.steps)
+    adapters = None
+    if side_by_side:
+        adapters = [run.adapter.replace(aggregator=EveryPhoto())]
+    compiled = world.painters[knobs.steps]
+    painter = runs.make_painter(run, knobs, painter=compiled, adapters=adapters)
     seen = see(world.look(run, whom))
-    pictures = runs.paint_subjects(run, painter, whom, seen, named=named)
+    pictures = runs.paint_subjects(run, painter, whom, seen, scale=knobs.scale, named=named)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))

@@ -114,7 +114,8 @@ def paint(
     painter, seen = runs.make_painter(run, knobs), runs.look_at(run, photos, whom)
 
     def painted(seen: np.ndarray | None, **changes) -> np.ndarray:
-        return runs.paint_subjects(run, painter, whom, seen, seed=seed, **changes)
+        changes |= {"scale": knobs.scale, "seed": seed}
+        return runs.paint_subjects(run, painter, whom, seen, **changes)
 
     if seen is None:
         return {from_(counts[0]): painted(None), ANYBODY: painted(None, named=False)}

@@ -5,10 +5,11 @@ python -m persona_jax.export --workdir runs/dreambooth --person ann --out ann --
 python -m persona_jax.export --workdir runs/lora --person ann --out ann --format lora
 
 ip-adapter: ip_adapter.safetensors in the published plain layout, and what reads a set of photos, as
-one page of PyTorch (aggregator.py, .json, .safetensors); with --photos also what it makes of them,
-image_embeds.safetensors. diffusers: a whole pipeline folder, of a person learnt by heart or of a
-base. lora: the person's LoRA in PEFT's layout. Each with a README.md that says how to use it, and
-on which base. --verify paints with both and compares.
+one page of PyTorch (aggregator.py, .json, .safetensors); a resampler in the published Plus layout,
+which needs no more; with --photos also what is made of them, image_embeds.safetensors. diffusers: a
+whole pipeline folder, of a person learnt by heart or of a base. lora: the person's LoRA in PEFT's
+layout. Each with a README.md that says how to use it, and on which base. --verify paints with both
+and compares.
 """
 
 import argparse
@@ -30,6 +31,7 @@ from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
+from persona_jax.models import adapter
 from persona_jax.pipeline import save as save_pipeline
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
@@ -67,17 +69,20 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
     same_base(workdir, trained.get("unet"), run.pipeline.unet.hash)
     same_base(workdir, trained.get("eye"), run.eye.hash, "image encoder")
     config, dtype = run.pipeline.unet.module.config, DTYPES[arguments.dtype]
-    save_ip_adapter(run.params, config, folder / "ip_adapter.safetensors", dtype)
+    learnt = run.adapter
+    save_ip_adapter(learnt.params, config, folder / "ip_adapter.safetensors", dtype)
     if arguments.bin:
         save_ip_adapter_bin(folder / "ip_adapter.safetensors", folder / "ip_adapter.bin")
-    save_aggregator(run.aggregator, run.params["aggregator"], run.eye.dim, folder)
+    save_aggregator(learnt.aggregator, learnt.params["aggregator"], run.eye.dim, folder)
     if arguments.photos:
         seen = run.eye.look([images.load_photo(path) for path in arguments.photos])
-        params = run.params["aggregator"]
-        image = run.aggregator.apply(params, jnp.asarray(seen)[None], jnp.ones((1, len(seen))))
-        both = np.stack([np.zeros_like(image), image])
+        params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
+        image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
+        both = np.stack([adapter.unconditional(image, learnt.blank), image])
+        if learnt.blank is not None:  # photo by photo
+            both = both[:, 0]
         save_file({"image_embeds": both}, folder / "image_embeds.safetensors")
-    text = cards.ip_adapter(run.config, trained, run.aggregator.kind, bool(arguments.photos))
+    text = cards.ip_adapter(run.config, trained, learnt.aggregator.kind, bool(arguments.photos))
     (folder / "README.md").write_text(text)
     if not arguments.verify:
         return None

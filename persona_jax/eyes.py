@@ -33,9 +33,10 @@ class Eye:
     Attributes:
       dim: D of its embeddings.
       preprocess: a photo → pixels, on the host.
-      embed: (params, pixels [B, S, S, 3]) → embeddings [B, D].
+      embed: (params, pixels [B, S, S, 3]) → embeddings [B, D], or patches [B, L, D].
       params: frozen parameters.
       hash: names the weights in caches and checkpoints.
+      blank: what it makes of no picture ``[L, D]``, where it gives a photo's patches; else None.
     """
 
     dim: int
@@ -43,22 +44,29 @@ class Eye:
     embed: Callable[[Mapping, Array], Array]
     params: Mapping
     hash: str
+    blank: Float[Array, "L D"] | None = None
 
-    def look(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P D"]:
-        """Embeddings of photos, float32 ``[P, D]``; not for many at a time."""
+    def look(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P ..."]:
+        """Embeddings of photos, float32 ``[P, D]``, or their patches ``[P, L, D]``; not for many at
+        a time."""
         pixels = np.stack([self.preprocess(photo) for photo in photos])
         return np.asarray(jax.jit(self.embed)(self.params, pixels), np.float32)
 
 
 def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
-    """The eye that a config's ``image_encoder`` names.
+    """The eye that a config's ``image_encoder`` names; for an IP-Adapter-Plus
+    (``aggregator.kind=plus``) it gives each photo's patches, as the tower has them before its last
+    layer.
 
     Raises:
       UserError: unknown kind, or weights that are missing or do not fit.
     """
     kind, crop = config.image_encoder.kind, config.data.crop
+    patches = config.get("aggregator", {}).get("kind") == "plus"
     if kind == "clip":
-        return _clip_eye(pipeline, crop)
+        return _clip_eye(pipeline, crop, patches)
+    if patches:
+        raise UserError(f"aggregator.kind=plus: it reads CLIP's patches, and {kind} gives none")
     if kind == "dlib":
         return _dlib_eye(config.image_encoder)
     if kind == "facenet":
@@ -66,7 +74,7 @@ def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
     raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
 
 
-def _clip_eye(pipeline: Pipeline, crop: float) -> Eye:
+def _clip_eye(pipeline: Pipeline, crop: float, patches: bool) -> Eye:
     tower, settings = pipeline.image_encoder, pipeline.feature_extractor
     if tower is None or settings is None:
         raise UserError(
@@ -78,11 +86,16 @@ def _clip_eye(pipeline: Pipeline, crop: float) -> Eye:
         return images.clip_preprocess(images.centre_crop(photo, crop), settings)
 
     def embed(params: Mapping, pixels: Array) -> Array:
-        embedding = tower.module.apply({"params": params}, pixels).embedding
-        return embedding.astype(jnp.float32)
+        found = tower.module.apply({"params": params}, pixels)
+        return (found.penultimate if patches else found.embedding).astype(jnp.float32)
 
-    dim = tower.module.config.projection_dim
-    return Eye(dim, preprocess, embed, tower.params, f"{tower.hash} crop {crop}")
+    sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"
+    if not patches:
+        return Eye(sizes.projection_dim, preprocess, embed, tower.params, digest)
+    nothing = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
+    blank = jax.jit(embed)(tower.params, nothing)[0]
+    digest += " patches"
+    return Eye(sizes.hidden_size, preprocess, embed, tower.params, digest, blank)
 
 
 def _dlib_eye(config: ConfigDict) -> Eye:

@@ -16,11 +16,18 @@ from ml_collections import ConfigDict
 from persona_jax.cli import read_config
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
+from persona_jax.eyes import Eye
 from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter
-from persona_jax.models.aggregators import Aggregator, AverageMLP, SelfAttentionAggregator
+from persona_jax.models.aggregators import (
+    UNPOOLED,
+    Aggregator,
+    AverageMLP,
+    EveryPhoto,
+    SelfAttentionAggregator,
+)
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
@@ -33,6 +40,8 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
     """The aggregator that a config's ``aggregator`` section describes."""
     if config.kind == "avg_mlp":
         return Aggregator(config.kind, AverageMLP(depth=config.depth, width=config.width))
+    if config.kind in UNPOOLED:
+        return EveryPhoto(config.kind)
     if config.kind != "self_attention":
         return Aggregator(config.kind)
     module = SelfAttentionAggregator(
@@ -46,7 +55,8 @@ def make_aggregator(config: ConfigDict) -> Aggregator:
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
     """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
-    an IP-Adapter file (plain layout, ``.safetensors`` or ``.bin``), or a shipped base, for its own.
+    an IP-Adapter file (plain or Plus layout, ``.safetensors`` or ``.bin``), or a shipped base, for
+    its own.
 
     A file has no aggregator: a fresh one learns on top.
 
@@ -73,6 +83,13 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
     place = shipped / "ip_adapter.safetensors" if shipped else Path(config.init_from).expanduser()
     if place.suffix in (".safetensors", ".bin"):
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
+        if learnt["image_proj"].keys() != fresh["image_proj"].keys():
+            plus = "latents" in learnt["image_proj"]
+            raise UserError(
+                f"config.init_from={config.init_from}: in the {'Plus' if plus else 'plain'} layout,"
+                f" which config.aggregator.kind={config.aggregator.kind} does not have; "
+                + ("plus and resampler do" if plus else "all but plus and resampler do")
+            )
         return fresh | learnt
     return start_from(place, fresh)
 
@@ -109,13 +126,15 @@ def start_from(workdir: Path, fresh: Mapping) -> dict:
     return out
 
 
-def frozen_params(pipeline: Pipeline) -> dict:
-    """The frozen tree of adapter training: UNet, text tower, and the empty prompt's ids."""
+def frozen_params(pipeline: Pipeline, eye: Eye) -> dict:
+    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and where the
+    eye gives patches, what it makes of no picture."""
     empty, _ = pipeline.tokenize([""])
     return {
         "unet": pipeline.unet.params,
         "text_encoder": pipeline.text_encoder.params,
         "empty": empty,
+        "blank": eye.blank,
     }
 
 
@@ -146,13 +165,14 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         no_image, no_text = jax.vmap(lambda k: drop_conditions(k, config.drop))(drop_key)
 
         image = adapter.aggregate(params, aggregator, batch["embeddings"], batch["mask"])
-        image = jnp.where(no_image[:, None], 0.0, image)
+        dropped = no_image.reshape(-1, *[1] * (image.ndim - 1))
+        image = jnp.where(dropped, adapter.unconditional(image, frozen["blank"]), image)
         ids = jnp.where(no_text[:, None], frozen["empty"], batch["tokens"])
         hidden = text.apply({"params": frozen["text_encoder"]}, ids).hidden
         kernels = text_kernels(frozen["unet"], unet.config)
         sources = (
             Source(*project_keys_values(kernels, hidden)),
-            adapter.source(params, image, dtype=unet.dtype),
+            adapter.source(params, image, dtype=unet.dtype, weights=batch["mask"]),
         )
 
         latents = jax.vmap(lambda k, m: draw_latents(k, m, scaling))(latent_key, batch["moments"])

@@ -1,6 +1,6 @@
 """From noise to pixels: prompts, references and knobs in, pictures out, one compiled program."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,9 +10,9 @@ from flax import struct
 from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
-from persona_jax.diffusion.schedule import Schedule
+from persona_jax.diffusion.schedule import Schedule, sampling_steps
 from persona_jax.models import adapter
-from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.adapter import Adapter
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
@@ -24,15 +24,20 @@ class References:
     """Photos of the person of each picture, and how much they count.
 
     Attributes:
-      embeddings: Γ_image of the photos ``[B, N, D]``.
+      embeddings: Γ_image of the photos ``[B, N, D]``, or their patches ``[B, N, L, D]``.
       weights: ``[B, N]``; 0 removes a photo, 2 counts it twice.
       scale: λ of the adapter's attention; one number, ``[B, 1]`` for one per picture, or a region
-        mask per layer, ``{layer: [B, h·w]}``.
+        mask per layer, ``{layer: [B, h·w]}`` (:mod:`persona_jax.models.scales`).
+      negative: photos to move away from, embeddings and weights as above, as many slots; None: no
+        photo at all.
+      window: λ counts from this share of the steps on, and up to that one; None: in all.
     """
 
-    embeddings: Float[Array, "B N D"]
+    embeddings: Float[Array, "B N *D"]
     weights: Float[Array, "B N"]
     scale: Float[Array, "..."] | float | Mapping[str, Array | float] = 1.0
+    negative: tuple[Float[Array, "B N *D"], Float[Array, "B N"]] | None = None
+    window: tuple[Array | float, Array | float] | None = None
 
 
 @struct.dataclass
@@ -43,7 +48,7 @@ class Request:
       keys: one key per picture ``[B]``: a picture depends on its own key alone.
       ids: token ids of the prompts ``[B, T]``.
       negative_ids: what to move away from, ``[B, T]``; the empty prompt by default practice.
-      references: the person, or None for text alone.
+      references: for each adapter, whom it shows; none for text alone.
       guidance: g of classifier-free guidance.
       eta: η of DDIM.
       noise: z_T ``[B, h, w, C]`` in place of the keys' own; None draws it.
@@ -52,7 +57,7 @@ class Request:
     keys: Key[Array, " B"]
     ids: Int[Array, "B T"]
     negative_ids: Int[Array, "B T"]
-    references: References | None = None
+    references: tuple[References, ...] = ()
     guidance: Float[Array, ""] | float = 7.5
     eta: Float[Array, ""] | float = 0.0
     noise: Float[Array, "B h w C"] | None = None
@@ -72,31 +77,62 @@ def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] |
     return jnp.concatenate([scale, scale]) if per_picture else scale
 
 
-def make_latent_painter(
-    pipeline: Pipeline, aggregator: Aggregator | None, *, steps: int
-) -> Callable[[Mapping, Mapping | None, Request], Array]:
-    """(frozen params, adapter params, request) → scaled latents ``[B, h, w, C]``; not jitted.
+def image_source(learnt: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
+    """The source ``[2B, …]`` of an adapter's references, the unconditional half first."""
+
+    def aggregate(embeddings: Array, weights: Array) -> Array:
+        return adapter.aggregate(learnt.params, learnt.aggregator, embeddings, weights)
+
+    image, weights = aggregate(references.embeddings, references.weights), references.weights
+    if references.negative is None:
+        away, away_weights = adapter.unconditional(image, learnt.blank), weights
+    else:
+        away, away_weights = aggregate(*references.negative), references.negative[1]
+    return adapter.source(
+        learnt.params,
+        jnp.concatenate([away, image]),
+        jax.tree.map(for_both_halves, references.scale),
+        dtype,
+        weights=jnp.concatenate([away_weights, weights]),
+    )
+
+
+def in_window(source: Source, window: tuple | None, done: Array) -> Source:
+    """The source with λ = 0 outside the window, after a share `done` of the steps."""
+    if window is None:
+        return source
+    start, end = window
+    counts = jnp.where((done >= start) & (done < end), 1.0, 0.0)
+    return source.replace(scale=jax.tree.map(lambda scale: scale * counts, source.scale))
+
+
+Painter = Callable[[Mapping, Sequence[Adapter], Request], Array]
+"""(frozen params, adapters, request) → pictures or latents; ``request.references`` has one entry
+for each adapter."""
+
+
+def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+    """Paints scaled latents ``[B, h, w, C]``; not jitted.
 
     The unconditional half sees the negative prompt and the zero embedding, as stock IP-Adapter's.
     """
     unet, text_encoder = pipeline.unet.module, pipeline.text_encoder.module
     schedule: Schedule = pipeline.schedule
     shape = pipeline.latent_shape
+    all_steps = jnp.asarray(sampling_steps(schedule, steps)[0])
 
-    def paint(frozen: Mapping, adapter_params: Mapping | None, request: Request) -> Array:
+    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         kernels = text_kernels(frozen["unet"], unet.config)
         ids = jnp.concatenate([request.negative_ids, request.ids])
-        sources = [text_source(text_encoder, frozen["text_encoder"], kernels, ids)]
-        if request.references is not None:
-            references = request.references
-            image = adapter.aggregate(
-                adapter_params, aggregator, references.embeddings, references.weights
-            )
-            image = jnp.concatenate([jnp.zeros_like(image), image])
-            scale = jax.tree.map(for_both_halves, references.scale)
-            sources.append(adapter.source(adapter_params, image, scale, unet.dtype))
+        text = text_source(text_encoder, frozen["text_encoder"], kernels, ids)
+        shown = [
+            (image_source(learnt, references, unet.dtype), references.window)
+            for learnt, references in zip(adapters, request.references, strict=True)
+        ]
 
         def denoise_both(latents: Array, t: Array) -> Array:
+            done = (all_steps > t).mean()
+            sources = [text, *(in_window(source, window, done) for source, window in shown)]
             t = jnp.broadcast_to(t, (len(latents),))
             return unet.apply({"params": frozen["unet"]}, latents, t, sources)
 
@@ -109,20 +145,19 @@ def make_latent_painter(
     return paint
 
 
-def make_painter(
-    pipeline: Pipeline, aggregator: Aggregator | None = None, *, steps: int
-) -> Callable[[Mapping, Mapping | None, Request], Array]:
-    """(frozen params, adapter params, request) → pictures ``[B, H, W, 3]`` in [−1, 1]; jitted.
+def make_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; jitted.
 
     `frozen` has ``unet``, ``text_encoder`` and ``vae``. New prompts, seeds, photos, scale, guidance
-    or η do not recompile; another number of pictures, of reference slots or of `steps` does.
+    or η do not recompile; another number of pictures, of reference slots or of `steps` does, and so
+    does another kind of adapter.
     """
-    paint_latents = make_latent_painter(pipeline, aggregator, steps=steps)
+    paint_latents = make_latent_painter(pipeline, steps=steps)
     vae = pipeline.vae.module
 
     @jax.jit
-    def paint(frozen: Mapping, adapter_params: Mapping | None, request: Request) -> Array:
-        latents = paint_latents(frozen, adapter_params, request)
+    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
+        latents = paint_latents(frozen, adapters, request)
         pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
         return jnp.clip(pixels, -1.0, 1.0)
 
@@ -130,9 +165,9 @@ def make_painter(
 
 
 def in_batches(
-    painter: Callable[[Mapping, Mapping | None, Request], Array],
+    painter: Painter,
     frozen: Mapping,
-    adapter_params: Mapping | None,
+    adapters: Sequence[Adapter],
     request: Request,
     size: int = 32,
 ) -> Float[np.ndarray, "P H W C"]:
@@ -140,7 +175,7 @@ def in_batches(
     count, parts = len(request.keys), []
     for start in range(0, count, size):
         part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
-        parts.append(np.asarray(painter(frozen, adapter_params, part)))
+        parts.append(np.asarray(painter(frozen, tuple(adapters), part)))
     return np.concatenate(parts)[:count]
 
 

@@ -13,11 +13,13 @@ from persona_jax import methods, paint, personal, tuning
 from persona_jax.cli import read_config
 from persona_jax.data.photos import Photos
 from persona_jax.eyes import Eye, open_eye
+from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.interop.ip_adapter import load_ip_adapter
+from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.metrics.judging import Subjects
-from persona_jax.models.aggregators import Aggregator, EveryPhoto
+from persona_jax.models.adapter import Adapter
+from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipeline import Pipeline, open_pipeline
 
@@ -47,21 +49,20 @@ class Run:
       workdir: of the run.
       config: as it was run.
       pipeline: the frozen base.
-      eye: what adapters look at photos with; None where weights belong to people.
-      aggregator, params: an adapter; None where weights belong to people.
+      eye: what the adapter looks at photos with; None where there is none.
+      adapter: None where weights belong to people.
     """
 
     workdir: Path
     config: ConfigDict
     pipeline: Pipeline
-    eye: Eye | None
-    aggregator: Aggregator | None
-    params: Mapping | None
+    eye: Eye | None = None
+    adapter: Adapter | None = None
 
     @property
     def personal(self) -> bool:
         """Whether the weights belong to people."""
-        return self.params is None
+        return self.config.method in personal.METHODS
 
     def knobs(self, **changes: float | int | None) -> Knobs:
         """The config's, but for those of `changes` that are not None."""
@@ -98,23 +99,40 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
         config.data.crop = crop
     pipeline = open_pipeline(config)
     if config.method in personal.METHODS:
-        return Run(workdir, config, pipeline, None, None, None)
+        return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    return Run(
-        workdir,
-        config,
-        pipeline,
-        eye=open_eye(config, pipeline),
-        aggregator=methods.make_aggregator(config.aggregator),
-        params=load_params(workdir / "checkpoints", which),
+    params, eye = load_params(workdir / "checkpoints", which), open_eye(config, pipeline)
+    learnt = Adapter(methods.make_aggregator(config.aggregator), params, eye.blank)
+    return Run(workdir, config, pipeline, eye, learnt)
+
+
+def open_base(base: str) -> Run:
+    """A base alone, to paint with from text; of :func:`open_adapter`'s settings."""
+    config = _outside(base)
+    config.image_encoder.kind = "none"
+    return Run(Path(base), config, open_pipeline(config))
+
+
+def _outside(base: str, image_encoder: str | None = None, crop: float = 1.0) -> ConfigDict:
+    """Settings of what was not trained here."""
+    return ConfigDict(
+        {
+            "method": "adapter",
+            "pipeline": base,
+            "dtype": "auto",
+            "image_encoder": {"kind": "clip", "path": image_encoder or ""},
+            "data": {"crop": crop},
+            "sampling": {"steps": 30, "guidance": 5.0, "eta": 0.0, "scale": 1.0},
+        }
     )
 
 
 def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: float = 1.0) -> Run:
-    """An adapter from a file in IP-Adapter's plain layout, or from a folder that
+    """An adapter from a file in IP-Adapter's plain or Plus layout, or from a folder that
     :mod:`persona_jax.export` wrote.
 
-    A file has no aggregator: each photo makes tokens of its own, as stock diffusers has it.
+    A file has no aggregator: each photo makes tokens of its own, as stock diffusers has it; unless
+    it is a resampler of whole embeddings, which reads them as a set.
 
     Args:
       path: the file or folder.
@@ -125,92 +143,95 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
     Raises:
       UserError: files that are missing or do not fit.
     """
-    config = ConfigDict(
-        {
-            "method": "adapter",
-            "pipeline": base,
-            "dtype": "auto",
-            "image_encoder": {"kind": "clip", "path": image_encoder or ""},
-            "data": {"crop": crop},
-            "sampling": {"steps": 30, "guidance": 5.0, "eta": 0.0, "scale": 1.0},
-        }
-    )
+    config = _outside(base, image_encoder, crop)
     pipeline = open_pipeline(config)
-    eye, unet = open_eye(config, pipeline), pipeline.unet
-    kernels = text_kernels(unet.params, unet.module.config)
-    aggregator, learnt, file = EveryPhoto(), {}, path
+    unet, tower = pipeline.unet, pipeline.image_encoder
+    file = path / "ip_adapter.safetensors" if path.is_dir() else path
+    # Of a file alone, what it reads tells what it is; where both are as long, it is as published.
+    patches = tower is not None and plus_dim(file) == tower.module.config.hidden_size
+    if path.is_dir():
+        patches = folders.read_json(path / "aggregator.json").get("kind") == "plus"
+    config.aggregator = ConfigDict({"kind": "plus" if patches else "every"})
+    eye, learnt = open_eye(config, pipeline), {}
+    aggregator = EveryPhoto(config.aggregator.kind)
     if path.is_dir():
         aggregator, learnt = load_aggregator(path, eye.dim)
-        file = path / "ip_adapter.safetensors"
-    params = load_ip_adapter(file, unet.module.config, kernels, eye.dim)
-    return Run(path, config, pipeline, eye, aggregator, params | {"aggregator": learnt})
+    kernels = text_kernels(unet.params, unet.module.config)
+    params = load_ip_adapter(file, unet.module.config, kernels, eye.dim) | {"aggregator": learnt}
+    return Run(path, config, pipeline, eye, Adapter(aggregator, params, eye.blank))
 
 
 def make_painter(
     run: Run,
     knobs: Knobs,
     batch_size: int = 32,
-    painter: Callable[[Mapping, Mapping | None, paint.Request], Array] | None = None,
+    painter: paint.Painter | None = None,
+    *,
+    adapters: Sequence[Adapter] | None = None,
+    towers: Mapping | None = None,
 ) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
     """A function that paints people with a run; compiled once for all calls with as many reference
     slots.
 
-    painter: :func:`persona_jax.paint.make_painter`'s, compiled for another run of the same kind, or
-    with an aggregator in place of the run's own.
+    Args:
+      run: what to paint with.
+      knobs: how.
+      batch_size: pictures at a time.
+      painter: :func:`persona_jax.paint.make_painter`'s, of another run on the same base, to
+        compile less.
+      adapters: in place of the run's one.
+      towers: in place of the base's, by name.
     """
-    painter = painter or paint.make_painter(run.pipeline, run.aggregator, steps=knobs.steps)
-    frozen = paint.frozen_params(run.pipeline)
+    painter = painter or paint.make_painter(run.pipeline, steps=knobs.steps)
+    frozen = paint.frozen_params(run.pipeline) | dict(towers or {})
+    if adapters is None:
+        adapters = [run.adapter] if run.adapter else []
 
     def paint_people(
         prompts: Sequence[str],
         keys: Key[Array, " P"],
         *,
         names: Sequence[str] | None = None,
-        embeddings: Float[np.ndarray, "P N D"] | None = None,
-        weights: Float[np.ndarray, "P N"] | None = None,
+        references: Sequence[paint.References] = (),
         negative_prompt: str = "",
     ) -> Float[np.ndarray, "P H W 3"]:
-        """P pictures in [−1, 1]: of the people that reference embeddings tell of, or of people by
-        name; of nobody in particular where neither is given.
+        """P pictures in [−1, 1]: of the people that references tell of, or of people by name; of
+        nobody in particular where neither is given.
 
         Args:
           prompts: one a picture, as :meth:`Run.prompt` gives them.
           keys: one a picture.
           names: whom, where weights belong to people.
-          embeddings, weights: adapters' references.
+          references: one for each adapter.
           negative_prompt: for all.
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
         negative, _ = run.pipeline.tokenize([negative_prompt])
-        references = None
-        if embeddings is not None:
-            references = paint.References(
-                jnp.asarray(embeddings), jnp.asarray(weights), knobs.scale
-            )
         request = paint.Request(
             keys=keys,
             ids=jnp.asarray(ids),
             negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
-            references=references,
+            references=tuple(references),
             guidance=knobs.guidance,
             eta=knobs.eta,
         )
         if names is None:
-            return paint.in_batches(painter, frozen, run.params, request, batch_size)
+            shown = adapters if references else ()
+            return paint.in_batches(painter, frozen, shown, request, batch_size)
         out: dict[int, np.ndarray] = {}
         for name in dict.fromkeys(names):
             rows = np.flatnonzero(np.asarray(names) == name)
-            towers = tuning.load(run.workdir, name, run.pipeline, run.config)
+            own = tuning.load(run.workdir, name, run.pipeline, run.config)
             size = min(batch_size, len(rows))
             some = paint.some_of(request, rows)
-            pictures = paint.in_batches(painter, frozen | towers, None, some, size)
+            pictures = paint.in_batches(painter, frozen | own, (), some, size)
             out |= dict(zip(rows.tolist(), pictures, strict=True))
         return np.stack([out[i] for i in range(len(names))])
 
     return paint_people
 
 
-def look_at(run: Run, photos: Photos, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
+def look_at(run: Run, photos: Photos, whom: Subjects) -> Float[np.ndarray, "P N *D"] | None:
     """What the run's eye sees in the references of each; None where weights belong to people."""
     if run.eye is None:
         return None
@@ -222,8 +243,9 @@ def paint_subjects(
     run: Run,
     painter: Callable[..., Float[np.ndarray, "Q H W 3"]],
     whom: Subjects,
-    seen: Float[np.ndarray, "P N D"] | None = None,
+    seen: Float[np.ndarray, "P N *D"] | None = None,
     *,
+    scale: float = 1.0,
     shown: int | None = None,
     named: bool = True,
     seed: int = 0,
@@ -235,6 +257,7 @@ def paint_subjects(
       painter: :func:`make_painter`'s.
       whom: the people.
       seen: their references' embeddings, for adapters; None: text alone.
+      scale: λ of an adapter.
       shown: how many of the references count; None: all.
       named: where weights belong to people, call each by the rare token; else the prompts stay as
         they are, and ask for anybody.
@@ -249,4 +272,5 @@ def paint_subjects(
         return painter(prompts, keys)
     counts = np.arange(seen.shape[1]) < (seen.shape[1] if shown is None else shown)
     weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
-    return painter(prompts, keys, embeddings=seen[who], weights=weights)
+    references = paint.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
+    return painter(prompts, keys, references=[references])

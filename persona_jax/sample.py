@@ -1,144 +1,193 @@
-"""Paints a person: from photos and a prompt, with a trained adapter, or one learnt by heart.
+"""Paints people: from photos and a prompt, with trained adapters, or learnt by heart.
 
 python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a smiling person"
 python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
 python -m persona_jax.sample --adapter ip-adapter_sd15.safetensors --pipeline FOLDER --photos a.jpg
+python -m persona_jax.sample --pipeline FOLDER --lora style.safetensors --prompt "a person"
+python -m persona_jax.sample --workdir runs/sa --photos a.jpg --mask left.png --photos b.jpg --mask
+right.png
 
-Writes OUT/0000.png …, OUT/grid.png (references beside samples) and OUT/sample.json, which holds
-everything needed to repeat it. With --attribution, OUT/attribution.png: what each photo gave.
+Each --photos is one person's; --weights, --scale, --mask, --window and --negative_photos, and runs
+and adapters, are given once for all or once for each, in the same order. Writes OUT/0000.png …,
+OUT/grid.png (references beside samples) and OUT/sample.json, which holds everything needed to
+repeat it. With --attribution, OUT/attribution.png: what each photo gave.
 """
 
 import argparse
 import dataclasses
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from persona_jax import attribution, paint, personal, runs
+from persona_jax import shown as sets
 from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.models.aggregators import EveryPhoto
+from persona_jax.interop.lora_files import load_lora
+from persona_jax.models import lora
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
-    out, by_name = Path(arguments.out), painted_by_name(arguments)
-    photos = [images.load_photo(path) for path in arguments.photos]
-    weights, num = read_weights(arguments), arguments.num
+    out, num = Path(arguments.out), arguments.num
+    check(arguments)
+    shown = sets.read_sets(arguments)
     if num < 1:
         raise UserError(f"--num {num}: at least one picture")
-
-    if arguments.adapter:
-        places = (arguments.pipeline, arguments.image_encoder)
-        run = runs.open_adapter(Path(arguments.adapter), *places, arguments.crop or 1.0)
-    else:
-        run = runs.open_run(Path(arguments.workdir), arguments.crop)
-    if isinstance(run.aggregator, EveryPhoto) and set(weights) != {1.0}:
-        raise UserError(f"--weights: {arguments.adapter} has no aggregator; all photos count alike")
+    opened = open_runs(arguments)
+    run = opened[0]
     if arguments.attribution:
-        attribution.check(run, np.float32(weights))
-    knobs = run.knobs(
-        steps=arguments.steps or None,
-        guidance=arguments.guidance,
-        eta=arguments.eta,
-        scale=arguments.scale,
-    )
+        if len(shown) != 1:
+            raise UserError("--attribution: it is for one set of photos")
+        attribution.check(run, np.float32(shown[0].weights))
+    knobs = run.knobs(steps=arguments.steps or None, guidance=arguments.guidance, eta=arguments.eta)
     prompt = run.prompt(arguments.prompt)
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    painter = runs.make_painter(run, knobs, min(num, arguments.batch_size))
-    seen = None if by_name else run.eye.look(photos)
+    eyes = opened * (len(shown) if len(opened) == 1 else 1)
+    painter = runs.make_painter(
+        run,
+        knobs,
+        min(num, arguments.batch_size),
+        adapters=[one.adapter for one in eyes] if shown else [],
+        towers=with_loras(run, arguments),
+    )
 
-    def paint_all(weights: np.ndarray) -> np.ndarray:
-        whom = {"names": [arguments.person] * num}
-        if seen is not None:
-            rows = np.repeat(weights[None], num, axis=0)
-            whom = {"embeddings": np.repeat(seen[None], num, axis=0), "weights": rows}
-        keys = paint.picture_keys(arguments.seed, num)
-        negative = arguments.negative_prompt
-        return painter([prompt] * num, keys, negative_prompt=negative, **whom)
+    def paint_all(weights: np.ndarray | None = None) -> np.ndarray:
+        return painter(
+            [prompt] * num,
+            paint.picture_keys(arguments.seed, num),
+            names=[arguments.person] * num if run.personal else None,
+            references=[
+                sets.references(eye, one, knobs.scale, num, weights)
+                for eye, one in zip(eyes, shown, strict=True)
+            ],
+            negative_prompt=arguments.negative_prompt,
+        )
 
-    painted = paint_all(np.float32(weights))
+    painted = paint_all()
     pictures = list(images.to_uint8(painted))
     found = None
     if arguments.attribution:
-        found = attribution.attribute(run, seen, np.float32(weights), painted, paint_all)
+        found = attribution.attribute(run, shown[0], painted, paint_all)
 
     record = {
-        "workdir": str(run.workdir.absolute()),
+        "runs": [str(one.workdir.absolute()) for one in opened],
         "step": newest_step(run.workdir / "checkpoints"),
         "person": arguments.person,
-        "photos": [str(Path(photo).absolute()) for photo in arguments.photos],
-        "weights": weights,
+        "lora": arguments.lora,
+        "lora_scale": arguments.lora_scale,
+        "sets": [dataclasses.asdict(one) for one in shown],
         "prompt": prompt,
         "negative_prompt": arguments.negative_prompt,
         "seed": arguments.seed,
-        "num": arguments.num,
+        "num": num,
         "batch_size": arguments.batch_size,
-        "crop": run.config.data.crop,
+        "crop": [one.config.data.crop for one in opened],
         **dataclasses.asdict(knobs),
         "attribution": found and found.record(),
     }
+    photos = [sets.squares(eye, one) for eye, one in zip(eyes, shown, strict=True)]
     write(out, pictures, photos, record, run.pipeline.image_size)
-    beside = "all" if by_name else "the photos beside them"
+    beside = "the photos beside them" if shown else "all"
     print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
     if found:
-        squares = [images.centre_crop(photo, record["crop"]) for photo in photos]
-        attribution.draw(found, squares, run.pipeline.image_size).save(out / "attribution.png")
+        size = run.pipeline.image_size
+        attribution.draw(found, photos[0], size).save(out / "attribution.png")
         print(f"what each photo contributed: {out / 'attribution.png'}")
 
 
-def painted_by_name(arguments: argparse.Namespace) -> bool:
-    """Whether people are painted by name, not from photos.
+def check(arguments: argparse.Namespace) -> None:
+    """Whether flags go together.
 
     Raises:
-      UserError: flags that do not go together.
+      UserError: says which do not, and what would.
     """
-    if bool(arguments.workdir) == bool(arguments.adapter):
-        raise UserError("give --workdir, a run, or --adapter, a file, and --pipeline with it")
-    if arguments.adapter:
-        if not arguments.pipeline or not arguments.photos or arguments.person:
-            raise UserError("--adapter: give --pipeline, the base it is for, and --photos")
-        return False
-    method = read_config(Path(arguments.workdir)).method
-    by_name = method in personal.METHODS
-    if by_name != (arguments.person is not None) or by_name == bool(arguments.photos):
-        wanted = "--person, one of those it learnt, and no --photos" if by_name else "--photos"
-        raise UserError(f"{arguments.workdir} is a run of {method}: give {wanted}")
-    return by_name
-
-
-def read_weights(arguments: argparse.Namespace) -> list[float]:
-    """One weight per photo, 1 by default; UserError on another number of them or a negative."""
-    if arguments.weights is None:
-        return [1.0] * len(arguments.photos)
-    if len(arguments.weights) != len(arguments.photos):
+    workdirs, adapters, photos = arguments.workdir, arguments.adapter, arguments.photos
+    if arguments.lora_scale and len(arguments.lora_scale) != len(arguments.lora):
         raise UserError(
-            f"--weights: {len(arguments.weights)} weights for {len(arguments.photos)} photos; "
-            "one each"
+            f"--lora_scale: {len(arguments.lora_scale)} of them for {len(arguments.lora)} --lora"
         )
-    if not all(np.isfinite(w) and w >= 0 for w in arguments.weights):
-        raise UserError("--weights: each must be 0 (leave out) or more")
-    return arguments.weights
+    if not workdirs and not arguments.pipeline:
+        raise UserError("give --workdir, a run, or --pipeline, a base, and perhaps --adapter")
+    methods = {workdir: read_config(Path(workdir)).method for workdir in workdirs}
+    by_name = [x for x in workdirs if methods[x] in personal.METHODS]
+    if by_name:
+        if len(workdirs) + len(adapters) > 1 or arguments.lora:
+            raise UserError(f"{by_name[0]} is a run of {methods[by_name[0]]}: it paints alone")
+        if not arguments.person or photos:
+            raise UserError(
+                f"{by_name[0]} is a run of {methods[by_name[0]]}: give --person, one of those it "
+                "learnt, and no --photos"
+            )
+        return
+    if arguments.person:
+        raise UserError("--person: for a run of dreambooth or lora; adapters take --photos")
+    if workdirs and arguments.pipeline:
+        raise UserError("--pipeline: a run has its base; it is for --adapter and --lora alone")
+    sources = len(workdirs) + len(adapters)
+    if bool(sources) != bool(photos):
+        missing = "--photos" if sources else "--workdir or --adapter, for the photos"
+        raise UserError(f"give {missing}")
+    if sources > 1 and sources != len(photos):
+        raise UserError(
+            f"{sources} runs and adapters for {len(photos)} --photos; one for all or one each"
+        )
+
+
+def open_runs(arguments: argparse.Namespace) -> list[runs.Run]:
+    """Runs, then adapters; or a base alone.
+
+    Raises:
+      UserError: they are not of one base.
+    """
+    opened = [runs.open_run(Path(workdir), arguments.crop) for workdir in arguments.workdir]
+    base = opened[0].config.pipeline if opened else arguments.pipeline
+    encoder = arguments.image_encoder
+    for adapter in arguments.adapter:
+        opened.append(runs.open_adapter(Path(adapter), base, encoder, arguments.crop or 1.0))
+    opened = opened or [runs.open_base(base)]
+    for one in opened[1:]:
+        if one.pipeline.unet.hash != opened[0].pipeline.unet.hash:
+            raise UserError(
+                f"{one.workdir}: its base is {one.config.pipeline}, of hash "
+                f"{one.pipeline.unet.hash}; {opened[0].workdir} has {opened[0].config.pipeline}, "
+                f"of {opened[0].pipeline.unet.hash}"
+            )
+    return opened
+
+
+def with_loras(run: runs.Run, arguments: argparse.Namespace) -> dict:
+    """The towers that LoRA files change."""
+    towers = paint.frozen_params(run.pipeline)
+    factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
+    for file, factor in zip(arguments.lora, factors, strict=True):
+        for name, update in load_lora(Path(file), towers).items():
+            changed[name] = towers[name] = lora.merge(towers[name], update, factor)
+    return changed
 
 
 def write(
-    out: Path, pictures: list[np.ndarray], photos: list[Image.Image], record: dict, size: int
+    out: Path,
+    pictures: list[np.ndarray],
+    photos: Sequence[list[Image.Image]],
+    record: dict,
+    size: int,
 ) -> None:
     """Single PNGs, the grid and the JSON."""
     out.mkdir(parents=True, exist_ok=True)
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(out / f"{i:04d}.png")
-    squares = [images.centre_crop(photo, record["crop"]).resize((size, size)) for photo in photos]
-    width = max(len(squares), min(len(pictures), 8))
+    width = max([min(len(pictures), 8), *map(len, photos)])
     rows = [
-        *([squares] if squares else []),
+        *([photo.resize((size, size)) for photo in own] for own in photos),
         *(pictures[i : i + width] for i in range(0, len(pictures), width)),
     ]
     images.grid(rows, size=size).save(out / "grid.png")
@@ -150,21 +199,26 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", help="a run of persona_jax.train")
     flags.add_argument(
-        "--adapter", help="in its place, an IP-Adapter file, or a folder that export wrote"
+        "--workdir", nargs="+", default=[], help="a run of persona_jax.train, or several"
     )
-    flags.add_argument("--pipeline", help="the base of --adapter: tiny, a folder or a hub id")
+    flags.add_argument(
+        "--adapter",
+        nargs="+",
+        default=[],
+        help="IP-Adapter files, or folders that export wrote",
+    )
+    flags.add_argument("--pipeline", help="the base: tiny, a folder or a hub id")
+    flags.add_argument("--lora", nargs="+", default=[], help="LoRA files in diffusers' layout")
+    flags.add_argument("--lora_scale", type=float, nargs="+", help="how much each counts; 1")
     flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
-    flags.add_argument("--photos", nargs="+", default=[], help="the person's photos")
+    sets.add_flags(flags)
     flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
     flags.add_argument("--prompt", default="a photo of a person")
     flags.add_argument("--negative_prompt", default="")
     flags.add_argument("--num", type=int, default=4, help="how many pictures")
     flags.add_argument("--out", required=True, help="folder for the pictures")
     flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--weights", type=float, nargs="+", help="how much each photo counts")
-    flags.add_argument("--scale", type=float, help="λ of the adapter; 0 ignores the photos")
     flags.add_argument("--guidance", type=float, help="classifier-free guidance")
     flags.add_argument("--steps", type=int, help="DDIM steps")
     flags.add_argument("--eta", type=float, help="0 is deterministic DDIM, 1 ancestral")

@@ -4,7 +4,7 @@ Needs the extra ``torch``. Float32, ten DDIM steps from the same noise; what is 
 last latents, relative to their norm.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,8 @@ from jaxtyping import Float
 
 from persona_jax import paint, pipeline, runs
 from persona_jax.errors import UserError
+from persona_jax.models.adapter import Adapter
+from persona_jax.models.aggregators import UNPOOLED
 from persona_jax.pipeline import Pipeline
 
 PROMPT, STEPS, GUIDANCE = "a photo of a person", 10, 3.0
@@ -25,8 +27,8 @@ MOST = 1e-3
 
 
 def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
-    """Of an exported adapter, the largest over sets of random references; by the files alone: the
-    aggregator is the PyTorch one.
+    """Of an exported adapter, the largest over sets of random references; by the files alone: what
+    pools them is the PyTorch aggregator.
 
     Raises:
       UserError: diffusers is missing, or paints something else.
@@ -40,15 +42,26 @@ def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
         str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )
     stock.set_ip_adapter_scale(1.0)
-    aggregator = torch_aggregator.load(folder / "aggregator.json")
-    ours, worst = our_painter(run.pipeline, run.aggregator), 0.0
-    seen = np.random.default_rng(0).normal(size=(1, max(SETS), run.eye.dim)).astype(np.float32)
-    for count in SETS:
+    blank, kind = run.adapter.blank, run.adapter.aggregator.kind
+
+    def their_embeds(seen: torch.Tensor) -> torch.Tensor:
+        """Of [1, n, D] or [1, n, L, D]."""
+        if kind == "plus":
+            nothing = torch.from_numpy(np.array(blank)).expand(seen.shape)
+            return torch.cat([nothing, seen])
+        if kind in UNPOOLED:
+            return torch.cat([torch.zeros_like(seen), seen])[:, None]
         with torch.no_grad():
-            image = aggregator(torch.from_numpy(seen[:, :count]))
-        both = torch.cat([torch.zeros_like(image), image])[:, None]
+            image = torch_aggregator.load(folder / "aggregator.json")(seen)
+        return torch.cat([torch.zeros_like(image), image])[:, None]
+
+    ours, worst = our_painter(run.pipeline), 0.0
+    shape = (1, max(SETS), *(() if blank is None else blank.shape[:1]), run.eye.dim)
+    seen = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    for count in SETS:
+        both = their_embeds(torch.from_numpy(seen[:, :count]))
         weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
-        found = ours(run.params, paint.References(jnp.asarray(seen), weights))
+        found = ours([run.adapter], [paint.References(jnp.asarray(seen), weights)])
         theirs = stock_latents(stock, run.pipeline, ip_adapter_image_embeds=[both])
         worst = max(worst, apart(found, theirs))
     return accepted(worst)
@@ -63,7 +76,7 @@ def lora_difference(run: runs.Run, towers: Mapping, folder: Path, base: Path) ->
         raise UserError(
             f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
         ) from error
-    ours = our_painter(run.pipeline, None, towers)(None, None)
+    ours = our_painter(run.pipeline, towers)()
     return accepted(apart(ours, stock_latents(stock, run.pipeline)))
 
 
@@ -71,7 +84,7 @@ def base_difference(folder: Path) -> float:
     """Of a pipeline folder, opened by both."""
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
-    ours = our_painter(parts, None)(None, None)
+    ours = our_painter(parts)()
     return accepted(apart(ours, stock_latents(open_stock(folder), parts)))
 
 
@@ -96,27 +109,29 @@ def noise_for(parts: Pipeline) -> Float[np.ndarray, "1 h w C"]:
 
 
 def our_painter(
-    parts: Pipeline, aggregator: Any, towers: Mapping | None = None
-) -> Callable[[Mapping | None, paint.References | None], Float[np.ndarray, "1 h w C"]]:
-    """(adapter's parameters, references) → the last latents; compiled once.
+    parts: Pipeline, towers: Mapping | None = None
+) -> Callable[..., Float[np.ndarray, "1 h w C"]]:
+    """(adapters, references of each) → the last latents; compiled once.
 
     towers: in the place of the pipeline's.
     """
-    painter = jax.jit(paint.make_latent_painter(parts, aggregator, steps=STEPS))
+    painter = jax.jit(paint.make_latent_painter(parts, steps=STEPS))
     frozen = paint.frozen_params(parts) | dict(towers or {})
     ids, negative_ids = (jnp.asarray(parts.tokenize([text])[0]) for text in (PROMPT, ""))
 
-    def latents(params: Mapping | None, references: paint.References | None) -> np.ndarray:
+    def latents(
+        adapters: Sequence[Adapter] = (), references: Sequence[paint.References] = ()
+    ) -> np.ndarray:
         request = paint.Request(
             keys=paint.picture_keys(0, 1),
             ids=ids,
             negative_ids=negative_ids,
-            references=references,
+            references=tuple(references),
             guidance=GUIDANCE,
             noise=jnp.asarray(noise_for(parts)),
         )
         with jax.default_matmul_precision("highest"):
-            return np.asarray(painter(frozen, params, request))
+            return np.asarray(painter(frozen, tuple(adapters), request))
 
     return latents
 

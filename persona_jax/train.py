@@ -26,6 +26,7 @@ from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step
+from persona_jax.models.adapter import Adapter
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
 from persona_jax.training.loop import fit
@@ -71,7 +72,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     trainable = methods.init_adapter(config, pipeline, eye.dim)
     optimizer, ema_decay = make_optimizer(config.optimizer), config.optimizer.ema_decay or None
-    frozen = methods.frozen_params(pipeline)
+    frozen = methods.frozen_params(pipeline, eye)
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
     state = fit(
@@ -176,17 +177,18 @@ def grid_drawer(
         keys=paint.picture_keys(config.seed, len(ids)),
         ids=jnp.asarray(ids),
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
-        references=paint.References(
-            jnp.repeat(embeddings, grid.samples, axis=0),
-            jnp.repeat(weights, grid.samples, axis=0),
-            config.sampling.scale,
+        references=(
+            paint.References(
+                jnp.repeat(embeddings, grid.samples, axis=0),
+                jnp.repeat(weights, grid.samples, axis=0),
+                config.sampling.scale,
+            ),
         ),
         guidance=config.sampling.guidance,
         eta=config.sampling.eta,
     )
-    painter = paint.make_painter(
-        pipeline, methods.make_aggregator(config.aggregator), steps=config.sampling.steps
-    )
+    painter = paint.make_painter(pipeline, steps=config.sampling.steps)
+    aggregator = methods.make_aggregator(config.aggregator)
     frozen = paint.frozen_params(pipeline)
     size, crop = pipeline.image_size, config.data.crop
 
@@ -195,7 +197,8 @@ def grid_drawer(
 
     def draw(step: int, state) -> None:
         params = to_host(state.params if state.ema is None else state.ema)
-        painted = images.to_uint8(np.asarray(painter(frozen, params, request)))
+        learnt = Adapter(aggregator, params, eye.blank)
+        painted = images.to_uint8(np.asarray(painter(frozen, (learnt,), request)))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
             for set_, target, pictures in zip(
@@ -212,8 +215,9 @@ def grid_drawer(
 
 
 def as_set(embeddings: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets of embeddings ``[n_i, D]`` as one array with a mask: ``[B, N, D]`` and ``[B, N]``."""
-    out = np.zeros((len(embeddings), slots, embeddings[0].shape[1]), np.float32)
+    """Sets of embeddings ``[n_i, D]`` as one array with a mask: ``[B, N, D]`` and ``[B, N]``;
+    patches have one axis more."""
+    out = np.zeros((len(embeddings), slots, *embeddings[0].shape[1:]), np.float32)
     mask = np.zeros((len(embeddings), slots), np.float32)
     for i, found in enumerate(embeddings):
         out[i, : len(found)], mask[i, : len(found)] = found, 1.0

@@ -195,7 +195,7 @@ def class_pictures(
 
 def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
     print(f"painting {len(ids)} pictures of the class, {config.noun}")
-    painter = jax.jit(paint.make_latent_painter(pipeline, None, steps=config.prior.steps))
+    painter = jax.jit(paint.make_latent_painter(pipeline, steps=config.prior.steps))
     empty, _ = pipeline.tokenize([""])
     request = paint.Request(
         keys=paint.picture_keys(config.seed, len(ids)),
@@ -203,7 +203,7 @@ def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
         guidance=config.prior.guidance,
     )
-    return paint.in_batches(painter, paint.frozen_params(pipeline), None, request)
+    return paint.in_batches(painter, paint.frozen_params(pipeline), (), request)
 
 
 def _write_whole(file: Path, array: np.ndarray) -> None:

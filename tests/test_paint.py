@@ -39,19 +39,20 @@ def frozen(loaded):
 
 
 @pytest.fixture(scope="module")
-def adapter_params(loaded):
+def learnt(loaded):
     unet = loaded.unet
     kernels = text_kernels(unet.params, unet.module.config)
     params = adapter.init(jax.random.key(5), AVERAGE, DIM, 16, kernels)
     # As after training: biases that are not zero, W'_k and W'_v that are no longer the text's.
     keys = iter(jax.random.split(jax.random.key(6), len(jax.tree.leaves(params))))
-    return jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+    params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
+    return adapter.Adapter(AVERAGE, params)
 
 
 @pytest.fixture(scope="module")
 def painter(loaded):
     """One for all tests, so that each kind of request is compiled once."""
-    return paint.make_painter(loaded, AVERAGE, steps=STEPS)
+    return paint.make_painter(loaded, steps=STEPS)
 
 
 def ids(loaded, prompts) -> jax.Array:
@@ -89,12 +90,10 @@ def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) 
 def test_guided_ddim_is_stocks(folder, loaded, frozen):
     """10 steps from the same noise."""
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
-    latent_painter = jax.jit(paint.make_latent_painter(loaded, None, steps=STEPS))
+    latent_painter = jax.jit(paint.make_latent_painter(loaded, steps=STEPS))
 
     def latents(prompts=PROMPTS, guidance=7.5):
-        return latent_painter(
-            frozen, None, request(loaded, prompts, guidance=guidance, noise=noise)
-        )
+        return latent_painter(frozen, (), request(loaded, prompts, guidance=guidance, noise=noise))
 
     ours = latents()
     assert stock.relative(ours, stock.nhwc(stock_images(folder, noise, 7.5, "latent"))) < 1e-3
@@ -108,8 +107,8 @@ def test_v_prediction_is_stocks(tmp_path):
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     loaded = pipeline.load(str(tmp_path), only=towers)
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
-    painter = jax.jit(paint.make_latent_painter(loaded, None, steps=STEPS))
-    latents = painter(paint.frozen_params(loaded), None, request(loaded, guidance=3.0, noise=noise))
+    painter = jax.jit(paint.make_latent_painter(loaded, steps=STEPS))
+    latents = painter(paint.frozen_params(loaded), (), request(loaded, guidance=3.0, noise=noise))
     expected = stock_images(tmp_path, noise, 3.0, "latent")
     assert stock.relative(latents, stock.nhwc(expected)) < 1e-3
 
@@ -139,14 +138,12 @@ def stock_adapter(params, loaded) -> dict:
     }
 
 
-def test_painting_with_an_adapter_is_stock_ip_adapter(
-    folder, loaded, frozen, adapter_params, painter
-):
+def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, painter):
     """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
     wanted = references(scale=0.7)
     pipe = stock.open_stock(folder)
-    state = stock_adapter(adapter_params, loaded)
+    state = stock_adapter(learnt.params, loaded)
     pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
     pipe.set_ip_adapter_scale(0.7)
     weights = np.array([[0.5, 0.5, 0.0], [0.25, 0.5, 0.25]])
@@ -169,8 +166,8 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(
     expected = np.stack([stock_picture(i) for i in range(B)])
 
     def pictures(wanted):
-        asked = request(loaded, guidance=4.0, noise=noise, references=wanted)
-        return painter(frozen, adapter_params, asked)
+        asked = request(loaded, guidance=4.0, noise=noise, references=(wanted,))
+        return painter(frozen, (learnt,), asked)
 
     assert stock.relative(pictures(wanted), 2 * expected - 1) < 1e-3
     without = stock_images(folder, noise, 4.0, "np")
@@ -183,14 +180,14 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(
     assert stock.relative(empty, 2 * without - 1) > 1e-3
 
 
-def test_one_program_for_all_that_may_change(loaded, frozen, adapter_params, painter):
+def test_one_program_for_all_that_may_change(loaded, frozen, learnt, painter):
     """Prompts, seeds, guidance, η, λ, photos and weights; each does change the pictures."""
     before = painter._cache_size()
 
     def pictures(prompts=PROMPTS, negative=NEGATIVE, seed=0, guidance=5.0, eta=0.0, **photos):
         return painter(
             frozen,
-            adapter_params,
+            (learnt,),
             request(
                 loaded,
                 prompts,
@@ -198,7 +195,7 @@ def test_one_program_for_all_that_may_change(loaded, frozen, adapter_params, pai
                 seed,
                 guidance=guidance,
                 eta=eta,
-                references=references(**photos),
+                references=(references(**photos),),
             ),
         )
 
@@ -218,15 +215,15 @@ def test_one_program_for_all_that_may_change(loaded, frozen, adapter_params, pai
     assert painter._cache_size() == before + 1
 
 
-def test_a_picture_is_its_keys(loaded, frozen, adapter_params, painter):
+def test_a_picture_is_its_keys(loaded, frozen, learnt, painter):
     """Picture i does not change when more are asked for, or when it is asked for alone."""
     embeddings = references().embeddings[:1]
 
     def pictures(count, first=0):
         prompts, negative = [PROMPTS[0]] * count, [""] * count
         same = paint.References(jnp.repeat(embeddings, count, axis=0), jnp.ones((count, 3)))
-        asked = request(loaded, prompts, negative, 3, first, eta=0.5, references=same)
-        return painter(frozen, adapter_params, asked)
+        asked = request(loaded, prompts, negative, 3, first, eta=0.5, references=(same,))
+        return painter(frozen, (learnt,), asked)
 
     two = pictures(2)
     np.testing.assert_array_equal(pictures(2), two)
@@ -241,13 +238,13 @@ def test_a_picture_is_its_keys(loaded, frozen, adapter_params, painter):
     np.testing.assert_allclose(pictures(1)[0], two[0], atol=1e-4)
 
 
-def test_scale_may_differ_by_picture_and_by_layer(loaded, frozen, adapter_params):
+def test_scale_may_differ_by_picture_and_by_layer(loaded, frozen, learnt):
     """Of both halves of guidance alike; what it does to the attention, test_adapter shows."""
     layers = cross_attention_layers(loaded.unet.module.config)
-    latent_painter = paint.make_latent_painter(loaded, AVERAGE, steps=STEPS)
+    latent_painter = paint.make_latent_painter(loaded, steps=STEPS)
     for scale in (jnp.ones((B, 1)), dict.fromkeys(layers, 0.5), dict.fromkeys(layers, jnp.ones(1))):
-        asked = request(loaded, references=references(scale))
-        assert jax.eval_shape(latent_painter, frozen, adapter_params, asked).shape == (B, 8, 8, 4)
+        asked = request(loaded, references=(references(scale),))
+        assert jax.eval_shape(latent_painter, frozen, (learnt,), asked).shape == (B, 8, 8, 4)
     halves = paint.for_both_halves(jnp.array([[0.0], [0.8]]))
     assert halves[:, 0].tolist() == pytest.approx([0.0, 0.8, 0.0, 0.8])
     assert paint.for_both_halves(jnp.ones((1, 4))).shape == (1, 4)

@@ -14,6 +14,7 @@ from persona_jax.base.ship import MOST_BYTES
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.metrics import reading
+from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import Aggregator
 
 TINY = folders.SHIPPED["tiny"]
@@ -31,7 +32,7 @@ def noise():
     return stock.normal(1, 16, 16, 8)
 
 
-def ours(parts, noise, params=None, references=None) -> jax.Array:
+def ours(parts, noise, adapters=(), references=()) -> jax.Array:
     request = paint.Request(
         keys=paint.picture_keys(0, 1),
         ids=jnp.asarray(parts.tokenize([PROMPT])[0]),
@@ -40,8 +41,8 @@ def ours(parts, noise, params=None, references=None) -> jax.Array:
         guidance=GUIDANCE,
         noise=jnp.asarray(noise),
     )
-    painter = paint.make_painter(parts, Aggregator("first"), steps=STEPS)
-    return painter(paint.frozen_params(parts), params, request)
+    painter = paint.make_painter(parts, steps=STEPS)
+    return painter(paint.frozen_params(parts), adapters, request)
 
 
 def theirs(noise, embedding=None) -> np.ndarray:
@@ -88,7 +89,8 @@ def test_stock_diffusers_reads_its_adapter(shipped, noise):
     config = config_of("ip")
     params = methods.init_adapter(config, shipped, 256)
     references = paint.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
-    painted = ours(shipped, noise, params, references)
+    learnt = Adapter(Aggregator("first"), params)
+    painted = ours(shipped, noise, (learnt,), (references,))
     assert stock.relative(painted, theirs(noise, embedding)) < 2e-3
     assert stock.relative(painted, ours(shipped, noise)) > 0.05
 

@@ -28,7 +28,7 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
         guidance=settings.grid_guidance,
     )
     painter = paint.make_painter(parts, steps=settings.grid_steps)
-    pictures = paint.in_batches(painter, paint.frozen_params(parts), None, request)
+    pictures = paint.in_batches(painter, paint.frozen_params(parts), (), request)
     rows = images.to_uint8(pictures[:32])
     images.grid([list(rows[i : i + 8]) for i in range(0, len(rows), 8)]).save(
         workdir / "prompts.png"

@@ -98,7 +98,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
 
     def draw(step, state):
         frozen = {"unet": to_host(state.ema), "vae": vae.params, "text_encoder": text.params}
-        pictures = images.to_uint8(np.asarray(painter(frozen, None, request)))
+        pictures = images.to_uint8(np.asarray(painter(frozen, (), request)))
         grid = images.grid([list(row) for row in np.split(pictures, len(PROMPTS))])
         if jax.process_index() == 0:
             grid.save(workdir / "unet" / f"grid_{step:06d}.png")

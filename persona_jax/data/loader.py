@@ -34,8 +34,8 @@ def batches(
     """Leave-one-out training batches, without end: each photo is the target once an epoch.
 
     Args:
-      encodings: "moments" [P, 2, h, w, 2C], "embeddings" [P, 2, D], "tokens" [P, T]; axis 1 is
-        the orientation (0 as it is, 1 mirrored; the latter only where `flip`).
+      encodings: "moments" [P, 2, h, w, 2C], "embeddings" [P, 2, D] or [P, 2, L, D], "tokens"
+        [P, T]; axis 1 is the orientation (0 as it is, 1 mirrored; the latter only where `flip`).
       people_photos: rows of each person's photos, two or more (see splits.photos_of).
       batch_size: over all processes; each yields batch_size / process_count examples.
       n: photos drawn for an example, the target included: N = n - 1.
@@ -44,7 +44,7 @@ def batches(
       start_step: the first batch; nothing before it is read or drawn.
 
     Yields:
-      {"moments" [B, h, w, 2C], "tokens" [B, T], "embeddings" [B, N, D] (0 where padded),
+      {"moments" [B, h, w, 2C], "tokens" [B, T], "embeddings" [B, N, (L,) D] (0 where padded),
       "mask" [B, N], "index" [B] int32: the example's place in the global order, modulo 2³¹}.
 
     Raises:
@@ -69,7 +69,8 @@ def batches(
         return {
             "moments": encodings["moments"][target, side],
             "tokens": encodings["tokens"][target],
-            "embeddings": embeddings * drawn["mask"][..., None],
+            "embeddings": embeddings
+            * drawn["mask"].reshape(-1, n - 1, *[1] * (embeddings.ndim - 2)),
             "mask": drawn["mask"],
             "index": drawn["index"],
         }

@@ -10,13 +10,18 @@ import numpy as np
 
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
-from persona_jax.models.aggregators import Aggregator, SelfAttentionAggregator
+from persona_jax.models.aggregators import (
+    UNPOOLED,
+    Aggregator,
+    EveryPhoto,
+    SelfAttentionAggregator,
+)
 
 SIZES = ("depth", "heads", "width", "pooling_heads")
 
 
 def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: Path) -> None:
-    """Writes ``aggregator.json``, ``aggregator.py`` (a copy of
+    """Writes ``aggregator.json`` and, where it pools, ``aggregator.py`` (a copy of
     :mod:`persona_jax.interop.torch_aggregator`) and, where it has learnt anything,
     ``aggregator.safetensors``, float32.
 
@@ -31,7 +36,8 @@ def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: P
         whole = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
         tensors.save_tree(whole, folder / "aggregator.safetensors")
     folders.write_json(folder / "aggregator.json", settings)
-    shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")
+    if aggregator.kind not in UNPOOLED:
+        shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")
 
 
 def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
@@ -47,6 +53,8 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
             f"{folder}: reads embeddings of {settings.get('dim')} numbers, but the image encoder "
             f"gives {dim}"
         )
+    if kind in UNPOOLED:
+        return EveryPhoto(kind), {}
     if kind == "self_attention":
         if missing := [name for name in SIZES if not isinstance(settings.get(name), int)]:
             raise UserError(f"{folder}/aggregator.json: no {', '.join(missing)}")

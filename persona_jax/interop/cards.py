@@ -6,11 +6,18 @@ from typing import Any
 from ml_collections import ConfigDict
 
 _AGGREGATES = {
+    "resampler": "the set of the photos' embeddings, which its resampler reads together",
+    "plus": "photos, whose patches its resampler reads one photo after the other",
     "first": "the first photo alone",
     "max": "the element-wise maximum of the photos' embeddings",
     "avg": "the average of the photos' embeddings",
     "self_attention": "self-attention over the set of the photos' embeddings",
 }
+
+
+PAGE = """
+from aggregator import load  # the file beside this one
+"""
 
 
 def ip_adapter(config: ConfigDict, trained: Mapping[str, Any], kind: str, photos: bool) -> str:
@@ -37,10 +44,19 @@ with torch.no_grad():
     if config.image_encoder.kind != "clip":
         see = f"""with torch.no_grad():
     embeddings = FACES  # [1, N, D]: what the {config.image_encoder.kind} network sees"""
+    pool = """    image = load("aggregator.json")(embeddings)
+both = torch.cat([torch.zeros_like(image), image])[:, None]"""
+    needs, given = PAGE, "ip_adapter_image_embeds=[both]"
+    if kind == "resampler":
+        needs, pool = "", "both = torch.cat([torch.zeros_like(embeddings), embeddings])[:, None]"
+    if kind == "plus":
+        needs, pool, given = "", "", "ip_adapter_image=[photos]"
+        see = 'photos = [Image.open(path).convert("RGB") for path in PHOTOS]'
+    layout = "Plus" if kind in ("resampler", "plus") else "plain"
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
-In IP-Adapter's plain layout. What it is given is {_AGGREGATES[kind]}.
+In IP-Adapter's {layout} layout. What it is given is {_AGGREGATES[kind]}.
 
 {_base(config, trained["unet"])}
 It reads image embeddings of the encoder of hash `{trained["eye"]}`.
@@ -49,19 +65,16 @@ It reads image embeddings of the encoder of hash `{trained["eye"]}`.
 import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
-
-from aggregator import load  # the file beside this one
-
+{needs}
 pipe = StableDiffusionPipeline.from_pretrained(BASE)
 pipe.load_ip_adapter(
     ".", subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
 )
 {see}
-    image = load("aggregator.json")(embeddings)
-both = torch.cat([torch.zeros_like(image), image])[:, None]
+{pool}
 pipe(
     "a photo of a smiling person",
-    ip_adapter_image_embeds=[both],
+    {given},
     guidance_scale={config.sampling.guidance:g},
 ).images[0].save("out.png")
 ```

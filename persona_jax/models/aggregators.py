@@ -193,6 +193,9 @@ class AverageMLP(nn.Module):
         return _zero_if_empty(x, weights), _shares(weights)[:, None]
 
 
+UNPOOLED = ("resampler", "plus")
+"""Kinds that pool nothing: what makes the image tokens reads the set, or each photo's patches."""
+
 FIXED = {"first": first, "max": maximum, "avg": average}
 """The aggregators that learn nothing, by their name in configs."""
 
@@ -205,8 +208,8 @@ class Aggregator:
     """An aggregator by name: what it learns (perhaps nothing) and how it is applied.
 
     Attributes:
-      kind: one of :data:`FIXED` or :data:`LEARNT`.
-      module: the network behind one of the latter; None for the others.
+      kind: one of :data:`FIXED`, :data:`LEARNT` or :data:`UNPOOLED`.
+      module: the network behind one of :data:`LEARNT`; None for the others.
     """
 
     kind: str
@@ -214,21 +217,25 @@ class Aggregator:
 
     def __post_init__(self):
         """Refuses an unknown kind."""
-        if self.kind not in FIXED and self.module is None:
-            raise UserError(f"aggregator.kind={self.kind!r}; known: {', '.join([*FIXED, *LEARNT])}")
+        if self.kind not in (*FIXED, *UNPOOLED) and self.module is None:
+            known = ", ".join([*FIXED, *LEARNT, *UNPOOLED])
+            raise UserError(f"aggregator.kind={self.kind!r}; known: {known}")
 
     def init(self, key: Array, dim: int) -> dict:
         """Its parameters for embeddings of `dim` features; empty where nothing is learned."""
-        if self.kind in FIXED:
+        if self.module is None:
             return {}
         return self.module.init(key, jnp.zeros((1, 1, dim)), jnp.ones((1, 1)))["params"]
 
     def apply(
-        self, params: dict, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
-    ) -> Float[Array, "B D"]:
-        """[B, N, D], weights [B, N] → [B, D]."""
+        self, params: dict, embeddings: Float[Array, "B N *D"], weights: Float[Array, "B N"]
+    ) -> Float[Array, "B ..."]:
+        """[B, N, D], weights [B, N] → [B, D]; of :data:`UNPOOLED` kinds, the embeddings as they
+        are."""
         if self.kind in FIXED:
             return FIXED[self.kind](embeddings, weights)
+        if self.module is None:
+            return embeddings
         pooled, _ = self.module.apply({"params": params}, embeddings, weights)
         return pooled
 
@@ -236,20 +243,9 @@ class Aggregator:
 @dataclasses.dataclass(frozen=True)
 class EveryPhoto(Aggregator):
     """No aggregate at all: every photo makes image tokens of its own, n·4 under one softmax, which
-    is what diffusers does with several images. For sampling an adapter of one photo with full sets;
-    padding would make tokens too."""
+    is what diffusers does with several images. For sampling an adapter of one photo with sets."""
 
     kind: str = "every"
 
     def __post_init__(self):
         """Is no kind that configs know."""
-
-    def init(self, key: Array, dim: int) -> dict:
-        """Nothing."""
-        return {}
-
-    def apply(
-        self, params: dict, embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
-    ) -> Float[Array, "B N D"]:
-        """The embeddings as they are."""
-        return embeddings

@@ -1,0 +1,227 @@
+"""Several adapters, people and forms of λ at once, against stock diffusers."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+from PIL import Image
+
+import persona_jax.stock
+from persona_jax import paint, pipeline, scales
+from persona_jax.errors import UserError
+from persona_jax.interop.ip_adapter import save_ip_adapter
+from persona_jax.models import adapter
+from persona_jax.models.aggregators import Aggregator, EveryPhoto
+from persona_jax.models.unet import cross_attention_layers, text_kernels
+
+DIM, TEXT = stock.TINY_VISION["projection_dim"], 16
+AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """(folder, its pipeline, two adapters, a plain one and one that reads sets)."""
+    folder = tmp_path_factory.mktemp("base")
+    stock.write_pipeline(folder)
+    loaded = pipeline.load(str(folder))
+    unet, adapters = loaded.unet, []
+    kernels = text_kernels(unet.params, unet.module.config)
+    for i, aggregator in enumerate((AVERAGE, SET)):
+        params = adapter.init(jax.random.key(i), aggregator, DIM, TEXT, kernels)
+        keys = iter(jax.random.split(jax.random.key(9 + i), len(jax.tree.leaves(params))))
+        params = jax.tree.map(
+            lambda x, k=keys: x + 0.3 * jax.random.normal(next(k), x.shape), params
+        )
+        save_ip_adapter(params, unet.module.config, folder / f"{i}.safetensors")
+        adapters.append(adapter.Adapter(aggregator, params))
+    return folder, loaded, adapters
+
+
+@pytest.fixture(scope="module")
+def ours(world):
+    return persona_jax.stock.our_painter(world[1])
+
+
+@pytest.fixture(scope="module")
+def both_loaded(world):
+    """Stock's pipeline with both."""
+    folder = world[0]
+    pipe = persona_jax.stock.open_stock(folder)
+    names = ["0.safetensors", "1.safetensors"]
+    pipe.load_ip_adapter(
+        [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
+    )
+    return pipe
+
+
+def seen(n: int, seed: int) -> np.ndarray:
+    return stock.normal(1, n, DIM, seed=seed)
+
+
+def shown(photos: np.ndarray, **more) -> paint.References:
+    return paint.References(jnp.asarray(photos), jnp.ones(photos.shape[:2]), **more)
+
+
+def plain_embeds(photos: np.ndarray, away: np.ndarray | None = None) -> torch.Tensor:
+    image = photos.mean(axis=1)
+    away = np.zeros_like(image) if away is None else away.mean(axis=1)
+    return torch.from_numpy(np.stack([away, image]))
+
+
+def set_embeds(photos: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.stack([np.zeros_like(photos), photos]))
+
+
+def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
+    """A plain one and a resampler."""
+    one, other = seen(3, 1), seen(2, 2)
+    found = ours(world[2], [shown(one, scale=0.7), shown(other, scale=0.4)])
+    both_loaded.set_ip_adapter_scale([0.7, 0.4])
+    embeds = [plain_embeds(one), set_embeds(other)]
+    expected = persona_jax.stock.stock_latents(
+        both_loaded, world[1], ip_adapter_image_embeds=embeds
+    )
+    assert persona_jax.stock.apart(found, expected) < 1e-3
+    alone = ours(world[2][:1], [shown(one, scale=0.7)])
+    assert persona_jax.stock.apart(alone, expected) > 1e-2
+
+
+@pytest.mark.parametrize(
+    "text", ['{"up": {"block_1": [0.0, 1.0]}}', '{"down": 0.5, "mid": 1, "up": 0.2}', "0.3"]
+)
+def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
+    unet, one = world[1].unet.module.config, seen(3, 1)
+    found = scales.read_scale(text, unet)
+    both_loaded.set_ip_adapter_scale([json.loads(text), 0.0])
+    embeds = [plain_embeds(one), set_embeds(one)]
+    expected = persona_jax.stock.stock_latents(
+        both_loaded, world[1], ip_adapter_image_embeds=embeds
+    )
+    latents = ours(world[2][:1], [shown(one, scale=found)])
+    assert persona_jax.stock.apart(latents, expected) < 1e-3
+
+
+def test_photos_to_move_away_from(world, ours, both_loaded):
+    """They are aggregated as others are, and take the place of the zero embedding."""
+    one, away = seen(3, 1), seen(3, 5)
+    both_loaded.set_ip_adapter_scale([1.0, 0.0])
+    embeds = [plain_embeds(one, away), set_embeds(one)]
+    expected = persona_jax.stock.stock_latents(
+        both_loaded, world[1], ip_adapter_image_embeds=embeds
+    )
+    negative = (jnp.asarray(away), jnp.ones((1, 3)))
+    found = ours(world[2][:1], [shown(one, negative=negative)])
+    assert persona_jax.stock.apart(found, expected) < 1e-3
+    assert persona_jax.stock.apart(ours(world[2][:1], [shown(one)]), expected) > 1e-3
+
+
+def test_a_window_of_steps(world, ours, both_loaded):
+    """Stock's scale, set to 0 by a callback after half of the steps."""
+    one = seen(3, 1)
+    both_loaded.set_ip_adapter_scale([1.0, 0.0])
+
+    def after(pipe, step, t, values):
+        if step + 1 == persona_jax.stock.STEPS // 2:
+            pipe.set_ip_adapter_scale([0.0, 0.0])
+        return values
+
+    expected = persona_jax.stock.stock_latents(
+        both_loaded,
+        world[1],
+        ip_adapter_image_embeds=[plain_embeds(one), set_embeds(one)],
+        callback_on_step_end=after,
+    )
+    half = ours(world[2][:1], [shown(one, window=(0.0, 0.5))])
+    assert persona_jax.stock.apart(half, expected) < 1e-3
+    whole = ours(world[2][:1], [shown(one)])
+    assert persona_jax.stock.apart(whole, expected) > 1e-3
+    windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
+    np.testing.assert_array_equal(windowed, whole)
+
+
+def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:
+    left = np.zeros((size, size), np.uint8)
+    left[:, : size // 2] = 255
+    return Image.fromarray(left), Image.fromarray(255 - left)
+
+
+def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
+    """The plain adapter's person on the left, the resampler's on the right, as stock's
+    ``ip_adapter_masks`` have it."""
+    one, other = seen(3, 1), seen(2, 2)
+    unet, side = world[1].unet.module.config, world[1].latent_shape[0]
+    masks = halves()
+    found = ours(
+        world[2],
+        [
+            shown(photos, scale=scales.combine(0.8, scales.regions(mask, unet, side)))
+            for photos, mask in zip((one, other), masks, strict=True)
+        ],
+    )
+    both_loaded.set_ip_adapter_scale([0.8, 0.8])
+    tensors = [torch.from_numpy(np.float32(mask) / 255)[None, None] for mask in masks]
+    expected = persona_jax.stock.stock_latents(
+        both_loaded,
+        world[1],
+        ip_adapter_image_embeds=[plain_embeds(one), set_embeds(other)],
+        cross_attention_kwargs={"ip_adapter_masks": tensors},
+    )
+    assert persona_jax.stock.apart(found, expected) < 1e-3
+    everywhere = ours(world[2], [shown(one, scale=0.8), shown(other, scale=0.8)])
+    assert persona_jax.stock.apart(everywhere, expected) > 1e-2
+
+
+def test_regions_share_out_the_picture_at_every_layer(world):
+    unet, side = world[1].unet.module.config, world[1].latent_shape[0]
+    left, right = (scales.regions(mask, unet, side) for mask in halves(50))
+    assert list(left) == list(cross_attention_layers(unet))
+    sides = [8, 8, 8, 4]  # down 0, up 1 twice, mid
+    for layer, length in zip(left, sides, strict=True):
+        np.testing.assert_allclose(left[layer] + right[layer], 1.0, atol=1e-6)
+        assert left[layer].shape == (1, length**2)
+
+
+def test_four_people_at_once_are_four_alone(world):
+    """Row b of a batch sees its own references only."""
+    loaded, adapters = world[1], world[2]
+    painter = jax.jit(paint.make_latent_painter(loaded, steps=4))
+    frozen = paint.frozen_params(loaded)
+    photos = [stock.normal(4, 3, DIM, seed=seed) for seed in (1, 2)]
+    weights = np.array([[1, 1, 1], [1, 0, 0], [0, 2, 1], [1, 1, 0]], np.float32)
+    ids, negative = (np.repeat(loaded.tokenize([t])[0], 4, axis=0) for t in ("a photo", ""))
+    request = paint.Request(
+        keys=paint.picture_keys(0, 4),
+        ids=jnp.asarray(ids),
+        negative_ids=jnp.asarray(negative),
+        references=tuple(
+            paint.References(jnp.asarray(x), jnp.asarray(weights), scale)
+            for x, scale in zip(photos, (0.8, jnp.linspace(0.2, 1, 4)[:, None]), strict=True)
+        ),
+        guidance=3.0,
+    )
+    together = painter(frozen, tuple(adapters), request)
+    for i in range(4):
+        alone = painter(frozen, tuple(adapters), paint.some_of(request, np.array([i])))
+        assert stock.relative(alone[0], together[i]) < 1e-5
+    assert stock.relative(together[0], together[1]) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("much", "neither a number nor JSON"),
+        ("[1]", "a number, or blocks"),
+        ("NaN", "a number, or blocks"),
+        ('{"side": 1}', "no 'side'"),
+        ('{"up": {"block_9": 1}}', "up has no 'block_9'"),
+        ('{"up": {"block_1": [1, 2, 3, 4, 5]}}', "one number, or 2"),
+        ('{"mid": "x"}', 'mid : \\["x"\\]|mid'),
+    ],
+)
+def test_scales_that_cannot_be(world, text, words):
+    with pytest.raises(UserError, match=words):
+        scales.read_scale(text, world[1].unet.module.config)
