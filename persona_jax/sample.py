@@ -200,17 +200,30 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument(
-        "--workdir", nargs="+", default=[], help="a run of persona_jax.train, or several"
+        "--workdir",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="a run of persona_jax.train, or several",
     )
     flags.add_argument(
         "--adapter",
         nargs="+",
+        action="extend",
         default=[],
         help="IP-Adapter files, or folders that export wrote",
     )
     flags.add_argument("--pipeline", help="the base: tiny, a folder or a hub id")
-    flags.add_argument("--lora", nargs="+", default=[], help="LoRA files in diffusers' layout")
-    flags.add_argument("--lora_scale", type=float, nargs="+", help="how much each counts; 1")
+    flags.add_argument(
+        "--lora",
+        nargs="+",
+        action="extend",
+        default=[],
+        help="LoRA files in diffusers' layout",
+    )
+    flags.add_argument(
+        "--lora_scale", type=float, nargs="+", action="extend", help="how much each counts; 1"
+    )
     flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
     sets.add_flags(flags)
     flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")

@@ -151,10 +151,14 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     flags.add_argument(
         "--scale",
         nargs="+",
+        action="extend",
         help='λ; 0 ignores the photos. By block: \'{"up": {"block_0": [0, 1, 0]}}\'',
     )
     flags.add_argument(
-        "--mask", nargs="+", help="pictures, white where the person is to be; - for everywhere"
+        "--mask",
+        nargs="+",
+        action="extend",
+        help="pictures, white where the person is to be; - for everywhere",
     )
     flags.add_argument(
         "--window",

@@ -4,7 +4,8 @@ python -m persona_jax.train --config configs/sa.py:lfw --workdir runs/sa
 
 Run the same command again to resume. Writes into WORKDIR: checkpoints/, metrics.jsonl,
 tensorboard/, grids/ (references | target | samples, for people not trained on), example/ (photos
-of one of them, to sample with), config.json.
+of one of them, to sample with), config.json. With no steps at all the run is what
+--config.init_from names, for persona_jax.evaluate.
 """
 
 from collections.abc import Sequence
@@ -54,9 +55,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     photos, people = open_dataset(config.data)
     pipeline = open_pipeline(config)
     eye = open_eye(config, pipeline)
-    encodings = encode(photos, rows_of(photos, people.train), pipeline, eye, config)
 
     def batches_from(start: int):
+        encodings = encode(photos, rows_of(photos, people.train), pipeline, eye, config)
         return batches(
             encodings.arrays,
             photos_of(encodings.people, people.train),

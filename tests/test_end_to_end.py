@@ -86,7 +86,7 @@ def test_sampling_repeats_and_more_pictures_change_none(world, tmp_path):
     ]  # fmt: skip
     record = json.loads((tmp_path / "a" / "sample.json").read_text())
     assert record["seed"] == 5
-    assert record["weights"] == [1.0, 1.0, 1.0]
+    assert [one["weights"] for one in record["sets"]] == [[1.0, 1.0, 1.0]]
 
 
 def test_weight_zero_is_leaving_the_photo_out(world, tmp_path):

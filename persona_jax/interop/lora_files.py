@@ -5,6 +5,7 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from safetensors import safe_open
@@ -107,7 +108,8 @@ def _update(where: str, parts: Mapping, kernel: tuple[int, ...]) -> dict:
             f"{kernel}, as this base has"
         )
     alpha = rank if parts["alpha"] is None else float(parts["alpha"])
-    return {"lora_A": {"kernel": down}, "lora_B": {"kernel": up * (alpha / rank)}}
+    up = up * (alpha / rank)
+    return {"lora_A": {"kernel": jnp.asarray(down)}, "lora_B": {"kernel": jnp.asarray(up)}}
 
 
 def _kernels(params: Mapping) -> dict[str, tuple[int, ...]]:

@@ -86,6 +86,8 @@ def fit(
                 for callback in due:
                     callback(step, state)
                 log.restart_clock()
+        if checkpoints.latest() is None:  # no steps were asked for
+            checkpoints.save(start, state)
         checkpoints.wait()
         for _, callback in callbacks:
             callback(int(state.step), state)

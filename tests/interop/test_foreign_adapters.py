@@ -85,7 +85,7 @@ def plus(depth: int) -> dict:
     names = [f"image_proj.layers.{i}.0.to_q.weight" for i in range(depth)]
     return {
         "image_proj.latents": np.zeros((1, 16, 8)),
-        **{name: np.zeros((8, 8)) for name in names},
+        **{name: np.zeros((64, 8)) for name in names},
     }
 
 
@@ -104,7 +104,11 @@ TENSORS = {
         lambda good: changed(**bias(np.r_[good[BIAS][:-1], np.float32(np.nan)]))(good),
         "not finite",
     ),
-    "Plus": (lambda good: plus(4), "Plus file of depth 4"),
+    "half of a Plus": (lambda good: plus(4), "missing"),
+    "Plus with other heads": (
+        lambda good: plus(4) | {"image_proj.layers.0.0.to_q.weight": np.zeros((72, 8))},
+        "heads of 64",
+    ),
     "Plus of another depth": (lambda good: plus(6), "Plus file of depth 6"),
     "FaceID": (
         lambda good: {"image_proj.proj.0.weight": np.zeros((8, 8)), KEY: good[KEY]},

@@ -18,31 +18,36 @@ from persona_jax.models.unet import text_kernels
 DIM = 10
 
 
-def make(settings: dict, dim: int, real: bool = True):
+def make(settings: dict, dim: int, real: bool = True, kind: str = "avg"):
     """(adapter, its UNet's config and kernels); shapes alone where not `real`."""
     unet = towers.build("unet", settings)
 
     def init():
         kernels = text_kernels(towers.initialise(unet, jax.random.key(0)), unet.config)
         token_dim = unet.config.cross_attention_dim
-        return adapter.init(jax.random.key(1), Aggregator("avg"), dim, token_dim, kernels), kernels
+        return adapter.init(jax.random.key(1), Aggregator(kind), dim, token_dim, kernels), kernels
 
     params, kernels = init() if real else jax.eval_shape(init)
     return params, unet.config, kernels
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared: published names and shapes")
-def test_names_and_shapes_are_those_published(tmp_path):
-    published = json.loads((SHARED / "reference/ip-adapter_sd15.json").read_text())
-    params, config, _ = make({"cross_attention_dim": 768}, 1024, real=False)
+@pytest.mark.parametrize(
+    ("file", "kind", "dim"),
+    [("ip-adapter_sd15.json", "avg", 1024), ("ip-adapter-plus_sd15.json", "plus", 1280)],
+)
+def test_names_and_shapes_are_those_published(tmp_path, file, kind, dim):
+    published = json.loads((SHARED / "reference" / file).read_text())
+    params, config, _ = make({"cross_attention_dim": 768}, dim, real=False, kind=kind)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float16), params)
     save_ip_adapter(zeros, config, tmp_path / "a.safetensors", np.float16)
     ours = {k: list(v.shape) for k, v in load_file(tmp_path / "a.safetensors").items()}
     assert ours == published
 
 
-def test_a_file_comes_back(tmp_path):
-    params, config, kernels = make(TINY_UNET, DIM)
+@pytest.mark.parametrize("kind", ["avg", "resampler"])
+def test_a_file_comes_back(tmp_path, kind):
+    params, config, kernels = make(TINY_UNET, DIM, kind=kind)
     params = jax.tree.map(lambda x: x + 0.1, params)
     save_ip_adapter(params, config, tmp_path / "a.safetensors")
     again = load_ip_adapter(tmp_path / "a.safetensors", config, kernels, DIM)
