@@ -93,6 +93,8 @@ def personal(preset: str, method: str) -> ConfigDict:
             "method": method,
             "seed": 0,
             "pipeline": "",  # folder or hub id, or the name of a shipped base
+            # What each starts from: a LoRA file for lora, a pipeline folder for dreambooth.
+            "init_from": "",
             "people": {"group": "test", "count": 8, "at_once": 1},
             # The same photos that adapters are shown: the first n less the last.
             "references": {"n": 10, "hold_out": True},

@@ -11,20 +11,24 @@ axis of the trainable tree and the second of their photos, whose first is shared
 
 import re
 from collections.abc import Mapping
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
+from flax import traverse_util
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
+from persona_jax.interop.lora_files import load_lora
 from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipeline import Pipeline, load
 from persona_jax.training.state import LossFn
 
 METHODS = ("dreambooth", "lora")
@@ -53,9 +57,16 @@ def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict
     dreambooth: ``{"unet": …}``, with ``"text_encoder"`` where ``config.train_text_encoder``; lora:
     ``{"lora": …}``, of rank ``config.lora.rank``.
 
+    Where ``config.init_from`` is given, see :func:`start_from`.
+
     Raises:
       UserError: a rank below 1.
     """
+    fresh = _fresh(config, pipeline, keys)
+    return start_from(config, pipeline, fresh) if config.init_from else fresh
+
+
+def _fresh(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict:
     if config.method == "lora":
         if config.lora.rank < 1:
             raise UserError(f"config.lora.rank={config.lora.rank}; at least 1")
@@ -69,6 +80,41 @@ def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict
         )
         for name in trained(config)
     }
+
+
+def start_from(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) -> dict:
+    """`fresh`, of Q people, with what ``config.init_from`` names for each of them: a LoRA file for
+    lora, of the same rank and layers; a pipeline folder for dreambooth, of the base's shape.
+
+    Raises:
+      UserError: it does not fit, or cannot be read.
+    """
+    place = config.init_from
+    if config.method == "lora":
+        frozen = {name: getattr(pipeline, name).params for name in TOWERS}
+        found = load_lora(Path(place).expanduser(), frozen)
+        scale = config.lora.alpha / config.lora.rank  # it is counted in, there
+        learnt = {
+            layer: {**update, "lora_B": {"kernel": update["lora_B"]["kernel"] / scale}}
+            for layer, update in found.pop("unet", {}).items()
+        }
+        one = {"lora": learnt, **found}
+    else:
+        other = load(place, only=trained(config), dtype=jnp.float32, param_dtype=jnp.float32)
+        one = {name: getattr(other, name).params for name in trained(config)}
+
+    def shapes(tree: Mapping, first: int) -> dict:
+        flat = traverse_util.flatten_dict(dict(tree))
+        return {".".join(path): np.shape(leaf)[first:] for path, leaf in flat.items()}
+
+    have, want = shapes(one, 0), shapes(fresh, 1)
+    if have != want:
+        wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+        told = ", ".join(f"{k}: {have.get(k)} there, {want.get(k)} here" for k in wrong[:6])
+        raise UserError(f"config.init_from={place}: it does not fit ({told})")
+    return jax.tree.map(
+        lambda x, like: jnp.broadcast_to(jnp.asarray(x, jnp.float32), like.shape), one, dict(fresh)
+    )
 
 
 def trained(config: ConfigDict) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -152,3 +153,43 @@ def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
     for key, value in one.items():
         step = alone.optimizer.learning_rate
         assert np.abs(value - other[key]).mean() < 0.05 * step
+
+
+def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
+    """From a LoRA file, and from a pipeline folder; with no steps, the run is what it names."""
+    chosen, workdir = run
+    name = names_in(workdir)[0]
+    again = chosen.copy_and_resolve_references()
+    again.optimizer.steps = 0
+    again.people.update({"count": 1, "at_once": 1})
+    again.prior.weight = 0.0
+    parts = pipeline.load(chosen.pipeline, only=("unet", "vae", "text_encoder"))
+    if chosen.method == "lora":
+        file = "pytorch_lora_weights.safetensors"
+        again.init_from = str(workdir / "people" / name / file)
+        again.lora.alpha = 2 * chosen.lora.alpha  # what is in the file does not change by it
+    else:
+        shutil.copytree(chosen.pipeline, tmp_path / "base")
+        shutil.rmtree(tmp_path / "base/unet")
+        shutil.copytree(workdir / "people" / name / "unet", tmp_path / "base/unet")
+        again.init_from = str(tmp_path / "base")
+    train.main(again, tmp_path / "run")
+    one = tuning.load(workdir, name, parts, chosen)
+    (found,) = names_in(tmp_path / "run")
+    other = tuning.load(tmp_path / "run", found, parts, again)
+    for a, b in zip(jax.tree.leaves(one["unet"]), jax.tree.leaves(other["unet"]), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5)
+
+
+def test_what_does_not_fit_to_start_from(run, tmp_path):
+    chosen, workdir = run
+    again = chosen.copy_and_resolve_references()
+    if chosen.method == "lora":
+        file = f"people/{names_in(workdir)[0]}/pytorch_lora_weights.safetensors"
+        again.init_from = str(workdir / file)
+        again.lora.rank = 2
+        words = "does not fit"
+    else:
+        again.init_from, words = "tiny", "does not fit"
+    with pytest.raises(UserError, match=words):
+        train.main(again, tmp_path)
