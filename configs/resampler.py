@@ -5,4 +5,6 @@ from ml_collections import ConfigDict
 
 
 def get_config(preset: str = "tiny") -> ConfigDict:
-    return common.adapter(preset, aggregator="resampler")
+    config = common.adapter(preset, aggregator="resampler")
+    config.init_from = ""  # the shipped adapter is a plain one
+    return config

@@ -70,7 +70,7 @@ class World:
 
     def look(self, run: runs.Run, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
         """What the run's eye sees in the references of each; looked at once."""
-        if run.personal:
+        if run.eye is None:
             return None
         key = (run.eye.hash, *whom.names)
         if key not in self.looks:
@@ -197,7 +197,8 @@ def _choice_of(name: str, learning_rate: float, steps: int) -> str:
 
 
 def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
-    """The learning rate and then the steps by which validation people come out best."""
+    """The learning rate and then the steps by which validation people come out best, and anybody
+    else stays what the base paints: what is lost there counts against what the person gains."""
     few = world.validation.some(CHOOSERS["personal"])
     most, rate = config.optimizer.steps, config.optimizer.learning_rate
 
@@ -205,7 +206,14 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
         workdir = world.out / _choice_of(name, **choice)
         changes = {"group": "validation", "count": len(few.names), "seed": 0}
         run = runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
-        return world.judge.loss(_verdict(world, workdir.name, run, few, run.knobs()))
+        knobs, label = run.knobs(), f"{name}-choice-base"
+        base = world.judge.loss(
+            _verdict(world, label, runs.open_base(run.config.pipeline), few, knobs)
+        )
+        own = world.judge.loss(_verdict(world, workdir.name, run, few, knobs))
+        label = f"{workdir.name}-anybody"
+        anybody = world.judge.loss(_verdict(world, label, run, few, knobs, named=False))
+        return own + max(0.0, base - anybody)
 
     def measure() -> dict[str, float | int]:
         start = {"learning_rate": rate, "steps": most}

@@ -1,0 +1,1 @@
+"""Times persona_jax beside PyTorch diffusers: ``python -m benchmarks``."""

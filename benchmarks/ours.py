@@ -1,0 +1,180 @@
+"""What is timed of persona_jax: each maker gives a function that does the work once."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from benchmarks.sizes import PHOTOS, TEXT_LENGTH, Size
+from persona_jax.diffusion.loss import denoising_loss
+from persona_jax.diffusion.sampler import ddim, guide
+from persona_jax.diffusion.schedule import Schedule
+from persona_jax.interop.folders import load_tower
+from persona_jax.models import adapter
+from persona_jax.models.aggregators import Aggregator
+from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.unet import text_kernels
+from persona_jax.models.vae import AutoencoderKL
+from persona_jax.training.mesh import make_mesh, place, put_batch, shard_params
+from persona_jax.training.state import init_state, make_step
+
+
+def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
+    """The function, compiled when it is called first."""
+    return {
+        "unet": _unet,
+        "sampling": _sampling,
+        "step": _step,
+        "vae_encode": _vae_encode,
+        "vae_decode": _vae_decode,
+        "clip": _clip,
+    }[what](size, folder, jnp.dtype(dtype))
+
+
+def _normal(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal(shape, np.float32)
+
+
+def _tower(folder: Path, name: str, dtype: jnp.dtype):
+    tower = load_tower(folder / name, name, dtype=dtype, param_dtype=dtype)
+    return tower.module, tower.params
+
+
+def _inputs(size: Size, dtype: jnp.dtype) -> tuple:
+    side, text = size.unet["sample_size"], size.unet["cross_attention_dim"]
+    channels = size.vae["latent_channels"]
+    latents = jnp.asarray(_normal(size.batch, side, side, channels))
+    hidden = jnp.asarray(_normal(size.batch, TEXT_LENGTH, text), dtype)
+    photos = jnp.asarray(_normal(size.batch, PHOTOS, size.image_encoder["projection_dim"]))
+    return latents, hidden, photos
+
+
+def _adapter(unet, params: Mapping, size: Size) -> dict:
+    kernels = text_kernels(params, unet.config)
+    dim, text = size.image_encoder["projection_dim"], size.unet["cross_attention_dim"]
+    return adapter.init(jax.random.key(0), Aggregator("avg"), dim, text, kernels)
+
+
+def _unet(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    unet, params = _tower(folder, "unet", dtype)
+    latents, hidden, _ = _inputs(size, dtype)
+    t = jnp.full((size.batch,), 500)
+
+    @jax.jit
+    def predict(params, latents, hidden):
+        source = Source(*project_keys_values(text_kernels(params, unet.config), hidden))
+        return unet.apply({"params": params}, latents, t, (source,))
+
+    return lambda: predict(params, latents, hidden).block_until_ready()
+
+
+def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    """Guided DDIM with an adapter, and the decoder."""
+    unet, params = _tower(folder, "unet", dtype)
+    vae, vae_params = _tower(folder, "vae", dtype)
+    latents, hidden, photos = _inputs(size, dtype)
+    learnt = _adapter(unet, params, size)
+
+    @jax.jit
+    def paint(params, vae_params, learnt, latents, hidden, photos):
+        text = Source(
+            *project_keys_values(
+                text_kernels(params, unet.config), jnp.concatenate([hidden, hidden])
+            )
+        )
+        image = photos.mean(axis=1)
+        image = jnp.concatenate([jnp.zeros_like(image), image])
+        shown = adapter.source(learnt, image, dtype=dtype)
+
+        def both(z, t):
+            t = jnp.broadcast_to(t, (len(z),))
+            return unet.apply({"params": params}, z, t, (text, shown))
+
+        z = ddim(guide(both, 7.5), Schedule.from_json(SCHEDULE), latents, steps=size.steps)
+        return vae.apply({"params": vae_params}, z, method=AutoencoderKL.decode)
+
+    return lambda: paint(params, vae_params, learnt, latents, hidden, photos).block_until_ready()
+
+
+SCHEDULE = {
+    "_class_name": "DDIMScheduler",
+    "num_train_timesteps": 1000,
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    """A step of an adapter's training: frozen UNet, image projection and W'_k, W'_v learn."""
+    unet, params = _tower(folder, "unet", dtype)
+    latents, hidden, photos = _inputs(size, dtype)
+    schedule, mesh = Schedule.from_json(SCHEDULE), make_mesh(data=1, fsdp=1)
+
+    def loss(learnt, frozen, batch, step):
+        kernels = text_kernels(frozen, unet.config)
+        sources = (
+            Source(*project_keys_values(kernels, batch["hidden"])),
+            adapter.source(learnt, batch["photos"].mean(axis=1), dtype=dtype),
+        )
+
+        def predict(z, t):
+            return unet.apply({"params": frozen}, z, t, sources)
+
+        t = jnp.full((len(batch["latents"]),), 500)
+        noise = batch["latents"][::-1] * 0.5
+        return denoising_loss(predict, schedule, batch["latents"], noise, t).mean(), {}
+
+    optimizer = optax.adamw(1e-4, weight_decay=0.01)
+    learnt = _adapter(unet, params, size)
+    del learnt["aggregator"]
+    state = init_state(learnt, optimizer, mesh)
+    frozen = place(params, shard_params(mesh, params))
+    batch = put_batch(
+        mesh,
+        {
+            "latents": np.asarray(latents),
+            "hidden": np.asarray(hidden),
+            "photos": np.asarray(photos),
+        },
+    )
+    step = make_step(loss, optimizer, mesh)
+    held = [state]
+
+    def once() -> None:
+        held[0], metrics = step(held[0], frozen, batch)
+        jax.block_until_ready(metrics)
+
+    return once
+
+
+def _vae(size: Size, folder: Path, dtype: jnp.dtype, method, shape: tuple) -> Callable[[], None]:
+    vae, params = _tower(folder, "vae", dtype)
+    x = jnp.asarray(_normal(*shape))
+    run = jax.jit(lambda params, x: vae.apply({"params": params}, x, method=method))
+    return lambda: run(params, x).block_until_ready()
+
+
+def _vae_encode(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    side = size.vae["sample_size"]
+    return _vae(size, folder, dtype, AutoencoderKL.encode, (1, side, side, 3))
+
+
+def _vae_decode(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    side = size.unet["sample_size"]
+    shape = (1, side, side, size.vae["latent_channels"])
+    return _vae(size, folder, dtype, AutoencoderKL.decode, shape)
+
+
+def _clip(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    eye, params = _tower(folder, "image_encoder", dtype)
+    side = size.image_encoder["image_size"]
+    pixels = jnp.asarray(_normal(1, side, side, 3))
+    run = jax.jit(lambda params, x: eye.apply({"params": params}, x).embedding)
+    return lambda: run(params, pixels).block_until_ready()

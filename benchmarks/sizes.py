@@ -1,0 +1,108 @@
+"""What is timed: random towers in diffusers' layout, written once and read by both sides."""
+
+import dataclasses
+from pathlib import Path
+
+TEXT_LENGTH = 77
+PHOTOS = 9
+"""References of the training step and of sampling."""
+WHAT = ("unet", "sampling", "step", "vae_encode", "vae_decode", "clip")
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """One size of all parts.
+
+    Attributes:
+      unet, vae, image_encoder: what diffusers' and transformers' classes are made of.
+      batch: pictures at once, in all but the autoencoder and the eye, which take one.
+      steps: of DDIM.
+    """
+
+    unet: dict
+    vae: dict
+    image_encoder: dict
+    batch: int
+    steps: int
+
+
+_VIT_H = {
+    "hidden_size": 1280,
+    "intermediate_size": 5120,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 16,
+    "image_size": 224,
+    "patch_size": 14,
+    "projection_dim": 1024,
+    "hidden_act": "gelu",
+}
+_SD15_VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+    "latent_channels": 4,
+}
+_SMALL_UNET = {
+    "sample_size": 16,
+    "block_out_channels": (64, 64, 96),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 4,
+    "cross_attention_dim": 128,
+    "norm_num_groups": 16,
+}
+SIZES = {
+    "sd15": Size(
+        unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
+        vae=_SD15_VAE,
+        image_encoder=_VIT_H,
+        batch=1,
+        steps=2,
+    ),
+    "small": Size(
+        unet=_SMALL_UNET,
+        vae=_SD15_VAE
+        | {
+            "block_out_channels": (16, 32, 64),
+            "down_block_types": ("DownEncoderBlock2D",) * 3,
+            "up_block_types": ("UpDecoderBlock2D",) * 3,
+            "layers_per_block": 1,
+            "norm_num_groups": 8,
+            "sample_size": 64,
+        },
+        image_encoder=_VIT_H
+        | {
+            "hidden_size": 192,
+            "intermediate_size": 768,
+            "num_hidden_layers": 4,
+            "num_attention_heads": 6,
+            "image_size": 64,
+            "patch_size": 16,
+            "projection_dim": 256,
+        },
+        batch=16,
+        steps=10,
+    ),
+}
+
+
+def write(size: Size, folder: Path) -> None:
+    """Writes the towers that are not there yet, each into a folder of its own."""
+    import diffusers
+    import torch
+    import transformers
+
+    makers = {
+        "unet": lambda: diffusers.UNet2DConditionModel(**size.unet),
+        "vae": lambda: diffusers.AutoencoderKL(**size.vae),
+        "image_encoder": lambda: transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**size.image_encoder)
+        ),
+    }
+    for name, make in makers.items():
+        if not (folder / name / "config.json").exists():
+            torch.manual_seed(0)
+            make().save_pretrained(folder / name)

@@ -1,0 +1,140 @@
+"""The same of PyTorch, diffusers and transformers."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+
+from benchmarks.ours import SCHEDULE
+from benchmarks.sizes import PHOTOS, TEXT_LENGTH, Size
+
+
+def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
+    """The function; nothing is compiled."""
+    torch.manual_seed(0)
+    return {
+        "unet": _unet,
+        "sampling": _sampling,
+        "step": _step,
+        "vae_encode": _vae_encode,
+        "vae_decode": _vae_decode,
+        "clip": _clip,
+    }[what](size, folder, getattr(torch, dtype))
+
+
+def _load(cls: type, folder: Path, name: str, dtype: torch.dtype):
+    return cls.from_pretrained(folder / name, dtype=dtype).eval()
+
+
+def _inputs(size: Size, dtype: torch.dtype) -> tuple:
+    side, text = size.unet["sample_size"], size.unet["cross_attention_dim"]
+    latents = torch.randn(size.batch, size.vae["latent_channels"], side, side, dtype=dtype)
+    hidden = torch.randn(size.batch, TEXT_LENGTH, text, dtype=dtype)
+    photos = torch.randn(size.batch, PHOTOS, size.image_encoder["projection_dim"], dtype=dtype)
+    return latents, hidden, photos
+
+
+def _no_grad(run: Callable[[], object]) -> Callable[[], None]:
+    def once() -> None:
+        with torch.inference_mode():
+            run()
+
+    return once
+
+
+def _unet(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
+    latents, hidden, _ = _inputs(size, dtype)
+    return _no_grad(lambda: unet(latents, torch.tensor(500), hidden))
+
+
+def _with_adapter(unet: diffusers.UNet2DConditionModel, size: Size) -> None:
+    """A plain IP-Adapter, random, by diffusers' own loader."""
+    dim, text = size.image_encoder["projection_dim"], size.unet["cross_attention_dim"]
+    projection = {
+        "proj.weight": torch.randn(4 * text, dim) * dim**-0.5,
+        "proj.bias": torch.zeros(4 * text),
+        "norm.weight": torch.ones(text),
+        "norm.bias": torch.zeros(text),
+    }
+    keys = {
+        f"{number}.to_{part}_ip.weight": unet.get_submodule(
+            f"{name[:-10]}.to_{part}"
+        ).weight.clone()
+        for number, name in enumerate(unet.attn_processors)
+        if "attn2" in name
+        for part in "kv"
+    }
+    unet._load_ip_adapter_weights([{"image_proj": projection, "ip_adapter": keys}])
+    unet.to(unet.dtype)
+
+
+def _sampling(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
+    vae = _load(diffusers.AutoencoderKL, folder, "vae", dtype)
+    _with_adapter(unet, size)
+    latents, hidden, photos = _inputs(size, dtype)
+    scheduler = diffusers.DDIMScheduler.from_config(SCHEDULE)
+    hidden = torch.cat([hidden, hidden])
+    image = photos.mean(dim=1)
+    shown = {"image_embeds": [torch.cat([torch.zeros_like(image), image])[:, None]]}
+
+    def paint() -> None:
+        scheduler.set_timesteps(size.steps)
+        z = latents
+        for t in scheduler.timesteps:
+            both = unet(torch.cat([z, z]), t, hidden, added_cond_kwargs=shown).sample
+            away, to = both.chunk(2)
+            z = scheduler.step(away + 7.5 * (to - away), t, z).prev_sample
+        vae.decode(z / vae.config.scaling_factor)
+
+    return _no_grad(paint)
+
+
+def _step(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
+    unet.requires_grad_(False)
+    _with_adapter(unet, size)
+    latents, hidden, photos = _inputs(size, dtype)
+    scheduler = diffusers.DDPMScheduler.from_config(SCHEDULE)
+    learnt = [*unet.encoder_hid_proj.parameters()]
+    for processor in unet.attn_processors.values():
+        if isinstance(processor, torch.nn.Module):
+            learnt += processor.parameters()
+    for parameter in learnt:
+        parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(learnt, lr=1e-4, weight_decay=0.01)
+    t, noise = torch.full((size.batch,), 500), torch.randn_like(latents)
+
+    def once() -> None:
+        z = scheduler.add_noise(latents, noise, t)
+        shown = {"image_embeds": [photos.mean(dim=1)[:, None]]}
+        found = unet(z, t, hidden, added_cond_kwargs=shown).sample
+        loss = torch.nn.functional.mse_loss(found.float(), noise.float())
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()
+
+    return once
+
+
+def _vae_encode(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    vae, side = _load(diffusers.AutoencoderKL, folder, "vae", dtype), size.vae["sample_size"]
+    pixels = torch.randn(1, 3, side, side, dtype=dtype)
+    return _no_grad(lambda: vae.encode(pixels))
+
+
+def _vae_decode(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    vae, side = _load(diffusers.AutoencoderKL, folder, "vae", dtype), size.unet["sample_size"]
+    latents = torch.randn(1, size.vae["latent_channels"], side, side, dtype=dtype)
+    return _no_grad(lambda: vae.decode(latents))
+
+
+def _clip(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    cls = transformers.CLIPVisionModelWithProjection
+    eye, side = _load(cls, folder, "image_encoder", dtype), size.image_encoder["image_size"]
+    pixels = torch.randn(1, 3, side, side, dtype=dtype)
+    return _no_grad(lambda: eye(pixels))

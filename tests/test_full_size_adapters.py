@@ -1,0 +1,107 @@
+"""Adapters at Stable Diffusion 1.5's full size, random weights: files → stock → the same latents.
+
+Slow, and up to about 18 GB of memory: ``pytest --slow -s tests/test_full_size_adapters.py``.
+"""
+
+import gc
+import os
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import stock
+import torch
+from models.test_full_size import TEXT, UNET
+
+import persona_jax.stock
+from persona_jax import paint, pipeline
+from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter
+from persona_jax.models import adapter
+from persona_jax.models.aggregators import Aggregator, EveryPhoto
+from persona_jax.models.unet import text_kernels
+
+pytestmark = pytest.mark.slow
+DIM = 1024
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """pytest keeps what its tests write, and this is gigabytes."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(os.cpu_count())
+    yield tmp_path
+    torch.set_num_threads(before)
+    shutil.rmtree(tmp_path)
+
+
+def write_base(folder) -> None:
+    """All but the autoencoder, which no latent meets, at full size."""
+    stock.write_pipeline(folder)
+    for name, make, settings in (
+        ("unet", stock.make_unet, UNET),
+        ("text_encoder", stock.make_text_encoder, TEXT),
+    ):
+        shutil.rmtree(folder / name)
+        make(settings).save_pretrained(folder / name)
+        gc.collect()
+    shutil.rmtree(folder / "vae")
+    vae = {**stock.TINY_VAE, "block_out_channels": (8,) * 4}
+    for way in ("down", "up"):
+        vae[f"{way}_block_types"] = stock.TINY_VAE[f"{way}_block_types"][:1] * 4
+    stock.make_vae(vae).save_pretrained(folder / "vae")
+
+
+def test_plain_and_plus_files_paint_the_same(folder, capsys):
+    """Nine photos pooled, and five through a resampler; one after the other and both at once."""
+    write_base(folder)
+    towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
+    loaded = pipeline.load(str(folder), only=towers)
+    config, kinds = loaded.unet.module.config, (Aggregator("avg"), EveryPhoto("resampler"))
+    assert sum(x.size for x in jax.tree.leaves(loaded.unet.params)) == 859_520_964
+    kernels = text_kernels(loaded.unet.params, config)
+    adapters = []
+    for i, aggregator in enumerate(kinds):
+        params = adapter.init(jax.random.key(i), aggregator, DIM, 768, kernels)
+        keys = iter(jax.random.split(jax.random.key(9 + i), len(jax.tree.leaves(params))))
+        moved = {
+            part: jax.tree.map(
+                lambda x, k=keys: x + 0.02 * jax.random.normal(next(k), x.shape), params[part]
+            )
+            for part in ("image_proj", "ip_adapter")
+        }
+        file = folder / f"{i}.safetensors"
+        save_ip_adapter(moved, config, file)
+        again = load_ip_adapter(file, config, kernels, DIM)
+        adapters.append(adapter.Adapter(aggregator, again | {"aggregator": {}}))
+    photos = [stock.normal(1, n, DIM, seed=n) for n in (9, 5)]
+    shown = [paint.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
+    ours = persona_jax.stock.our_painter(loaded)
+    off = [x.replace(scale=0.0) for x in shown]
+    found = [
+        ours(adapters, [shown[0], off[1]]),
+        ours(adapters, [off[0], shown[1]]),
+        ours(adapters, shown),
+    ]
+    jax.clear_caches()
+    gc.collect()
+
+    pipe = persona_jax.stock.open_stock(folder)
+    names = ["0.safetensors", "1.safetensors"]
+    pipe.load_ip_adapter(
+        [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
+    )
+    pooled = photos[0].mean(axis=1)
+    embeds = [
+        torch.from_numpy(np.stack([np.zeros_like(x), x])).contiguous() for x in (pooled, photos[1])
+    ]
+    differences = []
+    for latents, scale in zip(found, ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), strict=True):
+        pipe.set_ip_adapter_scale(scale)
+        expected = persona_jax.stock.stock_latents(pipe, loaded, ip_adapter_image_embeds=embeds)
+        differences.append(persona_jax.stock.apart(latents, expected))
+    with capsys.disabled():
+        print(f"\nplain {differences[0]:.1e}, Plus {differences[1]:.1e}, both {differences[2]:.1e}")
+    assert max(differences) < 1e-3
+    assert persona_jax.stock.apart(found[0], found[1]) > 1e-2
