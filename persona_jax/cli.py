@@ -13,16 +13,21 @@ import os
 import re
 import runpy
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from persona_jax.compilation import keep_compiled
 from persona_jax.errors import UserError
 
+GOODBYE = 5.0
+"""Seconds in which the processes of a run that fails take leave of each other."""
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
 
@@ -46,11 +51,20 @@ def run_with_arguments(
 ) -> None:
     """Parse the command line with ``parser``; run main(arguments). Errors as in run_with_config.
 
-    For entry points without a config file: argparse takes several values after one flag.
+    For entry points without a workdir; argparse takes several values after one flag. A parser with
+    a --config gets the configuration in ``arguments.config``, ``--config.a.b=value`` applied.
     """
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
-    _exit_on_error(lambda: main(parser.parse_args(argv[1:])))
+    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])))
+
+
+def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
+    arguments, overrides = parser.parse_known_args(argv)
+    if "config" not in arguments:
+        return parser.parse_args(argv)
+    arguments.config = load_config(arguments.config, overrides)
+    return arguments
 
 
 def _refuse(message: str) -> None:
@@ -60,18 +74,43 @@ def _refuse(message: str) -> None:
 
 def _exit_on_error(run: Callable[[], Any]) -> None:
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
+    keep_compiled()
     try:
         run()
-    except UserError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        print(f"error: {error.strerror}: {error.filename or 'workdir'}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        raise SystemExit(130) from None
+    except (Exception, KeyboardInterrupt) as error:
+        status = _tell(error)
+        if not status:
+            if not jax.distributed.is_initialized():
+                raise
+            traceback.print_exc()
+        _leave(status or 1)
+
+
+def _tell(error: BaseException) -> int:
+    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, UserError):
+        text = " ".join(str(error).split())
+    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text = f"{error.strerror}: {error.filename or 'workdir'}"
+    else:
+        return 0
+    print(f"error: {text}", file=sys.stderr)
+    return 2
+
+
+def _leave(status: int) -> NoReturn:
+    """Exit; one process of several does not wait long for the others, as JAX would (5 minutes):
+    they may be waiting for what it has failed to do."""
+    if not jax.distributed.is_initialized():
+        raise SystemExit(status) from None
+    sys.stdout.flush()
+    sys.stderr.flush()
+    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    goodbye.start()
+    goodbye.join(GOODBYE)
+    os._exit(status)
 
 
 def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:

@@ -9,7 +9,9 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from flax import traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
@@ -32,6 +34,7 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline
+from persona_jax.training.state import StepFn, make_step
 
 LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[str, Array]]]
 
@@ -186,3 +189,16 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
 
     return loss
+
+
+def adapter_step(
+    config: ConfigDict, pipeline: Pipeline, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> StepFn:
+    """The compiled training step of :func:`adapter_loss`: what train runs and plan compiles."""
+    return make_step(
+        adapter_loss(config, pipeline),
+        optimizer,
+        mesh,
+        accumulate=config.accumulate,
+        ema_decay=config.optimizer.ema_decay or None,
+    )

@@ -172,18 +172,24 @@ def save(pipeline: Pipeline, folder: Path) -> None:
     folders.write_json(folder / "model_index.json", index)
 
 
-def open_pipeline(config: ConfigDict) -> Pipeline:
-    """The pipeline that a method's config names, its frozen weights cast once; the image encoder
-    only where the method reads with it.
+def dtype_on(config: ConfigDict, platform: str) -> DTypeLike:
+    """What a config computes in: bfloat16 on accelerators, float32 where `platform` is "cpu",
+    unless its ``dtype`` says otherwise.
 
-    bfloat16 on accelerators, float32 on a CPU, unless the config's ``dtype`` says otherwise.
+    Raises:
+      UserError: an unknown dtype.
     """
-    dtypes = {"auto": None, "float32": jnp.float32, "bfloat16": jnp.bfloat16}
+    dtypes = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16}
+    dtypes |= {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
     if config.dtype not in dtypes:
         raise UserError(f"config.dtype={config.dtype!r}; known: {', '.join(dtypes)}")
-    dtype = dtypes[config.dtype]
-    if dtype is None:
-        dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return dtypes[config.dtype]
+
+
+def open_pipeline(config: ConfigDict) -> Pipeline:
+    """The pipeline that a method's config names, its frozen weights cast once (see
+    :func:`dtype_on`); the image encoder only where the method reads with it."""
+    dtype = dtype_on(config, jax.default_backend())
     own_eye = "image_encoder" in config and config.image_encoder.kind == "clip"
     return load(
         config.pipeline,

@@ -4,8 +4,7 @@ python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a 
 python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
 python -m persona_jax.sample --adapter ip-adapter_sd15.safetensors --pipeline FOLDER --photos a.jpg
 python -m persona_jax.sample --pipeline FOLDER --lora style.safetensors --prompt "a person"
-python -m persona_jax.sample --workdir runs/sa --photos a.jpg --mask left.png --photos b.jpg --mask
-right.png
+python -m persona_jax.sample --workdir runs/sa --photos a.jpg --photos b.jpg --mask l.png r.png
 
 Each --photos is one person's; --weights, --scale, --mask, --window and --negative_photos, and runs
 and adapters, are given once for all or once for each, in the same order. Writes OUT/0000.png …,

@@ -30,7 +30,7 @@ from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
-from persona_jax.training.loop import fit
+from persona_jax.training.loop import fit, locked
 from persona_jax.training.mesh import (
     initialize_distributed,
     local_sharding,
@@ -39,7 +39,7 @@ from persona_jax.training.mesh import (
     shard_params,
     to_host,
 )
-from persona_jax.training.state import init_state, make_optimizer, make_step
+from persona_jax.training.state import init_state, make_optimizer
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
@@ -50,7 +50,8 @@ def main(config: ConfigDict, workdir: Path) -> None:
     mesh = make_mesh(**config.mesh)
     if newest_step(workdir / "checkpoints") is not None:
         refuse_another_run(workdir, config, ("method", "aggregator", "image_encoder", "seed"))
-    write_run_files(workdir, config)
+    with locked(workdir):
+        write_run_files(workdir, config)
 
     photos, people = open_dataset(config.data)
     pipeline = open_pipeline(config)
@@ -72,19 +73,13 @@ def main(config: ConfigDict, workdir: Path) -> None:
         )
 
     trainable = methods.init_adapter(config, pipeline, eye.dim)
-    optimizer, ema_decay = make_optimizer(config.optimizer), config.optimizer.ema_decay or None
+    optimizer, ema = make_optimizer(config.optimizer), bool(config.optimizer.ema_decay)
     frozen = methods.frozen_params(pipeline, eye)
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
     state = fit(
-        init_state(trainable, optimizer, mesh, ema=ema_decay is not None),
-        make_step(
-            methods.adapter_loss(config, pipeline),
-            optimizer,
-            mesh,
-            accumulate=config.accumulate,
-            ema_decay=ema_decay,
-        ),
+        init_state(trainable, optimizer, mesh, ema=ema),
+        methods.adapter_step(config, pipeline, optimizer, mesh),
         place(frozen, shard_params(mesh, frozen)),
         batches_from,
         steps=config.optimizer.steps,

@@ -17,6 +17,7 @@ from jaxtyping import Int, Shaped
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from persona_jax.data.locks import alone
 from persona_jax.data.photos import Photos
 
 Arrays = dict[str, np.ndarray]
@@ -69,24 +70,25 @@ def encode_photos(
     name = [key, photos.fingerprint, [photos.key(row) for row in rows]]
     digest = hashlib.sha256(json.dumps(name).encode()).hexdigest()
     place = pathlib.Path(cache_dir).expanduser() / digest[:20]
-    if place.exists():
-        try:
-            return Encodings(_load(place), people)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            print(f"encodings {place}: damaged ({error}), encoding again")
-            shutil.rmtree(place)
-    place.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
-        work = pathlib.Path(temporary) / "encodings"
-        work.mkdir()
-        arrays = _encode_images(photos, rows, encode_images, work, mirrored, batch_size)
-        for label, array in encode_captions([photos.captions[row] for row in rows]).items():
-            np.save(work / f"{label}.npy", array)
-            arrays[label] = array
-        _write_index(work, key, arrays)
-        del arrays
-        _put(work, place)
-    return Encodings(_load(place), people)
+    # Of several processes one encodes, and the others read what it wrote.
+    with alone(place.parent, f".{place.name}.lock"):
+        if place.exists():
+            try:
+                return Encodings(_load(place), people)
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                print(f"encodings {place}: damaged ({error}), encoding again", flush=True)
+                shutil.rmtree(place)
+        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
+            work = pathlib.Path(temporary) / "encodings"
+            work.mkdir()
+            arrays = _encode_images(photos, rows, encode_images, work, mirrored, batch_size)
+            for label, array in encode_captions([photos.captions[row] for row in rows]).items():
+                np.save(work / f"{label}.npy", array)
+                arrays[label] = array
+            _write_index(work, key, arrays)
+            del arrays
+            _put(work, place)
+        return Encodings(_load(place), people)
 
 
 def _encode_images(
@@ -125,7 +127,7 @@ def _write_index(work: pathlib.Path, key: str, arrays: Arrays) -> None:
 
 
 def _put(work: pathlib.Path, place: pathlib.Path) -> None:
-    """Gives a finished cache its name; another process may have been first, with the same."""
+    """Gives a finished cache its name; another machine may have been first, with the same."""
     try:
         work.rename(place)
     except OSError:

@@ -5,9 +5,7 @@ random access; TensorFlow is not involved. A photo that cannot be decoded is lef
 dataset is built, so nothing later meets one.
 """
 
-import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import io
 import json
@@ -25,6 +23,7 @@ from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
 from persona_jax.data import captions, images
+from persona_jax.data.locks import alone
 from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.errors import UserError
 
@@ -261,7 +260,7 @@ def _some(names: list[str]) -> str:
 def _build_lfw(
     data_dir: pathlib.Path, manual: pathlib.Path, sha256: str | None
 ) -> tfds.core.DatasetBuilder:
-    with _alone(data_dir):
+    with alone(data_dir):
         builder = LfwDeepfunneled(
             data_dir=data_dir, archive_sha256=sha256, file_format=ARRAY_RECORD
         )
@@ -280,14 +279,14 @@ def _build_lfw(
 def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
     # A changed folder is another dataset: the digest of its listing is part of the path.
     listing = _listing(folder, _folder_files(folder))
-    with _alone(data_dir):
+    with alone(data_dir):
         place = data_dir / "folders" / f"{folder.resolve().name}-{listing[:12]}"
         builder = PhotoFolder(data_dir=place, folder=folder, file_format=ARRAY_RECORD)
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
 
 def _build_portraits(data_dir: pathlib.Path, settings: Settings) -> tfds.core.DatasetBuilder:
-    with _alone(data_dir):
+    with alone(data_dir):
         place = data_dir / f"portraits-{settings.digest}"
         builder = Portraits(data_dir=place, settings=settings, file_format=ARRAY_RECORD)
         return builder if builder.data_path.exists() else _prepare(builder, None)
@@ -311,35 +310,35 @@ def _prepare(
     return builder
 
 
-@contextlib.contextmanager
-def _alone(data_dir: pathlib.Path) -> Iterator[None]:
-    """Lets one process of a machine build while the others wait."""
-    data_dir.mkdir(parents=True, exist_ok=True)
-    with (data_dir / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that builds data in {data_dir}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
 def _read(builder: tfds.core.DatasetBuilder) -> Photos:
-    source = builder.as_data_source(SPLIT, decoders={"image": tfds.decode.SkipDecoding()})
-    records = [(r["person"].decode(), int(r["photo"]), r["caption"].decode()) for r in source]
+    try:
+        source = builder.as_data_source(SPLIT, decoders={"image": tfds.decode.SkipDecoding()})
+        records = [(r["person"].decode(), int(r["photo"]), r["caption"].decode()) for r in source]
+        provenance = (builder.data_path / "source.json").read_text()
+        skipped = json.loads((builder.data_path / "skipped.json").read_text())
+    except Exception as error:  # tfds and array_record raise many kinds
+        raise UserError(_damage(builder, error)) from error
     rows = sorted(range(len(records)), key=lambda row: records[row][:2])
     people, numbers, texts = zip(*(records[row] for row in rows), strict=True)
-    provenance = (builder.data_path / "source.json").read_text()
     summary = json.dumps([provenance, people, numbers, texts])
     return Photos(
         people=list(people),
         indices=list(numbers),
         captions=list(texts),
         fingerprint=hashlib.sha256(summary.encode()).hexdigest(),
-        skipped=json.loads((builder.data_path / "skipped.json").read_text()),
+        skipped=skipped,
         source=source,
         rows=rows,
     )
+
+
+def _damage(builder: tfds.core.DatasetBuilder, error: Exception) -> str:
+    """Which file of a built dataset is missing or damaged, and what to do."""
+    files = [builder.data_path / name for name in builder.info.splits[SPLIT].filenames]
+    gone = [f"{file}: missing" for file in files if not file.exists()]
+    place = files[0] if len(files) == 1 else builder.data_path
+    what = gone[0] if gone else f"{place}: damaged ({type(error).__name__}: {error})"
+    return f"{what}; remove the folder {builder.data_path}, and it is built again"
 
 
 def _folder_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:

@@ -44,7 +44,9 @@ class Checkpoints:
         _hush()
         with self._writing("folder could not be prepared"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            options = ocp.CheckpointManagerOptions(max_to_keep=keep)
+            options = ocp.CheckpointManagerOptions(
+                max_to_keep=keep, async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier)
+            )
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
     def __enter__(self) -> "Checkpoints":
@@ -267,6 +269,17 @@ def _everywhere(fine: bool) -> bool:
     if jax.process_count() == 1:
         return fine
     return bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+
+
+def _barrier(*, key: str, timeout_ms: int) -> None:
+    """Orbax's barrier between processes, but one whose writing has failed does not wait there.
+
+    The others wait elsewhere for what it could not write, all of them for minutes; so it raises
+    what went wrong, ends, and whoever started the processes ends the others.
+    """
+    if error := sys.exc_info()[1]:
+        raise error
+    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
 
 
 def _hush() -> None:

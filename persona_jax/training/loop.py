@@ -60,7 +60,7 @@ def fit(
     run uses workdir, if the checkpoint is of another configuration, or if the disk is full.
     """
     workdir = Path(workdir)
-    with _locked(workdir), Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints:
+    with locked(workdir), Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints:
         state = _resume(checkpoints, state)
         start = int(state.step)
         with _Log(workdir, start, steps, log_every) as log, _stop_signals() as signals:
@@ -274,8 +274,11 @@ def _stop_signals() -> Iterator[list[int]]:
 
 
 @contextlib.contextmanager
-def _locked(workdir: Path) -> Iterator[None]:
-    """Hold workdir for this run; the lock goes with the process, however it ends."""
+def locked(workdir: Path) -> Iterator[None]:
+    """Hold workdir for this run; the lock goes with the process, however it ends.
+
+    Raises UserError if another run holds it, or the folder can't be written.
+    """
     with contextlib.ExitStack() as stack:
         free = True
         if jax.process_index() == 0:

@@ -44,6 +44,8 @@ def initialize_distributed() -> None:
     if not given and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # JAX's preemption notice swallows SIGTERM, and nothing here asks it (see training/loop.py).
+    jax.config.update("jax_enable_preemption_service", False)
     if not given:
         jax.distributed.initialize()
         return
@@ -79,7 +81,7 @@ def _in_cluster() -> bool:
     if int(os.environ.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
         return True
     has_tpu = find_spec("libtpu") is not None and any(
-        Path("/dev").glob(pattern) for pattern in ("accel*", "vfio/[0-9]*")
+        any(Path("/dev").glob(pattern)) for pattern in ("accel*", "vfio/[0-9]*")
     )
     return has_tpu and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu")
 
@@ -92,13 +94,13 @@ def first_process(work: Callable[[], Any]) -> None:
         multihost_utils.sync_global_devices("first_process")
 
 
-def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
-    """Return all devices of all processes as a mesh with axes ("data", "fsdp").
+def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Return all devices of all processes, or those given, as a mesh with axes ("data", "fsdp").
 
     One of the two may be -1: "whatever is left". Raises UserError if the product is not the
     number of devices.
     """
-    count = jax.device_count()
+    count = jax.device_count() if devices is None else len(devices)
     sizes = {"data": data, "fsdp": fsdp}
     known = math.prod(size for size in sizes.values() if size != -1)
     free = [name for name, size in sizes.items() if size == -1]
@@ -110,7 +112,10 @@ def make_mesh(data: int = -1, fsdp: int = 1) -> Mesh:
             "here; set one of them to -1 to let it follow"
         )
     # Explicit axes, the default of jax.make_mesh, put shardings in types; Linen can't trace them.
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+    axis_types = (AxisType.Auto,) * 2
+    return jax.make_mesh(
+        tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices
+    )
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -99,6 +99,21 @@ def _kernel_matrices(params: Any) -> Any:
     return jax.tree_util.tree_map_with_path(matrix, params)
 
 
+def fresh_state(
+    params: Any, optimizer: optax.GradientTransformation, *, ema: bool = False
+) -> TrainState:
+    """Return the state at step 0; under jax.eval_shape, its shapes. params: the trainable tree,
+    copied."""
+    params = jax.tree.map(jnp.copy, params)
+    full = _float32(params)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(full),
+        ema=jax.tree.map(jnp.copy, full) if ema else None,
+    )
+
+
 def init_state(
     params: Any,
     optimizer: optax.GradientTransformation,
@@ -115,14 +130,7 @@ def init_state(
     """
 
     def create(params: Any) -> TrainState:
-        params = jax.tree.map(jnp.copy, params)
-        full = _float32(params)
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(full),
-            ema=jax.tree.map(jnp.copy, full) if ema else None,
-        )
+        return fresh_state(params, optimizer, ema=ema)
 
     if callable(params):
         make, args = lambda: create(params()), ()

@@ -1,5 +1,6 @@
 import hashlib
 import pathlib
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,7 @@ from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
 from persona_jax.data import outside
-from persona_jax.data import photos as photos_module
+from persona_jax.data.locks import alone
 from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
 
@@ -228,14 +229,30 @@ def test_manifest_is_one_file_seen_from_both_places():
         assert {"home", "licence", "use"} <= set(asset)
 
 
+def shorten(file):
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(("harm", "word"), [(pathlib.Path.unlink, "missing"), (shorten, "damaged")])
+def test_a_built_file_that_is_gone_or_cut_is_named(tmp_path, harm, word):
+    folder = write_folder(tmp_path / "us", {"Ann": 2})
+    load_photos("folder", tmp_path / "d", folder=folder)
+    (file,) = (tmp_path / "d").rglob("*.array_record-*")
+    harm(file)
+    with pytest.raises(UserError, match=rf"{file}: {word}.*remove the folder {file.parent}"):
+        load_photos("folder", tmp_path / "d", folder=folder)
+    shutil.rmtree(file.parent)
+    assert len(load_photos("folder", tmp_path / "d", folder=folder)) == 2
+
+
 def test_waiting_for_another_build_is_said(tmp_path, capsys):
     done = threading.Event()
 
     def second():
-        with photos_module._alone(tmp_path):
+        with alone(tmp_path):
             done.set()
 
-    with photos_module._alone(tmp_path):
+    with alone(tmp_path):
         thread = threading.Thread(target=second)
         thread.start()
         assert not done.wait(0.3)

@@ -1,3 +1,9 @@
+import os
+import signal
+import socket
+import subprocess
+import sys
+
 import jax
 import numpy as np
 import pytest
@@ -63,3 +69,35 @@ def test_distributed_needs_all_three_variables(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "2")
     with pytest.raises(UserError, match="0 <= id < number"):
         m.initialize_distributed()
+
+
+def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch):
+    monkeypatch.setattr(m, "find_spec", lambda name: object())
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS", raising=False)
+    monkeypatch.setattr(m.Path, "glob", lambda self, pattern: iter(()))
+    assert not m._in_cluster()
+    monkeypatch.setattr(m.Path, "glob", lambda self, pattern: iter(["/dev/accel0"]))
+    assert m._in_cluster()
+
+
+JOINED = """
+import time
+from persona_jax.training.mesh import initialize_distributed
+initialize_distributed()
+print("joined", flush=True)
+time.sleep(60)
+"""
+
+
+def test_sigterm_ends_a_process_that_has_not_begun_to_train():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    names = {"COORDINATOR_ADDRESS": address, "NUM_PROCESSES": "1", "PROCESS_ID": "0"}
+    environment = os.environ | {f"JAX_{name}": value for name, value in names.items()}
+    command = [sys.executable, "-c", JOINED]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "joined\n"
+        process.terminate()
+        assert process.wait(timeout=20) == -signal.SIGTERM

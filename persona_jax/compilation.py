@@ -1,0 +1,42 @@
+"""Compiled programs are kept on disk: a run's second start does not compile again."""
+
+import hashlib
+import os
+import platform
+from pathlib import Path
+
+import jax
+
+MOST = 4 * 2**30
+"""Bytes kept; what was not used for longest goes first."""
+
+
+def keep_compiled() -> None:
+    """Points JAX's persistent compilation cache at a folder of the user's, unless
+    ``JAX_COMPILATION_CACHE_DIR`` names one or ``JAX_ENABLE_COMPILATION_CACHE=false`` wants none.
+
+    A folder for each kind of processor: programs for a CPU do not run on just any other.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+        return
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = home / "persona_jax" / f"compiled-{_processor()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError:  # a home that cannot be written to: compile every time
+        return
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_compilation_cache_max_size", MOST)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def _processor() -> str:
+    """Names this machine's instruction set."""
+    flags = ""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        flags = next((x for x in lines if x.startswith(("flags", "Features"))), "")
+    except OSError:
+        pass
+    digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
+    return f"{platform.machine()}-{digest}"
