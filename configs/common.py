@@ -100,8 +100,10 @@ def personal(preset: str, method: str) -> ConfigDict:
             "people": {"group": "test", "count": 8, "at_once": 1},
             # The same photos that adapters are shown: the first n less the last.
             "references": {"n": 10, "hold_out": True},
-            "token": "sks",  # rare; before the noun, it calls the person
-            "noun": "person",
+            # Rare; before whichever of the nouns is there, it calls the person. The first noun
+            # names the class.
+            "token": "sks",
+            "nouns": ("person", "man", "woman"),
             "captions": True,  # prompts are the photos' captions; False: the two fixed ones
             "prompt": "a photo of a person",
             "prior": {

@@ -10,7 +10,7 @@ axis of the trainable tree and the second of their photos, whose first is shared
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -36,18 +36,20 @@ TOWERS = ("unet", "text_encoder")
 """What a person's weights may replace or update."""
 
 
-def call(prompt: str, token: str, noun: str) -> str:
-    """The prompt with the person's rare token before the first `noun`: "a sks person". One that
-    has it already stays as it is.
+def call(prompt: str, token: str, nouns: Sequence[str]) -> str:
+    """The prompt with the person's rare token before whichever of the nouns comes first: "a sks
+    person". One that has it already stays as it is.
 
     Raises:
-      UserError: the noun is not in the prompt.
+      UserError: none of the nouns is in the prompt.
     """
-    if re.search(rf"\b{re.escape(token)} {re.escape(noun)}\b", prompt):
+    noun = f"({'|'.join(map(re.escape, nouns))})"
+    if re.search(rf"\b{re.escape(token)} {noun}\b", prompt):
         return prompt
-    called, count = re.subn(rf"\b{re.escape(noun)}\b", f"{token} {noun}", prompt, count=1)
+    called, count = re.subn(rf"\b{noun}\b", rf"{token} \1", prompt, count=1)
     if not count:
-        raise UserError(f"prompt {prompt!r}: it has no {noun!r} to call {token!r}; say {noun!r}")
+        known = " or ".join(map(repr, nouns))
+        raise UserError(f"prompt {prompt!r}: it has no {known} to call {token!r}; say one")
     return called
 
 

@@ -22,12 +22,19 @@ from persona_jax.base.words import captions_of
 from persona_jax.cli import config_difference, read_config, run_with_config, write_run_files
 from persona_jax.data.tokenizer import learn_tokenizer
 from persona_jax.dataset import open_dataset, rows_of
+from persona_jax.training.loop import locked
 from persona_jax.training.mesh import first_process, initialize_distributed, make_mesh
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """VAE, CLIP pair, UNet, report."""
+    """One run at a time in a workdir."""
     initialize_distributed()
+    with locked(workdir):
+        make_base(config, workdir)
+
+
+def make_base(config: ConfigDict, workdir: Path) -> None:
+    """VAE, CLIP pair, UNet, report."""
     if (workdir / "report.json").exists() and not config_difference(read_config(workdir), config):
         print(f"{workdir} holds this base already, finished: {workdir / 'pipeline'}")
         return

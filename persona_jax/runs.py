@@ -80,7 +80,7 @@ class Run:
         """The prompt as the method wants it: with the rare token, where it has one."""
         if not self.personal:
             return prompt
-        return personal.call(prompt, self.config.token, self.config.noun)
+        return personal.call(prompt, self.config.token, self.config.nouns)
 
 
 def open_run(workdir: Path, crop: float | None = None, weights: str | None = None) -> Run:

@@ -25,7 +25,7 @@ from persona_jax.interop import folders, tensors
 from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
-from persona_jax.training.loop import fit
+from persona_jax.training.loop import fit, locked
 from persona_jax.training.mesh import (
     first_process,
     initialize_distributed,
@@ -38,14 +38,20 @@ from persona_jax.training.state import init_state, make_optimizer, make_step
 
 
 def tune(config: ConfigDict, workdir: Path) -> None:
+    """One run at a time in a workdir (see :func:`learn_people`)."""
+    initialize_distributed()
+    with locked(workdir):
+        learn_people(config, workdir)
+
+
+def learn_people(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, class pictures, then people, ``config.people.at_once`` in a program.
 
     Each finished person lies in ``WORKDIR/people/NAME`` and is not trained again; an interrupted
     one goes on where it was.
     """
-    initialize_distributed()
     mesh = make_mesh(**config.mesh)
-    refuse_another_run(workdir, config, ("method", "seed", "pipeline", "lora", "token", "noun"))
+    refuse_another_run(workdir, config, ("method", "seed", "pipeline", "lora", "token", "nouns"))
     write_run_files(workdir, config)
 
     photos, groups = open_dataset(config.data)
@@ -54,7 +60,7 @@ def tune(config: ConfigDict, workdir: Path) -> None:
     own = references(photos, people, config)
     moments = encode(photos, np.concatenate(own), pipeline, config)
     first = np.cumsum([0, *map(len, own)])
-    prompts = [personal.call(p, config.token, config.noun) for p in captions(photos, own, config)]
+    prompts = [personal.call(p, config.token, config.nouns) for p in captions(photos, own, config)]
     tokens, _ = pipeline.tokenize(prompts)
     prior = class_pictures(photos, groups, pipeline, config)
 
@@ -194,7 +200,7 @@ def class_pictures(
 
 
 def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
-    print(f"painting {len(ids)} pictures of the class, {config.noun}")
+    print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
     painter = jax.jit(paint.make_latent_painter(pipeline, steps=config.prior.steps))
     empty, _ = pipeline.tokenize([""])
     request = paint.Request(
@@ -266,7 +272,7 @@ def save(workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: 
         folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
     if "lora" in learnt:
         tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
-    about = {"method": config.method, "called": f"{config.token} {config.noun}"}
+    about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
     about |= {name: getattr(pipeline, name).hash for name in personal.TOWERS}
     folders.write_json(folder / "person.json", about)
 

@@ -46,6 +46,7 @@ class Run:
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": " ".join([*level, count]),
             # What one run has compiled, the next need not.
+            "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }

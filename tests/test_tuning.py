@@ -105,11 +105,24 @@ def test_one_of_them_is_painted(run, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("prompt", "called"),
+    [
+        ("a photo of a person", "a photo of a sks person"),
+        ("a picture of a woman with a calm face", "a picture of a sks woman with a calm face"),
+        ("a man, no other person", "a sks man, no other person"),
+        ("a sks man", "a sks man"),
+    ],
+)
+def test_the_token_stands_before_the_first_noun(prompt, called):
+    assert personal.call(prompt, "sks", config_of("lora").nouns) == called
+
+
+@pytest.mark.parametrize(
     ("flags", "word"),
     [
         (["--person", "nobody"], "no such person; there are: person_"),
         (["--photos", str(ROOT / "x.png")], "give --person"),
-        (["--person", "{0}", "--prompt", "a photo of a dog"], "no 'person' to call"),
+        (["--person", "{0}", "--prompt", "a photo of a dog"], "no 'person' or 'man' or 'woman' to call"),
     ],
 )
 def test_wrong_flags(run, tmp_path, capsys, flags, word):
