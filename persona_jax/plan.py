@@ -1,0 +1,269 @@
+"""Says what a training step, or a sampler, needs of a machine: memory, time, the largest batch.
+
+python -m persona_jax.plan --config configs/sa.py:sd15 --topology v5e:16x16 --batch_per_chip 4
+python -m persona_jax.plan --config configs/sa.py
+
+Compiles the very step that persona_jax.train runs, from shapes alone: no weights, no photos, and
+with --topology no TPU either, only libtpu (pip install -e '.[tpu]'). Without --topology it is for
+the devices of this machine. config.batch_size is of all chips together. What was compiled once is
+kept; Stable Diffusion 1.5 takes minutes. Times are bounds, from the chip's peak rates.
+"""
+
+import argparse
+import math
+import os
+import re
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from ml_collections import ConfigDict
+
+from persona_jax.cli import run_with_arguments
+from persona_jax.errors import UserError
+from persona_jax.pipeline import dtype_on
+from persona_jax.planning import abstract, chips, compiled
+from persona_jax.planning.chips import GIB, Chip, Roofline
+from persona_jax.planning.compiled import Compiled
+from persona_jax.training.mesh import initialize_distributed, make_mesh
+
+EXAMPLES = "v5e:2x2, v5e:16x16, v6e:2x4, v5p:2x2x1, v4:2x2x1"
+
+
+LIBTPU = {
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: others may
+    "TPU_SKIP_MDS_QUERY": "1",  # this may be no cloud's machine; the next two would be asked for
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+}
+"""What libtpu is told by the environment; none of it is about the topology to compile for."""
+
+
+class Machine(NamedTuple):
+    """The devices to plan for.
+
+    Attributes:
+      name: for people.
+      devices: those of a topology, or this machine's.
+      chip: facts of one device, or None.
+      links: of each chip that rings use.
+      memory: bytes of each device.
+    """
+
+    name: str
+    devices: Sequence[Any]
+    chip: Chip | None
+    links: int
+    memory: float
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Machine → programs of two batch sizes → compiled → a page of numbers."""
+    config = arguments.config
+    machine = topology(arguments.topology) if arguments.topology else this_machine()
+    batch = batch_per_chip(config, arguments.batch_per_chip, len(machine.devices))
+    plans = {batch: plan(arguments, machine, batch)}
+    if not arguments.quick and (other := another_batch(batch, config.accumulate)):
+        plans[other] = plan(arguments, machine, other)
+    print(page(arguments, machine, batch, plans))
+    if plans[batch].shortage:
+        raise UserError(advice(config, machine, batch, plans))
+
+
+def batch_per_chip(config: ConfigDict, asked: int | None, chips: int) -> int:
+    """Examples of each chip: as asked for, or ``config.batch_size``'s share, which is rounded up,
+    and said to be, where it does not divide.
+
+    Raises:
+      UserError: fewer than one.
+    """
+    if asked is not None:
+        if asked < 1:
+            raise UserError(f"--batch_per_chip {asked}: expected 1 or more")
+        return asked
+    batch = -(-config.batch_size // (chips * config.accumulate)) * config.accumulate
+    if batch * chips != config.batch_size:
+        print(
+            f"config.batch_size={config.batch_size} does not divide among {chips} chips x "
+            f"accumulate {config.accumulate}, and training refuses it; planned: {batch * chips}"
+        )
+    return batch
+
+
+def plan(arguments: argparse.Namespace, machine: Machine, batch: int) -> Compiled:
+    """The step or the sampler at `batch` examples a chip, compiled, or remembered.
+
+    Raises:
+      UserError: see :mod:`persona_jax.planning.abstract`.
+    """
+    config, device = arguments.config.copy_and_resolve_references(), machine.devices[0]
+    config.batch_size = batch * len(machine.devices)
+    mesh = make_mesh(**config.mesh, devices=machine.devices)
+    program = abstract.sampler if arguments.sampler else abstract.training_step
+    function, shapes = program(config, mesh, dtype_on(config, device.platform))
+    say = f"for {machine.name}, {batch} a chip"
+    key, find = compiled.lower(function, shapes, device, len(machine.devices), say)
+    folder = Path(arguments.cache or Path(config.data.data_dir) / "plans")
+    return compiled.remembered(folder, key, find)
+
+
+def topology(name: str) -> Machine:
+    """The devices of a TPU topology, which need not be there.
+
+    Raises:
+      UserError: no libtpu, or a name that it does not know.
+    """
+    found = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
+    shape = chips.dimensions(name) if found else ()
+    flat = bool(found) and found[1] in ("v5e", "v6e")
+    # Beyond this libtpu ends the process.
+    if not found or flat == (len(shape) == 3) or (flat and max(shape) > 16):
+        raise UserError(f"--topology {name}: not a TPU topology; for example {EXAMPLES}")
+    if find_spec("libtpu") is None:
+        raise UserError(f"--topology {name}: libtpu is not installed; pip install -e '.[tpu]'")
+    for variable, value in LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    jax.config.update("jax_platforms", "cpu")
+    from jax.experimental import topologies
+
+    try:
+        devices = topologies.get_topology_desc(name, platform="tpu").devices
+    except Exception as error:  # of several kinds
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"--topology {name}: {reason}; for example {EXAMPLES}") from error
+    chip = chips.per_device(chips.CHIPS[found[1]], len(devices), math.prod(shape))
+    return Machine(name, devices, chip, chips.links_used(found[1], shape), chip.hbm)
+
+
+def this_machine() -> Machine:
+    """The devices that training would use here."""
+    initialize_distributed()
+    devices = jax.devices()
+    chip, name = chips.chip_of(devices[0]), f"{len(devices)} x {devices[0].device_kind}"
+    if devices[0].platform == "cpu":
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / len(devices)
+    else:
+        stats = devices[0].memory_stats() or {}
+        memory = float(stats.get("bytes_limit", chip.hbm if chip else math.inf))
+    return Machine(name, devices, chip, chip.links if chip else 0, memory)
+
+
+def another_batch(batch: int, accumulate: int) -> int:
+    """A second batch size to draw a line through: half, or twice where there is no half."""
+    half = batch // (2 * accumulate) * accumulate
+    return half or 2 * batch
+
+
+def page(
+    arguments: argparse.Namespace, machine: Machine, batch: int, plans: dict[int, Compiled]
+) -> str:
+    """The plan for people to read."""
+    config, count = arguments.config, len(machine.devices)
+    what = f"sampler of {config.sampling.steps} steps" if arguments.sampler else "training step"
+    unit = "pictures" if arguments.sampler else "examples"
+    mesh = make_mesh(**config.mesh, devices=machine.devices).shape
+    dtype = jax.numpy.dtype(dtype_on(config, machine.devices[0].platform))
+    lines = [
+        f"{what}, {machine.name}: {count} devices, mesh data={mesh['data']} fsdp={mesh['fsdp']}, "
+        f"{batch * count} {unit} ({batch} a chip), {dtype}"
+    ]
+    found = plans[batch]
+    if not found.shortage:
+        lines += memory_lines(found, machine) + work_lines(found, machine, batch, unit)
+    lines += largest_line(plans, machine, config)
+    return "\n".join(lines)
+
+
+def memory_lines(found: Compiled, machine: Machine) -> list[str]:
+    """Memory of a chip by kind, against what it has."""
+    parts = [f"{kind} {size / GIB:.2f}" for kind, size in found.memory.items()]
+    total, there = found.total / GIB, machine.memory / GIB
+    share = f" ({found.total / machine.memory:.0%})" if machine.memory < math.inf else ""
+    return [f"memory of a chip, GiB: {total:.2f} of {there:.2f}{share}: {', '.join(parts)}"]
+
+
+def work_lines(found: Compiled, machine: Machine, batch: int, unit: str) -> list[str]:
+    """FLOPs, bytes, collectives, and the time that they take at least."""
+    lines = [
+        f"work of a chip: {found.flops / 1e12:.3f} TFLOP, {found.accessed / 1e9:.2f} GB read and "
+        f"written, {sum(c.sent for c in found.collectives) / 1e6:.2f} MB sent"
+    ]
+    lines += [
+        f"  {c.count} {c.kind} among {c.group}: {c.bytes / 1e6:.2f} MB" for c in found.collectives
+    ] or ["  no collectives"]
+    if machine.chip is None:
+        return [*lines, "no peak rates known of this device: no estimate of time"]
+    times = estimate(found, machine)
+    lines += [
+        f"at peak rates: compute {times.compute * 1e3:.2f} ms, memory {times.memory * 1e3:.2f} ms, "
+        f"interconnect {times.interconnect * 1e3:.2f} ms",
+        f"estimate: {times.step * 1e3:.2f} ms, {times.share:.2%} of it in collectives; "
+        f"{batch * len(machine.devices) / times.step:.1f} {unit}/s, "
+        f"{batch / times.step:.2f} a chip",
+    ]
+    if found.optimal_seconds:
+        lines += [f"the compiler's own estimate: {found.optimal_seconds * 1e3:.2f} ms"]
+    return lines
+
+
+def estimate(found: Compiled, machine: Machine) -> Roofline:
+    """The roofline of what was compiled on the machine's chips."""
+    return chips.roofline(
+        machine.chip, machine.links, found.flops, found.accessed, found.collectives
+    )
+
+
+def largest_line(plans: dict[int, Compiled], machine: Machine, config: ConfigDict) -> list[str]:
+    """The largest batch that fits, where two were compiled."""
+    if len(plans) < 2 or machine.memory == math.inf:
+        return []
+    (few, less), (many, more) = sorted(plans.items())
+    per = chips.largest_batch((few, less.total), (many, more.total), machine.memory)
+    per -= per % config.accumulate
+    return [
+        f"largest batch: {per} a chip, {per * len(machine.devices)} in all; extrapolated on a line "
+        f"through {few} ({less.total / GIB:.2f} GiB) and {many} ({more.total / GIB:.2f} GiB)"
+    ]
+
+
+def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Compiled]) -> str:
+    """What is too much, and what to change."""
+    used, there = plans[batch].shortage
+    (few, less), (many, more) = sorted(plans.items()) if len(plans) > 1 else ((0, None),) * 2
+    fixed = less.total - few * (more.total - less.total) / (many - few) if less else 0.0
+    ways = [f"--batch_per_chip below {batch} (or a smaller --config.batch_size)"]
+    if batch > 1:
+        ways += [f"--config.accumulate={2 * config.accumulate}, the same batch in smaller parts"]
+    if len(machine.devices) > config.mesh.fsdp:
+        ways += ["a larger --config.mesh.fsdp, which splits frozen weights among chips"]
+    if fixed > there / 2:
+        ways.reverse()
+    return (
+        f"{machine.name}: out of memory, {used / GIB:.2f} GiB of {there / GIB:.2f} a chip, "
+        f"{(used - there) / GIB:.2f} too much; change {'; or '.join(ways)}"
+    )
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line."""
+    flags = argparse.ArgumentParser(
+        description=__doc__,
+        epilog="--config.any.key=value sets one key of the configuration",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    flags.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    flags.add_argument("--topology", help=f"of TPUs: {EXAMPLES}; this machine if not given")
+    flags.add_argument(
+        "--batch_per_chip", type=int, help="in place of config.batch_size, which is of all chips"
+    )
+    flags.add_argument("--sampler", action="store_true", help="the painter, not the training step")
+    flags.add_argument("--quick", action="store_true", help="compile once: no largest batch")
+    flags.add_argument("--cache", help="folder of what was compiled; data.data_dir/plans if not")
+    return flags
+
+
+if __name__ == "__main__":
+    run_with_arguments(parser(), main)

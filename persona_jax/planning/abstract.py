@@ -1,0 +1,252 @@
+"""A training run or a sampler without its weights: every array is a shape, a dtype and a place."""
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jax.typing import DTypeLike
+from ml_collections import ConfigDict
+
+from persona_jax import methods, paint
+from persona_jax.diffusion.schedule import Schedule
+from persona_jax.errors import UserError
+from persona_jax.eyes import KINDS, Eye
+from persona_jax.interop import folders
+from persona_jax.interop.folders import Tower
+from persona_jax.models import face_resnet, facenet
+from persona_jax.models.adapter import Adapter
+from persona_jax.models.towers import abstract_params, build
+from persona_jax.pipeline import Pipeline
+from persona_jax.planning import published
+from persona_jax.training.mesh import batch_sharding, replicated, shard_params
+from persona_jax.training.state import fresh_state, make_optimizer
+
+Program = tuple[Any, tuple]
+"""A jitted function and the abstract arguments to lower it with."""
+
+
+def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
+    """The step that :mod:`persona_jax.train` compiles, and its (state, frozen, batch).
+
+    Args:
+      config: an adapter's; ``batch_size`` is global.
+      mesh: of the devices to plan for; they need not exist.
+      dtype: of the frozen weights and of the computation.
+
+    Raises:
+      UserError: a method other than adapters, a pipeline whose sizes are not known, or a batch
+        that does not divide among the devices.
+    """
+    if config.method != "adapter":
+        raise UserError(f"config.method={config.method}: only the training of adapters is planned")
+    if config.batch_size % (config.accumulate * mesh.size):
+        raise UserError(
+            f"config.batch_size={config.batch_size} (all chips together): must be a multiple of "
+            f"accumulate x chips = {config.accumulate} x {mesh.size}; or give --batch_per_chip"
+        )
+    pipeline, eye = open_abstract(config, dtype)
+    trainable = adapter_shapes(config, pipeline, eye)
+    optimizer = make_optimizer(config.optimizer)
+    ema = bool(config.optimizer.ema_decay)
+    state = jax.eval_shape(lambda params: fresh_state(params, optimizer, ema=ema), trainable)
+    frozen = shapes(methods.frozen_params(pipeline, eye))
+    step = methods.adapter_step(config, pipeline, optimizer, mesh)
+    return step, (
+        at(state, shard_params(mesh, state)),
+        at(frozen, shard_params(mesh, frozen)),
+        at(batch_shapes(config, pipeline, eye), batch_sharding(mesh)),
+    )
+
+
+def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
+    """The painter of :mod:`persona_jax.paint` for ``config.batch_size`` pictures of ``n - 1``
+    references each, shared out among the devices, and its arguments.
+
+    Raises:
+      UserError: as :func:`training_step`.
+    """
+    pipeline, eye = open_abstract(config, dtype)
+    if config.batch_size % mesh.size:
+        raise UserError(
+            f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
+            f"{mesh.size} chips; or give --batch_per_chip"
+        )
+    painter = paint.make_painter(pipeline, steps=config.sampling.steps)
+    aggregator = methods.make_aggregator(config.aggregator)
+
+    def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, knobs: Any) -> jax.Array:
+        references = paint.References(batch["embeddings"], batch["mask"], knobs["scale"])
+        request = paint.Request(
+            keys=jax.vmap(jax.random.key)(batch["index"]),
+            ids=batch["tokens"],
+            negative_ids=batch["tokens"],
+            references=(references,),
+            guidance=knobs["guidance"],
+            eta=knobs["eta"],
+        )
+        return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
+
+    frozen, learnt = paint.frozen_params(pipeline), adapter_shapes(config, pipeline, eye)
+    number = jax.ShapeDtypeStruct((), jnp.float32)
+    return jax.jit(paint_batch), (
+        at(frozen, shard_params(mesh, frozen)),
+        at(learnt, shard_params(mesh, learnt)),
+        at(eye.blank, replicated(mesh)),
+        at(batch_shapes(config, pipeline, eye), batch_sharding(mesh)),
+        at(dict.fromkeys(("scale", "guidance", "eta"), number), replicated(mesh)),
+    )
+
+
+def open_abstract(config: ConfigDict, dtype: DTypeLike) -> tuple[Pipeline, Eye]:
+    """What ``open_pipeline`` and ``open_eye`` give, with shapes in place of weights.
+
+    Raises:
+      UserError: sizes that are neither in a local folder nor known (:mod:`.published`).
+    """
+    towers = {
+        name: abstract_tower(name, tower_config(config.pipeline, name), dtype)
+        for name in ("unet", "vae", "text_encoder")
+    }
+    scheduler = tower_config(config.pipeline, "scheduler")
+    length = towers["text_encoder"].module.config.max_position_embeddings
+    pipeline = Pipeline(
+        **towers,
+        image_encoder=None,
+        schedule=Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1}),
+        scheduler_config=scheduler,
+        tokenizer=_Tokenizer(length),
+        feature_extractor=None,
+    )
+    return pipeline, abstract_eye(config)
+
+
+class _Tokenizer(SimpleNamespace):
+    """Makes captions of the right length out of anything."""
+
+    def __init__(self, length: int):
+        super().__init__(model_max_length=length)
+
+    def __call__(self, prompts: Any, **_: Any) -> dict:
+        count = 1 if isinstance(prompts, str) else len(prompts)
+        return {"input_ids": np.zeros((count, self.model_max_length), np.int32)}
+
+
+def abstract_tower(name: str, config: Mapping[str, Any], dtype: DTypeLike) -> Tower:
+    """A tower whose parameters are shapes."""
+    module = build(name, config, dtype)
+    cast = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, dtype), abstract_params(module))
+    return Tower(module, cast, config)
+
+
+def abstract_eye(config: ConfigDict) -> Eye:
+    """The eye of a config as far as training sees it: the shape of what it gives.
+
+    Raises:
+      UserError: an unknown kind, or a tower whose sizes are not known.
+    """
+    kind, blank = config.image_encoder.kind, None
+    if kind not in KINDS:
+        raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
+    dim = {"dlib": face_resnet.DIM, "facenet": facenet.DIM}.get(kind)
+    if kind == "clip":
+        sizes = build("image_encoder", image_encoder_config(config)).config
+        dim = sizes.projection_dim
+        if config.aggregator.kind == "plus":
+            dim, patches = sizes.hidden_size, 1 + (sizes.image_size // sizes.patch_size) ** 2
+            blank = jax.ShapeDtypeStruct((patches, dim), jnp.float32)
+    return Eye(dim, lambda photo: photo, lambda params, pixels: pixels, {}, "", blank)
+
+
+def image_encoder_config(config: ConfigDict) -> Mapping[str, Any]:
+    """``config.json`` of the image encoder: the pipeline's own, or the one that is named."""
+    path = config.image_encoder.path
+    if not path:
+        return tower_config(config.pipeline, "image_encoder")
+    folder = local_folder(path)
+    if folder is None and path in published.IMAGE_ENCODERS:
+        return published.IMAGE_ENCODERS[path]
+    if folder is None:
+        raise _not_known(path, published.IMAGE_ENCODERS)
+    inner = folder / "image_encoder"
+    return folders.read_json((inner if inner.is_dir() else folder) / "config.json")
+
+
+def tower_config(pipeline: str, part: str) -> Mapping[str, Any]:
+    """The JSON of one part of a pipeline: a local folder's, a shipped base's, or a known hub id's.
+
+    Raises:
+      UserError: neither a folder nor known, or the file is missing.
+    """
+    folder = local_folder(pipeline)
+    if folder is not None:
+        name = "scheduler_config.json" if part == "scheduler" else "config.json"
+        return folders.read_json(folder / part / name)
+    if pipeline not in published.PIPELINES:
+        raise _not_known(pipeline, published.PIPELINES)
+    if part not in published.PIPELINES[pipeline]:
+        raise UserError(f"{pipeline}: it has no {part}/; name one with --config.{part}.path=FOLDER")
+    return published.PIPELINES[pipeline][part]
+
+
+def _not_known(path: str, known: Mapping) -> UserError:
+    return UserError(
+        f"{path}: no such folder, and no sizes known for that name; give a local folder (its "
+        f"config.json files suffice) or one of {', '.join(known)}"
+    )
+
+
+def local_folder(path: str) -> Path | None:
+    """The folder of a shipped base or of that name; None for anything that is not here."""
+    if path in folders.SHIPPED or Path(path).expanduser().is_dir():
+        return folders.find(path)
+    return None
+
+
+def adapter_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> Any:
+    """The trainable tree as shapes; where it starts from makes no difference to them."""
+    fresh = config.copy_and_resolve_references()
+    with fresh.unlocked():
+        fresh.init_from = ""
+
+    def make(params: Any) -> Any:
+        unet = dataclasses.replace(pipeline.unet, params=params)
+        return methods.init_adapter(fresh, dataclasses.replace(pipeline, unet=unet), eye.dim)
+
+    return jax.eval_shape(make, pipeline.unet.params)
+
+
+def batch_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> dict:
+    """The batch that :func:`persona_jax.data.loader.batches` gives, as shapes."""
+    count, slots = config.batch_size, config.references.n - 1
+    h, w, channels = pipeline.latent_shape
+    patches = () if eye.blank is None else eye.blank.shape[:1]
+    of = jax.ShapeDtypeStruct
+    return {
+        "moments": of((count, h, w, 2 * channels), jnp.float32),
+        "tokens": of((count, pipeline.tokenizer.model_max_length), jnp.int32),
+        "embeddings": of((count, slots, *patches, eye.dim), jnp.float32),
+        "mask": of((count, slots), jnp.float32),
+        "index": of((count,), jnp.int32),
+    }
+
+
+def shapes(tree: Any) -> Any:
+    """The tree of shapes and dtypes of a tree of arrays or shapes."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+def at(tree: Any, shardings: Any) -> Any:
+    """Shapes that know where they lie; `shardings` is a tree, or one for all."""
+
+    def put(leaf: Any, sharding: Any) -> Any:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    if isinstance(shardings, jax.sharding.Sharding):
+        return jax.tree.map(lambda leaf: put(leaf, shardings), tree)
+    return jax.tree.map(put, tree, shardings)

@@ -1,0 +1,190 @@
+"""Reading compiled programs: collectives in HLO text, and how often loops turn."""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+KINDS = (
+    "all-reduce",
+    "all-gather",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+)
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind among as many devices.
+
+    Attributes:
+      kind: one of :data:`KINDS`.
+      group: devices that take part in each.
+      count: how often one runs in a call of the program.
+      bytes: of the arrays, whole (what a gather gives, what a reduction is of), over all of them.
+    """
+
+    kind: str
+    group: int
+    count: int
+    bytes: int
+
+    @property
+    def sent(self) -> float:
+        """Bytes that each chip sends, by the ring algorithms: an array is reduced in n − 1 steps of
+        1/n of it and gathered in as many."""
+        share = (self.group - 1) / self.group
+        times = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
+        return self.bytes * times.get(self.kind, share)
+
+
+_OPERATION = re.compile(rf"\s({'|'.join(KINDS)})(-start)?\(")
+_ARRAY = re.compile(r"\b(pred|[a-z]+[0-9]+[a-z0-9]*)\[([0-9,]*)\]")
+_CALLED = re.compile(
+    r"(?:calls|to_apply|body|condition|branch_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+)
+_HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
+
+
+def collectives(text: str, devices: int) -> list[Collective]:
+    """The collectives of a compiled program, summed by kind and group.
+
+    Those inside a loop count as often as it turns; asynchronous ones (``-start``, ``-done``) once.
+
+    Args:
+      text: of the optimised HLO module (``compiled.as_text()``).
+      devices: of the program: a collective without groups is of all of them.
+    """
+    bodies = computations(text)
+    times = calls(bodies)
+    counts: Counter = Counter()
+    sizes: Counter = Counter()
+    for name, lines in bodies.items():
+        for line in lines if times[name] else ():
+            found = _OPERATION.search(line)
+            if not found:
+                continue
+            kind, group = found[1], group_size(line, devices)
+            size = whole_size(kind, bool(found[2]), line[: found.start()], group)
+            if name.startswith("all-reduce-scatter"):  # how TPU programs write a reduce-scatter
+                kind = "reduce-scatter"
+            if group > 1:
+                counts[kind, group] += times[name]
+                sizes[kind, group] += times[name] * size
+    return [Collective(*key, counts[key], sizes[key]) for key in sorted(counts)]
+
+
+def computations(text: str) -> dict[str, list[str]]:
+    """The instructions of each computation, by its name; the entry's is ``""``."""
+    found: dict[str, list[str]] = {}
+    name = None
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name = "" if line.startswith("ENTRY") else header[1]
+            found[name] = []
+        elif name is not None and " = " in line:
+            found[name].append(line)
+    return found
+
+
+def calls(bodies: Mapping[str, list[str]]) -> dict[str, int]:
+    """How often each computation runs, the entry once."""
+    callers = defaultdict(list)
+    for name, lines in bodies.items():
+        for line in lines:
+            if "async-done(" in line or "async-update(" in line:
+                continue
+            turns = trip_count(line, bodies) if " while(" in line else 1
+            for called in _CALLED.findall(line):
+                for one in re.findall(r"[\w.\-]+", called):
+                    callers[one].append((name, turns))
+    times: dict[str, int] = {"": 1}
+
+    def runs(name: str) -> int:
+        if name not in times:
+            times[name] = sum(turns * runs(caller) for caller, turns in callers[name])
+        return times[name]
+
+    return {name: runs(name) for name in bodies}
+
+
+def trip_count(line: str, bodies: Mapping[str, list[str]]) -> int:
+    """Turns of a while loop: as the compiler notes them, or the number its condition compares with;
+    1 where neither is there."""
+    if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
+        return int(noted[1])
+    condition = re.search(r"condition=%?([\w.\-]+)", line)
+    inside = "\n".join(bodies.get(condition[1], [])) if condition else ""
+    return max(map(int, re.findall(r"\bs32\[\]\S* constant\((\d+)\)", inside)), default=1)
+
+
+def group_size(line: str, devices: int) -> int:
+    """Devices in each group of a collective, in any of the ways HLO writes groups."""
+    if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
+        parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in parts)
+    if tiled := re.search(r"replica_groups=\[\d+,(\d+)\]", line):
+        return int(tiled[1])
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return listed[1].count(",") + 1
+    return devices
+
+
+def whole_size(kind: str, started: bool, shape: str, group: int) -> int:
+    """Bytes of a collective's whole arrays from the shape of its result."""
+    sizes = [array_size(*array) for array in _ARRAY.findall(shape.split(" = ", 1)[1])]
+    if kind == "reduce-scatter":
+        return group * (sizes[-1] if started else sum(sizes))
+    if started and kind == "all-gather":  # (operands, results)
+        return sum(sizes) * group // (group + 1)
+    if started and kind == "collective-permute":  # (operand, result, contexts)
+        return sizes[0]
+    return sum(sizes)
+
+
+def array_size(dtype: str, dimensions: str) -> int:
+    """Bytes of one array, from HLO's ``bf16`` and ``4,128``."""
+    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
+
+
+def loop_factor(jaxpr: Any, platform: str) -> float:
+    """FLOPs of a program over those with each loop's body counted once, which is how compilers
+    count. 1.0 where there are no loops."""
+    found = list(_products(jaxpr, platform, 1))
+    once = sum(flops for flops, _ in found)
+    return sum(flops * turns for flops, turns in found) / once if once else 1.0
+
+
+def _products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, int]]:
+    """(FLOPs, how often it runs) of each matrix product and convolution."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "dot_general":
+            (contracted, _), _ = eqn.params["dimension_numbers"]
+            left = eqn.invars[0].aval.shape
+            yield 2.0 * eqn.outvars[0].aval.size * math.prod(left[i] for i in contracted), turns
+        elif eqn.primitive.name == "conv_general_dilated":
+            numbers, kernel = eqn.params["dimension_numbers"], eqn.invars[1].aval
+            outputs = kernel.shape[numbers.rhs_spec[0]]
+            yield 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs, turns
+        below = turns * eqn.params["length"] if eqn.primitive.name == "scan" else turns
+        for inner in _inner(eqn, platform):
+            yield from _products(inner, platform, below)
+
+
+def _inner(eqn: Any, platform: str) -> Iterator[Any]:
+    """The programs within an equation; of those for several platforms, the one that applies."""
+    branches = eqn.params.get("branches_platforms")
+    if branches:
+        chosen = next(i for i, names in enumerate(branches) if names is None or platform in names)
+        yield eqn.params["branches"][chosen].jaxpr
+        return
+    for value in eqn.params.values():
+        for one in value if isinstance(value, tuple | list) else (value,):
+            if hasattr(one, "eqns"):
+                yield one
+            elif hasattr(getattr(one, "jaxpr", None), "eqns"):
+                yield one.jaxpr

@@ -1,0 +1,394 @@
+"""Plans: what is read off a compiled program, what is made of it, and errors in one line."""
+
+import dataclasses
+import json
+import math
+import re
+from importlib.util import find_spec
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from world import ROOT, config_of
+
+from persona_jax import plan
+from persona_jax.cli import run_with_arguments
+from persona_jax.errors import UserError
+from persona_jax.models.attention import attention
+from persona_jax.models.towers import abstract_params, build
+from persona_jax.planning import abstract, chips, compiled, hlo, published
+from persona_jax.planning.chips import GIB, Chip
+from persona_jax.planning.compiled import Compiled
+from persona_jax.planning.hlo import Collective
+from persona_jax.training.mesh import make_mesh
+from persona_jax.training.state import init_state, make_optimizer
+
+needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu")
+
+HLO = """
+HloModule jit_step, is_scheduled=true
+
+%add (x: f32[], y: f32[]) -> f32[] {
+  %x = f32[]{:T(128)} parameter(0)
+  ROOT %sum = f32[] add(%x, %y)
+}
+
+%body.7 (p: (s32[], f32[64])) -> (s32[], f32[64]) {
+  %permuted = f32[64]{0} collective-permute(%q), source_target_pairs={{0,1},{1,0}}
+  %gathered = (f32[32]{0}, f32[64]{0}) all-gather-start(%r), replica_groups=[4,2]<=[8]
+  %done = f32[64]{0} all-gather-done(%gathered)
+}
+
+%cond (p: (s32[], f32[64])) -> pred[] {
+  %limit = s32[]{:T(128)} constant(5)
+  ROOT %less = pred[] compare(%i, %limit), direction=LT
+}
+
+%all-reduce-scatter.3 (p: bf16[16,4]) -> bf16[2,4] {
+  %inner = bf16[16,4]{1,0:T(8,128)(2,1)} all-reduce(%p), replica_groups={}, to_apply=%add
+}
+
+%never (p: f32[]) -> f32[] {
+  %unused = f32[1000]{0} all-reduce(%p), to_apply=%add
+}
+
+ENTRY %main.9 (a: f32[4]) -> f32[4] {
+  %all-reduce.1 = (bf16[4,128]{1,0:T(4,128)(2,1)S(1)}, /*index=1*/f32[10]{0}) all-reduce(%a, %b), \
+replica_groups=mesh['axis_0'=4,'axis_1'=2,'axis_2'=1] {'axis_0','axis_1'}, to_apply=%add
+  %reduced = f32[8]{0} reduce-scatter(%a), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %alone = f32[8]{0} all-reduce(%a), replica_groups=[8,1]<=[8], to_apply=%add
+  %fused = bf16[2,4]{1,0} fusion(%a), kind=kCustom, calls=%all-reduce-scatter.3
+  %loop = (s32[], f32[64]) while(%init), condition=%cond, body=%body.7
+  ROOT %again = (s32[], f32[64]) while(%init), condition=%cond, body=%body.7, \
+backend_config={"known_trip_count":{"n":"2"}}
+}
+"""
+
+
+def test_collectives_of_a_program():
+    assert hlo.collectives(HLO, 8) == [
+        Collective("all-gather", 2, 7, 7 * 256),
+        Collective("all-reduce", 8, 1, 4 * 128 * 2 + 40),
+        Collective("collective-permute", 8, 7, 7 * 256),
+        Collective("reduce-scatter", 4, 1, 4 * 32),
+        Collective("reduce-scatter", 8, 1, 128),
+    ]
+
+
+def test_a_ring_sends_each_share_but_its_own():
+    assert Collective("all-reduce", 4, 1, 1000).sent == 1500
+    assert Collective("all-gather", 4, 1, 1000).sent == 750
+    assert Collective("collective-permute", 4, 1, 1000).sent == 1000
+
+
+def test_collectives_of_this_machines_compiler():
+    mesh = make_mesh()
+    spread = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+    x = jax.ShapeDtypeStruct((16, 32), jnp.float32, sharding=spread)
+    text = jax.jit(lambda x: x.sum(axis=0)).lower(x).compile().as_text()
+    assert hlo.collectives(text, 8) == [Collective("all-reduce", 8, 1, 128)]
+
+
+def test_loops_count_as_often_as_they_turn():
+    def function(x, w):
+        x = jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=9)[0]
+        return jax.lax.platform_dependent(
+            x, cpu=lambda x: jax.lax.map(lambda row: row @ w, x), default=lambda x: x @ w
+        )
+
+    shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
+    jaxpr = jax.jit(function).trace(shape, shape).jaxpr.jaxpr
+    assert hlo.loop_factor(jaxpr, "tpu") == pytest.approx((9 + 1) / (1 + 1))
+    # Row by row: each turn does an eighth of the product.
+    assert hlo.loop_factor(jaxpr, "cpu") == pytest.approx((9 + 1) / (1 + 1 / 8))
+
+
+def test_roofline():
+    chip = Chip("toy", hbm=1e9, flops=1e12, bandwidth=1e9, link=1e8, links=4)
+    found = chips.roofline(chip, 2, 2e12, 1e9, [Collective("all-reduce", 4, 2, 10**8)])
+    assert found == pytest.approx((2.0, 1.0, 1.5e8 / 2e8))
+    assert found.step == pytest.approx(2.75)
+    assert found.share == pytest.approx(0.75 / 2.75)
+
+
+def test_links_and_cores():
+    shapes = {"v5e:2x2": 2, "v5e:16x16": 4, "v5e:4x16": 3, "v5p:2x2x1": 2, "v5p:4x4x8": 6}
+    found = {n: chips.links_used(n.split(":")[0], chips.dimensions(n)) for n in shapes}
+    assert found == shapes
+    half = chips.per_device(chips.CHIPS["v4"], 8, 4)
+    assert half.hbm == chips.CHIPS["v4"].hbm / 2
+
+
+def test_the_largest_batch_lies_on_the_line():
+    assert chips.largest_batch((2, 5.0), (4, 8.0), 11.4) == 6
+    assert chips.largest_batch((2, 5.0), (4, 8.0), 1.0) == 0
+    assert plan.another_batch(6, 2) == 2
+    assert plan.another_batch(1, 1) == 2
+
+
+def test_a_batch_that_does_not_divide_is_rounded_up(capsys):
+    config = config_of("sa", "tiny")
+    assert plan.batch_per_chip(config, None, 8) == 2
+    assert capsys.readouterr().out == ""
+    assert plan.batch_per_chip(config, None, 256) == 1
+    assert "batch_size=16 does not divide among 256 chips" in capsys.readouterr().out
+    config.accumulate = 3
+    assert plan.batch_per_chip(config, None, 8) == 3
+
+
+def test_a_plan_is_made_once(tmp_path):
+    found = made()
+    calls = []
+
+    def find():
+        calls.append(1)
+        return found
+
+    for _ in range(2):
+        assert compiled.remembered(tmp_path, "key", find) == found
+    assert len(calls) == 1
+    assert compiled.remembered(tmp_path, "other", find) == found
+    assert len(calls) == 2
+
+
+def test_a_plan_is_named_by_all_that_matters(monkeypatch):
+    one, two = SimpleNamespace(device_kind="a"), SimpleNamespace(device_kind="b")
+    keys = {compiled.program_key("x", one), compiled.program_key("y", one)}
+    keys.add(compiled.program_key("x", two))
+    monkeypatch.setenv("LIBTPU_INIT_ARGS", "--some")
+    keys.add(compiled.program_key("x", one))
+    monkeypatch.setattr(compiled, "_version", lambda name: "another")
+    keys.add(compiled.program_key("x", one))
+    assert len(keys) == 5
+
+
+def made(**changes) -> Compiled:
+    values = {
+        "memory": dict(zip(compiled.MEMORY, (4 * GIB, 2 * GIB, 3 * GIB, GIB, 0), strict=True)),
+        "flops": 1e12,
+        "accessed": 1e9,
+        "optimal_seconds": None,
+        "collectives": (Collective("all-reduce", 4, 1, 100),),
+        "seconds": 1.0,
+    }
+    return Compiled(**(values | changes))
+
+
+def test_aliased_memory_counts_once():
+    found = made()
+    assert found.total == 8 * GIB
+    assert Compiled.from_json(json.dumps(dataclasses.asdict(found))) == found
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO "
+        "temporaries (16.50G) exceeds available HBM (15.75G).",
+        "RESOURCE_EXHAUSTED: Ran out of memory in memory space hbm. Used 16.50G of 15.75G hbm.",
+    ],
+)
+def test_a_shortage_is_read(message):
+    assert compiled.shortage_in(message) == (16.5 * GIB, 15.75 * GIB)
+    assert compiled.shortage_in("INTERNAL: something else (1G)") is None
+
+
+def run_plan(*flags: str) -> None:
+    run_with_arguments(plan.parser(), plan.main, ["plan", *flags])
+
+
+def error_of(capsys, *flags: str) -> str:
+    with pytest.raises(SystemExit) as stop:
+        run_plan(*flags)
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: ")
+    return error
+
+
+SA = str(ROOT / "configs/sa.py")
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--topology", "v9:2x2"], "v9:2x2: not a TPU topology; for example v5e:2x2"),
+        (["--topology", "v5e:32x32"], "not a TPU topology"),
+        (["--topology", "v5p:2x2"], "not a TPU topology"),
+        (["--batch_per_chip=-1"], "batch_per_chip -1: expected 1 or more"),
+        (["--batch_per_chip=2", "--config.accumulate=3"], "must be a multiple of accumulate x"),
+        (["--config.pipeline=some/other"], "some/other: no such folder, and no sizes known"),
+        (["--config.mesh.fsdp=3"], "data x fsdp must be the number of devices"),
+        (["--config.batch_sise=3"], "did you mean batch_size"),
+        (["--config.image_encoder.kind=dlip"], "known: clip, dlib, facenet"),
+        (["--config", str(ROOT / "configs/lora.py"), "--batch_per_chip=1"], "only .* adapters"),
+        (["--topologie=x"], "Unknown command line flag 'topologie'"),
+    ],
+)
+def test_bad_input(capsys, flags, words):
+    error = error_of(capsys, "--config", SA, *flags)
+    assert re.search(words, error), error
+
+
+def test_libtpu_is_asked_for(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "find_spec", lambda name: None)
+    error = error_of(capsys, "--config", SA, "--topology", "v5e:2x2")
+    assert "pip install -e '.[tpu]'" in error
+
+
+def test_out_of_memory_is_no_traceback(capsys, monkeypatch):
+    machine = plan.Machine("v5e:2x2", [None] * 4, chips.CHIPS["v5e"], 2, 16.0 * GIB)
+    few, many = made(), made(memory={}, shortage=(20.0 * GIB, 16.0 * GIB))
+    monkeypatch.setattr(plan, "topology", lambda name: machine)
+    monkeypatch.setattr(plan, "plan", lambda arguments, machine, batch: {4: few, 8: many}[batch])
+    monkeypatch.setattr(plan, "page", lambda *_: "page")
+    error = error_of(capsys, "--config", SA, "--topology", "v5e:2x2", "--batch_per_chip", "8")
+    assert "20.00 GiB of 16.00 a chip, 4.00 too much" in error
+    for key in ("batch_per_chip below 8", "accumulate=2", "mesh.fsdp"):
+        assert key in error
+    (line,) = plan.largest_line({4: few, 8: many}, machine, config_of("sa", "tiny"))
+    assert line.startswith("largest batch: 6 a chip, 24 in all; extrapolated")
+
+
+@pytest.mark.parametrize(
+    ("tower", "sizes", "count"),
+    [
+        *(
+            (tower, published.STABLE_DIFFUSION_1_5[tower], count)
+            for tower, count in (
+                ("unet", 859_520_964),
+                ("vae", 83_653_863),
+                ("text_encoder", 123_060_480),
+            )
+        ),
+        ("image_encoder", published.CLIP_VIT_H_14, 632_076_800),
+    ],
+)
+def test_published_sizes(tower, sizes, count):
+    tree = abstract_params(build(tower, sizes))
+    assert sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree)) == count
+
+
+def test_the_state_is_the_one_that_training_starts_with():
+    config, mesh = config_of("sa", "tiny"), make_mesh(fsdp=2)
+    _, (state, frozen, batch) = abstract.training_step(config, mesh, jnp.float32)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
+    real = init_state(params, make_optimizer(config.optimizer), mesh, ema=True)
+    jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+                 or pytest.fail(f"{a} {b}"), state, real)  # fmt: skip
+    assert sorted(frozen) == ["blank", "empty", "text_encoder", "unet"]
+    assert batch["embeddings"].shape == (16, 9, 256)
+
+
+def value_of(pattern: str, printed: str) -> float:
+    return float(re.search(pattern, printed)[1])
+
+
+def test_this_machine(capsys, tmp_path):
+    flags = ("--config", SA, "--quick", "--cache", str(tmp_path), "--config.aggregator.kind=avg")
+    run_plan(*flags)
+    printed = capsys.readouterr()
+    assert "training step, 8 x cpu: 8 devices, mesh data=8 fsdp=1, 16 examples (2 a chip)" in (
+        printed.out
+    )
+    # All gradients are reduced among all devices, and that is all.
+    config = config_of("avg", "tiny")
+    _, (state, _, _) = abstract.training_step(config, make_mesh(), jnp.float32)
+    trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    reduced = value_of(r"all-reduce among 8: ([\d.]+) MB", printed.out)
+    assert reduced == pytest.approx(4 * trained / 1e6, rel=0.05)
+    assert "compiling" in printed.err
+
+    run_plan(*flags)
+    again = capsys.readouterr()
+    assert again.out == printed.out
+    assert "compiling" not in again.err
+
+
+SMALL = {
+    "unet": {
+        "sample_size": 8,
+        "block_out_channels": (16,),
+        "down_block_types": ("DownBlock2D",),
+        "up_block_types": ("UpBlock2D",),
+        "layers_per_block": 1,
+        "attention_head_dim": 2,
+        "cross_attention_dim": 16,
+        "norm_num_groups": 4,
+    },
+    "vae": {
+        "block_out_channels": (8, 8),
+        "down_block_types": ("DownEncoderBlock2D",) * 2,
+        "up_block_types": ("UpDecoderBlock2D",) * 2,
+        "norm_num_groups": 4,
+    },
+    "text_encoder": {
+        "vocab_size": 99,
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    },
+    "image_encoder": {
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "projection_dim": 16,
+    },
+}
+
+
+@pytest.fixture
+def sizes_only(tmp_path):
+    """A pipeline folder that has sizes and no weights."""
+    for tower, sizes in SMALL.items():
+        (tmp_path / tower).mkdir()
+        (tmp_path / tower / "config.json").write_text(json.dumps(sizes))
+    (tmp_path / "scheduler").mkdir()
+    scheduler = json.dumps(published.STABLE_DIFFUSION_1_5["scheduler"])
+    (tmp_path / "scheduler/scheduler_config.json").write_text(scheduler)
+    return tmp_path
+
+
+@needs_libtpu
+def test_a_topology(capsys, sizes_only):
+    flags = ("--topology", "v5e:2x2", "--batch_per_chip", "2", "--cache", str(sizes_only / "kept"))
+    changes = (f"--config.pipeline={sizes_only}", "--config.aggregator.kind=avg")
+    run_plan("--config", SA, *flags, *changes, "--quick")
+    printed = capsys.readouterr().out
+    assert "v5e:2x2: 4 devices, mesh data=4 fsdp=1, 8 examples (2 a chip), bfloat16" in printed
+    assert "of 15.75" in printed
+    assert "all-reduce among 4" in printed
+    assert value_of(r"estimate: ([\d.]+) ms", printed) > 0
+
+
+@needs_libtpu
+def test_attention_is_lowered_for_the_topology():
+    devices = plan.topology("v5e:2x2").devices
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    there = jax.sharding.SingleDeviceSharding(devices[0])
+    for place, chunks in ((here, True), (there, False)):
+        x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16, sharding=place)
+        text = jax.jit(attention).lower(x, x, x).as_text()
+        assert ("stablehlo.while" in text) == chunks
+
+
+def test_a_folder_must_have_its_files(sizes_only):
+    (sizes_only / "vae/config.json").unlink()
+    config = config_of("sa", "tiny")
+    config.pipeline = str(sizes_only)
+    with pytest.raises(UserError, match=r"vae/config\.json: missing"):
+        abstract.open_abstract(config, jnp.float32)
+
+
+def test_a_sampler_is_planned(capsys, sizes_only):
+    changes = (f"--config.pipeline={sizes_only}", "--config.aggregator.kind=avg")
+    flags = ("--sampler", "--quick", "--cache", str(sizes_only), "--config.sampling.steps=3")
+    run_plan("--config", SA, *flags, *changes)
+    printed = capsys.readouterr().out
+    assert "sampler of 3 steps, 8 x cpu: 8 devices" in printed
+    assert "16 pictures (2 a chip)" in printed
+    assert value_of(r"([\d.]+) GB read", printed) > 0
