@@ -122,7 +122,10 @@ def test_the_token_stands_before_the_first_noun(prompt, called):
     [
         (["--person", "nobody"], "no such person; there are: person_"),
         (["--photos", str(ROOT / "x.png")], "give --person"),
-        (["--person", "{0}", "--prompt", "a photo of a dog"], "no 'person' or 'man' or 'woman' to call"),
+        (
+            ["--person", "{0}", "--prompt", "a photo of a dog"],
+            "no 'person' or 'man' or 'woman' to call",
+        ),
     ],
 )
 def test_wrong_flags(run, tmp_path, capsys, flags, word):
