@@ -37,7 +37,7 @@ PRESETS = {
 PERSONAL = {
     # With a text tower that stays as it is, the rare token calls nobody: whom the noun alone paints
     # is the same person.
-    "dreambooth": {"train_text_encoder": True, "optimizer": {"learning_rate": 4e-4, "steps": 50}},
+    "dreambooth": {"train_text_encoder": True, "optimizer": {"learning_rate": 8e-4, "steps": 50}},
     "lora": {"optimizer": {"learning_rate": 2e-3, "steps": 100}},
 }
 """What small bases change of the training of weights that belong to one person."""
