@@ -18,7 +18,6 @@ from ml_collections import ConfigDict
 from persona_jax.cli import read_config
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
-from persona_jax.eyes import Eye
 from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
@@ -129,15 +128,15 @@ def start_from(workdir: Path, fresh: Mapping) -> dict:
     return out
 
 
-def frozen_params(pipeline: Pipeline, eye: Eye) -> dict:
-    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and where the
-    eye gives patches, what it makes of no picture."""
+def frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dict:
+    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and the eye's
+    `blank` (:class:`persona_jax.eyes.Eye`)."""
     empty, _ = pipeline.tokenize([""])
     return {
         "unet": pipeline.unet.params,
         "text_encoder": pipeline.text_encoder.params,
         "empty": empty,
-        "blank": eye.blank,
+        "blank": blank,
     }
 
 

@@ -74,7 +74,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     trainable = methods.init_adapter(config, pipeline, eye.dim)
     optimizer, ema = make_optimizer(config.optimizer), bool(config.optimizer.ema_decay)
-    frozen = methods.frozen_params(pipeline, eye)
+    frozen = methods.frozen_params(pipeline, eye.blank)
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
     state = fit(

@@ -11,6 +11,7 @@ import resource
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -51,8 +52,17 @@ class Run:
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
         self.errors = root / f"errors_{time.monotonic_ns()}"
-        command = [ROOT / "launch/run", "local", "--processes", str(processes), "--"]
-        command += ["--config", root / "quick.py", "--workdir", workdir, *flags]
+        command = [ROOT / "launch/run", "local", "--processes", str(processes)]
+        command += [
+            "--python",
+            sys.executable,
+            "--",
+            "--config",
+            root / "quick.py",
+            "--workdir",
+            workdir,
+            *flags,
+        ]
         with self.errors.open("w") as errors:
             self.launcher = subprocess.Popen(
                 command,

@@ -55,7 +55,7 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     optimizer = make_optimizer(config.optimizer)
     ema = bool(config.optimizer.ema_decay)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer, ema=ema), trainable)
-    frozen = shapes(methods.frozen_params(pipeline, eye))
+    frozen = shapes(methods.frozen_params(pipeline, eye.blank))
     step = methods.adapter_step(config, pipeline, optimizer, mesh)
     return step, (
         at(state, shard_params(mesh, state)),
