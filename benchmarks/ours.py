@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.sizes import PHOTOS, TEXT_LENGTH, Size
+from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
 from persona_jax.diffusion.loss import denoising_loss
 from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
@@ -97,18 +97,6 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
         return vae.apply({"params": vae_params}, z, method=AutoencoderKL.decode)
 
     return lambda: paint(params, vae_params, learnt, latents, hidden, photos).block_until_ready()
-
-
-SCHEDULE = {
-    "_class_name": "DDIMScheduler",
-    "num_train_timesteps": 1000,
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
 
 
 def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:

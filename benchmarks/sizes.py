@@ -3,9 +3,12 @@
 import dataclasses
 from pathlib import Path
 
+from persona_jax.planning.published import CLIP_VIT_H_14, STABLE_DIFFUSION_1_5
+
 TEXT_LENGTH = 77
 PHOTOS = 9
 """References of the training step and of sampling."""
+SCHEDULE = STABLE_DIFFUSION_1_5["scheduler"] | {"clip_sample": False, "steps_offset": 1}
 WHAT = ("unet", "sampling", "step", "vae_encode", "vae_decode", "clip")
 
 
@@ -26,24 +29,6 @@ class Size:
     steps: int
 
 
-_VIT_H = {
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 16,
-    "image_size": 224,
-    "patch_size": 14,
-    "projection_dim": 1024,
-    "hidden_act": "gelu",
-}
-_SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-    "latent_channels": 4,
-}
 _SMALL_UNET = {
     "sample_size": 16,
     "block_out_channels": (64, 64, 96),
@@ -56,15 +41,15 @@ _SMALL_UNET = {
 }
 SIZES = {
     "sd15": Size(
-        unet={"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8},
-        vae=_SD15_VAE,
-        image_encoder=_VIT_H,
+        unet=dict(STABLE_DIFFUSION_1_5["unet"]),
+        vae=dict(STABLE_DIFFUSION_1_5["vae"]),
+        image_encoder=dict(CLIP_VIT_H_14),
         batch=1,
         steps=2,
     ),
     "small": Size(
         unet=_SMALL_UNET,
-        vae=_SD15_VAE
+        vae=dict(STABLE_DIFFUSION_1_5["vae"])
         | {
             "block_out_channels": (16, 32, 64),
             "down_block_types": ("DownEncoderBlock2D",) * 3,
@@ -73,7 +58,7 @@ SIZES = {
             "norm_num_groups": 8,
             "sample_size": 64,
         },
-        image_encoder=_VIT_H
+        image_encoder=dict(CLIP_VIT_H_14)
         | {
             "hidden_size": 192,
             "intermediate_size": 768,

@@ -7,8 +7,7 @@ import diffusers
 import torch
 import transformers
 
-from benchmarks.ours import SCHEDULE
-from benchmarks.sizes import PHOTOS, TEXT_LENGTH, Size
+from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
 
 
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:

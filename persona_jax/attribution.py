@@ -3,7 +3,6 @@
 import dataclasses
 from collections.abc import Callable, Sequence
 
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 from PIL import Image
@@ -11,8 +10,8 @@ from PIL import Image
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.models.aggregators import SelfAttentionAggregator
+from persona_jax.paint import References
 from persona_jax.runs import Run
-from persona_jax.shown import Set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,24 +57,23 @@ def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
 
 def attribute(
     run: Run,
-    shown: Set,
+    shown: References,
     painted: Float[np.ndarray, "P S S 3"],
-    repaint: Callable[[np.ndarray], np.ndarray],
+    repaint: Callable[[Sequence[References]], np.ndarray],
 ) -> Attribution:
     """Shares of attention, and leave-one-out influence.
 
     Args:
       run: of an adapter with self-attention.
-      shown: its references.
+      shown: its references, the same for all pictures.
       painted: its pictures from all of them.
-      repaint: weights → the same pictures again, from the photos that the weights leave.
+      repaint: other references → the same pictures again.
     """
-    weights = np.float32(shown.weights)
-    embeddings = run.eye.look([images.load_photo(file) for file in shown.photos])
+    weights = np.asarray(shown.weights[0])
     _, heads = run.adapter.aggregator.module.apply(
         {"params": run.adapter.params["aggregator"]},
-        jnp.asarray(embeddings[None]),
-        jnp.asarray(weights[None]),
+        shown.embeddings[:1],
+        shown.weights[:1],
     )
     heads = np.asarray(heads[0])
     whole, influence, without = _seen(run, painted), [], []
@@ -84,7 +82,7 @@ def attribute(
             influence.append(np.nan)
             without.append(None)
             continue
-        pictures = repaint(np.where(np.arange(len(weights)) == i, 0.0, weights))
+        pictures = repaint([shown.replace(weights=shown.weights.at[:, i].set(0.0))])
         influence.append(float((1 - (_seen(run, pictures) * whole).sum(axis=1)).mean()))
         without.append(images.to_uint8(pictures[0]))
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)

@@ -11,6 +11,7 @@ table.json and grid.png. Stopped, it goes on where it was when run again.
 
 import argparse
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -201,19 +202,21 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
     else stays what the base paints: what is lost there counts against what the person gains."""
     few = world.validation.some(CHOOSERS["personal"])
     most, rate = config.optimizer.steps, config.optimizer.learning_rate
+    knobs = runs.Knobs(**config.sampling, scale=1.0)
 
     def loss(choice: Mapping[str, float | int]) -> float:
         workdir = world.out / _choice_of(name, **choice)
         changes = {"group": "validation", "count": len(few.names), "seed": 0}
         run = runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
-        knobs, label = run.knobs(), f"{name}-choice-base"
-        base = world.judge.loss(
-            _verdict(world, label, runs.open_base(run.config.pipeline), few, knobs)
-        )
         own = world.judge.loss(_verdict(world, workdir.name, run, few, knobs))
         label = f"{workdir.name}-anybody"
         anybody = world.judge.loss(_verdict(world, label, run, few, knobs, named=False))
-        return own + max(0.0, base - anybody)
+        return own + max(0.0, untouched() - anybody)
+
+    @functools.cache
+    def untouched() -> float:
+        base = runs.open_base(config.pipeline)
+        return world.judge.loss(_verdict(world, f"{name}-choice-base", base, few, knobs))
 
     def measure() -> dict[str, float | int]:
         start = {"learning_rate": rate, "steps": most}

@@ -147,15 +147,15 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
     pipeline = open_pipeline(config)
     unet, tower = pipeline.unet, pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path
-    # Of a file alone, what it reads tells what it is; where both are as long, it is as published.
-    patches = tower is not None and plus_dim(file) == tower.module.config.hidden_size
     if path.is_dir():
-        patches = folders.read_json(path / "aggregator.json").get("kind") == "plus"
-    config.aggregator = ConfigDict({"kind": "plus" if patches else "every"})
-    eye, learnt = open_eye(config, pipeline), {}
-    aggregator = EveryPhoto(config.aggregator.kind)
-    if path.is_dir():
-        aggregator, learnt = load_aggregator(path, eye.dim)
+        kind = folders.read_json(path / "aggregator.json").get("kind")
+    else:
+        # What it reads tells what it is; where both are as long, it is as published.
+        patches = tower is not None and plus_dim(file) == tower.module.config.hidden_size
+        kind = "plus" if patches else "every"
+    config.aggregator = ConfigDict({"kind": kind})
+    eye = open_eye(config, pipeline)
+    aggregator, learnt = load_aggregator(path, eye.dim) if path.is_dir() else (EveryPhoto(kind), {})
     kernels = text_kernels(unet.params, unet.module.config)
     params = load_ip_adapter(file, unet.module.config, kernels, eye.dim) | {"aggregator": learnt}
     return Run(path, config, pipeline, eye, Adapter(aggregator, params, eye.blank))

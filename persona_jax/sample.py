@@ -59,23 +59,24 @@ def main(arguments: argparse.Namespace) -> None:
         towers=with_loras(run, arguments),
     )
 
-    def paint_all(weights: np.ndarray | None = None) -> np.ndarray:
+    references = [
+        sets.references(eye, one, knobs.scale, num) for eye, one in zip(eyes, shown, strict=True)
+    ]
+
+    def paint_all(references: Sequence[paint.References]) -> np.ndarray:
         return painter(
             [prompt] * num,
             paint.picture_keys(arguments.seed, num),
             names=[arguments.person] * num if run.personal else None,
-            references=[
-                sets.references(eye, one, knobs.scale, num, weights)
-                for eye, one in zip(eyes, shown, strict=True)
-            ],
+            references=references,
             negative_prompt=arguments.negative_prompt,
         )
 
-    painted = paint_all()
+    painted = paint_all(references)
     pictures = list(images.to_uint8(painted))
     found = None
     if arguments.attribution:
-        found = attribution.attribute(run, shown[0], painted, paint_all)
+        found = attribution.attribute(run, references[0], painted, paint_all)
 
     record = {
         "runs": [str(one.workdir.absolute()) for one in opened],

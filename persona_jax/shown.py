@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Array, Float
 from PIL import Image
 
 from persona_jax import paint, scales
@@ -82,9 +81,7 @@ def _window(start: float, end: float) -> tuple[float, float]:
     return start, end
 
 
-def references(
-    run: Run, shown: Set, default: float, num: int, weights: Float[np.ndarray, " N"] | None = None
-) -> paint.References:
+def references(run: Run, shown: Set, default: float, num: int) -> paint.References:
     """A set as `num` pictures are painted from it.
 
     Args:
@@ -92,7 +89,6 @@ def references(
       shown: the set.
       default: λ, where the set has none.
       num: B.
-      weights: in place of the set's.
 
     Raises:
       UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
@@ -102,16 +98,15 @@ def references(
     places = None
     if shown.mask is not None:
         places = scales.regions(images.load_photo(shown.mask), config, side)
-    own = np.float32(shown.weights) if weights is None else weights
-    seen, negative = _look(run, shown.photos), None
+    seen, own, negative = _look(run, shown.photos), np.float32(shown.weights), None
     if shown.negative:
         away = _look(run, shown.negative)
         slots = max(len(seen), len(away))
-        negative = tuple(_repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
+        negative = tuple(repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
         seen, own = _filled(seen, slots), _filled(own, slots)
     return paint.References(
-        _repeat(seen, num),
-        _repeat(own, num),
+        repeat(seen, num),
+        repeat(own, num),
         scales.combine(scale, places),
         negative,
         shown.window,
@@ -126,7 +121,8 @@ def _filled(x: np.ndarray, slots: int) -> np.ndarray:
     return np.concatenate([x, np.zeros((slots - len(x), *x.shape[1:]), x.dtype)])
 
 
-def _repeat(x: np.ndarray, num: int) -> Any:
+def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
+    """The same for each of `num` pictures."""
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 

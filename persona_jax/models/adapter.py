@@ -125,10 +125,9 @@ def image_tokens(
     else:
         network, one_by_one = resampler.of_params(projection, dtype), image.ndim == 4
         rows = image.reshape(-1, *image.shape[-2:])
-        if one_by_one or weights is None:
-            made = network.apply({"params": projection}, rows, jnp.ones(rows.shape[:2]))
-        else:
-            made = network.apply({"params": projection}, rows, weights)
+        alike = one_by_one or weights is None
+        counts = jnp.ones(rows.shape[:2]) if alike else weights
+        made = network.apply({"params": projection}, rows, counts)
     bias = None
     if one_by_one and weights is not None:
         # Finite, for sets of which nothing is left.
