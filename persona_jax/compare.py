@@ -192,9 +192,15 @@ def _learnt_by_heart(
     return workdir
 
 
-def _choice_of(name: str, learning_rate: float, steps: int) -> str:
-    """Where validation people lie who were learnt so."""
-    return f"runs/{name}-choice-{learning_rate:g}-{steps}"
+def _on_validation(
+    world: World, name: str, config: ConfigDict, learning_rate: float, steps: int
+) -> runs.Run:
+    """The first validation people, learnt so."""
+    workdir = world.out / f"runs/{name}-choice-{learning_rate:g}-{steps}"
+    count = len(world.validation.some(CHOOSERS["personal"]).names)
+    changes = {"group": "validation", "count": count, "seed": 0}
+    choice = {"learning_rate": learning_rate, "steps": steps}
+    return runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
 
 
 def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
@@ -205,11 +211,10 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
     knobs = runs.Knobs(**config.sampling, scale=1.0)
 
     def loss(choice: Mapping[str, float | int]) -> float:
-        workdir = world.out / _choice_of(name, **choice)
-        changes = {"group": "validation", "count": len(few.names), "seed": 0}
-        run = runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
-        own = world.judge.loss(_verdict(world, workdir.name, run, few, knobs))
-        label = f"{workdir.name}-anybody"
+        run = _on_validation(world, name, config, **choice)
+        label = run.workdir.name
+        own = world.judge.loss(_verdict(world, label, run, few, knobs))
+        label = f"{label}-anybody"
         anybody = world.judge.loss(_verdict(world, label, run, few, knobs, named=False))
         return own + max(0.0, untouched() - anybody)
 
@@ -251,7 +256,7 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
     """Guidance, and an adapter's λ, chosen on validation people."""
     if run.personal:  # the choice of the training has left validation people
         chosen = run.config.optimizer
-        run = runs.open_run(world.out / _choice_of(name, chosen.learning_rate, chosen.steps))
+        run = _on_validation(world, name, run.config, chosen.learning_rate, chosen.steps)
     whom = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
 
     def loss(changes: Mapping[str, float]) -> float:
