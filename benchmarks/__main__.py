@@ -2,9 +2,11 @@
 
 python -m benchmarks --size sd15
 
-Both sides are processes of their own and take turns, so that a machine that slows down slows down
-for both. Prints a table, and with --out FILE.md appends it there: medians with the middle half
-of the times, the ratio (above 1 where we are faster), the first call, and the peak of memory.
+The sides are processes of their own and take turns, so that a machine that slows down slows down
+for all. Prints a table, and with --out FILE.md appends it there: medians with the middle half
+of the times, the ratios (above 1 where we are faster), the first call, and the peak of memory.
+With --flax PYTHON, the interpreter of an environment that has diffusers 0.39.0, its Flax models are
+timed too.
 """
 
 import argparse
@@ -19,7 +21,13 @@ from pathlib import Path
 
 from benchmarks.sizes import SIZES, WHAT, write
 
-SIDES = ("ours", "theirs")
+TITLES = {
+    "ours": "ours",
+    "theirs": "PyTorch diffusers",
+    "theirs_flax": "diffusers' Flax",
+}
+"""What stands over each side's column, by the side's module."""
+NO_FLAX = ("clip",)
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
@@ -29,21 +37,29 @@ def main(arguments: argparse.Namespace) -> None:
     write(SIZES[arguments.size], folder)
     rows = []
     for what in arguments.what:
-        rows.append(row(what, pair(what, folder, arguments)))
+        rows.append(row(what, take_turns(what, folder, arguments), sides(arguments)))
         print(rows[-1], flush=True)
-    text = "\n".join([heading(arguments), "", *HEADER, *rows, ""])
+    text = "\n".join([heading(arguments), "", *header(sides(arguments)), *rows, ""])
     print(text)
     if arguments.out:
         with Path(arguments.out).open("a") as file:
             file.write("\n" + text)
 
 
-def pair(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
-    """Each side's times, first call and peak of memory; they take turns."""
-    workers = {side: start(side, what, folder, arguments) for side in SIDES}
-    found = {side: {"first": float(read(worker)), "times": []} for side, worker in workers.items()}
+def sides(arguments: argparse.Namespace) -> list[str]:
+    """Who takes part."""
+    return [side for side in TITLES if side != "theirs_flax" or arguments.flax]
+
+
+def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
+    """Each side's times, first call and peak of memory."""
+    there = [s for s in sides(arguments) if s != "theirs_flax" or what not in NO_FLAX]
+    workers, found = {}, {}
+    for side in there:  # one after the other: compilation takes all cores
+        workers[side] = start(side, what, folder, arguments)
+        found[side] = {"first": float(read(workers[side])), "times": []}
     for turn in range(arguments.repeats):
-        for side in SIDES if turn % 2 else SIDES[::-1]:
+        for side in there if turn % 2 else there[::-1]:
             workers[side].stdin.write("once\n")
             workers[side].stdin.flush()
             found[side]["times"].append(float(read(workers[side])))
@@ -56,7 +72,8 @@ def pair(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, di
 
 def start(side: str, what: str, folder: Path, arguments: argparse.Namespace) -> subprocess.Popen:
     """A side, at work."""
-    argv = [sys.executable, "-m", "benchmarks.worker", side, what, arguments.size]
+    python = arguments.flax if side == "theirs_flax" else sys.executable
+    argv = [python, "-m", "benchmarks.worker", side, what, arguments.size]
     return subprocess.Popen(
         [*argv, str(folder), arguments.dtype],
         stdin=subprocess.PIPE,
@@ -73,19 +90,27 @@ def read(worker: subprocess.Popen) -> str:
     return line
 
 
-HEADER = (
-    "| | ours | PyTorch diffusers | ratio | first call | peak memory |",
-    "|---|---|---|---|---|---|",
-)
+def header(there: list[str]) -> tuple[str, str]:
+    """The first lines of the table."""
+    columns = ["", TITLES[there[0]]]
+    columns += [title for side in there[1:] for title in (TITLES[side], "ratio")]
+    columns += ["first call", "peak memory"]
+    return f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"
 
 
-def row(what: str, found: dict[str, dict]) -> str:
+def row(what: str, found: dict[str, dict], there: list[str]) -> str:
     """One line of the table."""
-    ours, theirs = (found[side] for side in SIDES)
-    ratio = statistics.median(theirs["times"]) / statistics.median(ours["times"])
-    firsts = f"{ours['first']:.1f} / {theirs['first']:.1f} s"
-    peaks = f"{ours['peak'] / 2**30:.2f} / {theirs['peak'] / 2**30:.2f} GiB"
-    return f"| {what} | {spread(ours)} | {spread(theirs)} | {ratio:.2f} | {firsts} | {peaks} |"
+    ours = found["ours"]
+    cells = [what, spread(ours)]
+    for side in there[1:]:
+        if side not in found:
+            cells += ["", ""]
+            continue
+        ratio = statistics.median(found[side]["times"]) / statistics.median(ours["times"])
+        cells += [spread(found[side]), f"{ratio:.2f}"]
+    cells += [" / ".join(f"{side['first']:.1f}" for side in found.values()) + " s"]
+    cells += [" / ".join(f"{side['peak'] / 2**30:.2f}" for side in found.values()) + " GiB"]
+    return f"| {' | '.join(cells)} |"
 
 
 def spread(side: dict) -> str:
@@ -100,11 +125,15 @@ def heading(arguments: argparse.Namespace) -> str:
     size = SIZES[arguments.size]
     cores = f"{os.cpu_count()} cores, {platform.machine()}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
+    command = f"python -m benchmarks --size {arguments.size} --dtype {arguments.dtype} --repeats "
+    command += f"{arguments.repeats}{' --flax PYTHON' * bool(arguments.flax)}"
+    note = (
+        "; diffusers' Flax (0.39.0) has no adapter and does less in both" if arguments.flax else ""
+    )
     return (
         f"### {arguments.size}, {arguments.dtype}, batch {size.batch}\n\n"
-        f"{cores}; {versions}. `python -m benchmarks --size {arguments.size} --dtype "
-        f"{arguments.dtype} --repeats {arguments.repeats}`; sampling: {size.steps} guided DDIM "
-        "steps and the decoder; step: of a plain adapter's training."
+        f"{cores}; {versions}. `{command}`; sampling: {size.steps} guided DDIM steps and the "
+        f"decoder; step: of a plain adapter's training{note}."
     )
 
 
@@ -118,6 +147,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--repeats", type=int, default=7)
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags.add_argument("--folder", help="for the towers; the system's for temporary files if not")
+    flags.add_argument("--flax", metavar="PYTHON", help="that has diffusers 0.39.0")
     flags.add_argument("--out", help="a Markdown file to append the table to")
     return flags
 

@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.worker SIDE WHAT SIZE FOLDER DTYPE`` → a line with the first call's seconds
 (compilation included), then one with seconds for every line read, and at the end the peak of
-resident memory in bytes.
+resident memory in bytes. SIDE is a module of this package.
 """
 
+import importlib
 import resource
 import sys
 import time
@@ -15,10 +16,7 @@ def main(side: str, what: str, size: str, folder: str, dtype: str) -> None:
     """Made, called once, then once a line."""
     from benchmarks.sizes import SIZES
 
-    if side == "ours":
-        from benchmarks import ours as module
-    else:
-        from benchmarks import theirs as module
+    module = importlib.import_module(f"benchmarks.{side}")
     start = time.perf_counter()
     work = module.make(what, SIZES[size], Path(folder), dtype)
     work()
