@@ -117,6 +117,8 @@ def personal(preset: str, method: str) -> ConfigDict:
             "mesh": mesh(),
             "dtype": "auto",
             "batch_size": 4,  # of the person's photos; as many of the class beside them
+            "accumulate": 1,
+            "remat": "none",
             "optimizer": optimizer(5e-6, 800, warmup_steps=0),
             "log_every": 20,
             "save_every": 200,
@@ -177,6 +179,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
             "batch_size": 32,
             "accumulate": 1,
+            "remat": "none",  # "transformers", "blocks": computed again, where memory is short
             "optimizer": optimizer(1e-3, 1000, ema_decay=0.999),
             "log_every": 20,
             "save_every": 200,

@@ -30,7 +30,7 @@ from persona_jax.models.aggregators import (
     SelfAttentionAggregator,
 )
 from persona_jax.models.attention import Source, project_keys_values
-from persona_jax.models.unet import text_kernels
+from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline
 from persona_jax.training.state import StepFn, make_step
@@ -150,13 +150,25 @@ def drop_conditions(key: Array, config: ConfigDict) -> tuple[Array, Array]:
     return drops_both | drops_image, drops_both | drops_text
 
 
+def trained_unet(config: ConfigDict, pipeline: Pipeline) -> UNet2DConditionModel:
+    """The UNet as a config's training runs it: what is computed again is its ``remat``.
+
+    Raises:
+      UserError: an unknown one.
+    """
+    if config.remat not in REMAT:
+        raise UserError(f"config.remat={config.remat!r}; known: {', '.join(REMAT)}")
+    return pipeline.unet.module.clone(remat=config.remat)
+
+
 def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
     """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch (design §1).
 
     The batch is what :func:`persona_jax.data.loader.batches` gives; the frozen tree is
     :func:`frozen_params`'.
     """
-    unet, text, schedule = pipeline.unet.module, pipeline.text_encoder.module, pipeline.schedule
+    unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
+    schedule = pipeline.schedule
     scaling = pipeline.vae.module.config.scaling_factor
     aggregator, seed = make_aggregator(config.aggregator), config.seed
     gamma = config.min_snr_gamma or None

@@ -18,18 +18,20 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import traverse_util
+from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
+from persona_jax.methods import trained_unet
 from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline, load
-from persona_jax.training.state import LossFn
+from persona_jax.training.state import LossFn, StepFn, make_optimizer, make_step
 
 METHODS = ("dreambooth", "lora")
 TOWERS = ("unet", "text_encoder")
@@ -148,7 +150,8 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
     ``[B]``, the example's place in the global order. The frozen tree: those of the base's
     :data:`TOWERS` that are not :func:`trained`.
     """
-    unet, text, schedule = pipeline.unet.module, pipeline.text_encoder.module, pipeline.schedule
+    unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
+    schedule = pipeline.schedule
     scaling, weight = pipeline.vae.module.config.scaling_factor, config.prior.weight
 
     def errors(towers: Mapping, latents: Array, ids: Array, keys: Array) -> Array:
@@ -188,6 +191,24 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         return total.mean(), jax.tree.map(jnp.mean, parts)
 
     return mean
+
+
+def frozen_params(config: ConfigDict, pipeline: Pipeline) -> dict:
+    """The frozen tree of :func:`loss`."""
+    kept = set(TOWERS) - set(trained(config))
+    return {name: getattr(pipeline, name).params for name in sorted(kept)}
+
+
+def make_people_optimizer(config: ConfigDict) -> optax.GradientTransformation:
+    """The optimiser of ``config.people.at_once`` people."""
+    return for_each(make_optimizer(config.optimizer), config.people.at_once)
+
+
+def people_step(
+    config: ConfigDict, pipeline: Pipeline, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> StepFn:
+    """The compiled training step of :func:`loss`: what train runs and plan compiles."""
+    return make_step(loss(config, pipeline), optimizer, mesh, accumulate=config.accumulate)
 
 
 def for_each(optimizer: optax.GradientTransformation, count: int) -> optax.GradientTransformation:

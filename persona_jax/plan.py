@@ -236,6 +236,8 @@ def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Co
     ways = [f"--batch_per_chip below {batch} (or a smaller --config.batch_size)"]
     if batch > 1:
         ways += [f"--config.accumulate={2 * config.accumulate}, the same batch in smaller parts"]
+    if config.remat == "none":
+        ways += ["--config.remat=transformers, which computes more and keeps less"]
     if len(machine.devices) > config.mesh.fsdp:
         ways += ["a larger --config.mesh.fsdp, which splits frozen weights among chips"]
     if fixed > there / 2:

@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from persona_jax import methods, pipeline
 from persona_jax.cli import run_with_config
-from persona_jax.data.encodings import Encodings, encode_photos
+from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
@@ -134,7 +134,7 @@ def photos_that_show(
 def embed(photos: Photos, rows: np.ndarray, eye: Eye, config: ConfigDict) -> Encodings:
     """Image embeddings of the chosen photos ``[P, 1, D]``, computed once."""
     look = jax.jit(eye.embed)
-    return encode_photos(
+    job = EncodingJob(
         photos,
         rows,
         encode_images=lambda pictures: {
@@ -145,6 +145,7 @@ def embed(photos: Photos, rows: np.ndarray, eye: Eye, config: ConfigDict) -> Enc
         key=f"probe {eye.hash}",
         mirrored=False,
     )
+    return encode(job)
 
 
 def predict(

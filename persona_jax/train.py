@@ -20,20 +20,19 @@ from ml_collections import ConfigDict
 from persona_jax import methods, paint, personal, tuning
 from persona_jax.cli import refuse_another_run, run_with_config, write_run_files
 from persona_jax.data import images
-from persona_jax.data.encodings import Encodings, encode_photos
+from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
+from persona_jax.encode import adapter_job
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.adapter import Adapter
-from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
 from persona_jax.training.loop import fit, locked
 from persona_jax.training.mesh import (
     initialize_distributed,
-    local_sharding,
     make_mesh,
     place,
     shard_params,
@@ -58,7 +57,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
     eye = open_eye(config, pipeline)
 
     def batches_from(start: int):
-        encodings = encode(photos, rows_of(photos, people.train), pipeline, eye, config)
+        encodings = encode(
+            adapter_job(photos, rows_of(photos, people.train), pipeline, eye, config)
+        )
         return batches(
             encodings.arrays,
             photos_of(encodings.people, people.train),
@@ -105,34 +106,6 @@ def main(config: ConfigDict, workdir: Path) -> None:
             f"  python -m persona_jax.sample --workdir {workdir} --photos {workdir}/example/*.png "
             f'--prompt "a photo of a smiling person" --num 8 --out out'
         )
-
-
-def encode(
-    photos: Photos, rows: np.ndarray, pipeline: Pipeline, eye: Eye, config: ConfigDict
-) -> Encodings:
-    """Latent moments, image embeddings and caption tokens of the chosen photos, computed once."""
-    vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
-
-    @jax.jit
-    def towers(vae_params, eye_params, pixels, seen):
-        moments = vae.module.apply({"params": vae_params}, pixels, method=AutoencoderKL.encode)
-        return {"moments": moments, "embeddings": eye.embed(eye_params, seen)}
-
-    def encode_images(pictures):
-        pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
-        seen = [eye.preprocess(p) for p in pictures]
-        shared = jax.device_put((np.stack(pixels), np.stack(seen)), local_sharding(len(pictures)))
-        return towers(vae.params, eye.params, *shared)
-
-    return encode_photos(
-        photos,
-        rows,
-        encode_images=encode_images,
-        encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
-        cache_dir=Path(config.data.data_dir) / "encoded",
-        key=f"train {vae.hash} {eye.hash} {pipeline.text_encoder.hash} {size} {crop}",
-        mirrored=config.flip,
-    )
 
 
 def not_trained_on(people: People) -> list[str]:

@@ -15,8 +15,7 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, personal
 from persona_jax.cli import refuse_another_run, write_run_files
-from persona_jax.data import images
-from persona_jax.data.encodings import encode_photos
+from persona_jax.data import encodings, images
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
@@ -34,7 +33,7 @@ from persona_jax.training.mesh import (
     shard_params,
     to_host,
 )
-from persona_jax.training.state import init_state, make_optimizer, make_step
+from persona_jax.training.state import init_state
 
 
 def tune(config: ConfigDict, workdir: Path) -> None:
@@ -65,10 +64,9 @@ def learn_people(config: ConfigDict, workdir: Path) -> None:
     prior = class_pictures(photos, groups, pipeline, config)
 
     at_once = config.people.at_once
-    optimizer = personal.for_each(make_optimizer(config.optimizer), at_once)
-    step_fn = make_step(personal.loss(config, pipeline), optimizer, mesh)
-    kept = set(personal.TOWERS) - set(personal.trained(config))
-    frozen = {name: getattr(pipeline, name).params for name in kept}
+    optimizer = personal.make_people_optimizer(config)
+    step_fn = personal.people_step(config, pipeline, optimizer, mesh)
+    frozen = personal.frozen_params(config, pipeline)
     placed = place(frozen, shard_params(mesh, frozen))
     data = {"moments": moments, "tokens": tokens, **prior}
     for start in range(0, len(people), at_once):
@@ -160,7 +158,7 @@ def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigD
         pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
         return {"moments": np.asarray(moments(vae.params, np.stack(pixels)))}
 
-    encodings = encode_photos(
+    job = encodings.EncodingJob(
         photos,
         rows,
         encode_images=encode_images,
@@ -169,7 +167,7 @@ def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigD
         key=f"base {vae.hash} {size} {crop}",
         mirrored=False,
     )
-    return encodings.arrays["moments"][:, 0]
+    return np.asarray(encodings.encode(job).arrays["moments"])[:, 0]
 
 
 def class_pictures(

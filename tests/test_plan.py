@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from world import ROOT, config_of
 
-from persona_jax import plan
+from persona_jax import personal, plan
 from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.models.attention import attention
 from persona_jax.models.towers import abstract_params, build
+from persona_jax.pipeline import open_pipeline
 from persona_jax.planning import abstract, chips, compiled, hlo, published
 from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled
@@ -221,9 +222,10 @@ SA = str(ROOT / "configs/sa.py")
         (["--batch_per_chip=2", "--config.accumulate=3"], "must be a multiple of accumulate x"),
         (["--config.pipeline=some/other"], "some/other: no such folder, and no sizes known"),
         (["--config.mesh.fsdp=3"], "data x fsdp must be the number of devices"),
+        (["--config.remat=all"], "remat='all'; known: none, transformers, blocks"),
         (["--config.batch_sise=3"], "did you mean batch_size"),
         (["--config.image_encoder.kind=dlip"], "known: clip, dlib, facenet"),
-        (["--config", str(ROOT / "configs/lora.py"), "--batch_per_chip=1"], "only .* adapters"),
+        (["--config", str(ROOT / "configs/lora.py"), "--sampler"], "--sampler: .*lora has no adap"),
         (["--topologie=x"], "Unknown command line flag 'topologie'"),
     ],
 )
@@ -280,6 +282,31 @@ def test_the_state_is_the_one_that_training_starts_with():
                  or pytest.fail(f"{a} {b}"), state, real)  # fmt: skip
     assert sorted(frozen) == ["blank", "empty", "text_encoder", "unet"]
     assert batch["embeddings"].shape == (16, 9, 256)
+
+
+@pytest.mark.parametrize("method", personal.METHODS)
+def test_the_state_of_several_people_is_the_one_that_training_starts_with(method):
+    config, mesh = config_of(method, "tiny"), make_mesh(fsdp=2)
+    config.people.at_once, config.batch_size = 3, 8
+    _, (state, frozen, batch) = abstract.training_step(config, mesh, jnp.float32)
+    params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
+    real = init_state(params, personal.make_people_optimizer(config), mesh)
+    jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
+                 or pytest.fail(f"{a} {b}"), state, real)  # fmt: skip
+    own = personal.init(config, open_pipeline(config), jax.random.split(jax.random.key(0), 3))
+    shapes = jax.tree.map(lambda x: x.shape, (own, state.params))
+    assert shapes[0] == shapes[1]
+    assert sorted(frozen) == ([] if method == "dreambooth" else ["text_encoder", "unet"])
+    assert batch["moments"].shape == (8, 3, 16, 16, 16)
+
+
+@pytest.mark.parametrize("method", personal.METHODS)
+def test_the_training_of_people_is_planned(capsys, sizes_only, method):
+    flags = ("--config", str(ROOT / f"configs/{method}.py"), "--cache", str(sizes_only))
+    run_plan(*flags, "--quick", "--batch_per_chip=1", f"--config.pipeline={sizes_only}")
+    printed = capsys.readouterr().out
+    assert "8 x cpu: 8 devices" in printed
+    assert "all-reduce among 8" in printed
 
 
 def value_of(pattern: str, printed: str) -> float:

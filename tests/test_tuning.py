@@ -171,6 +171,24 @@ def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
         assert np.abs(value - other[key]).mean() < 0.05 * step
 
 
+def test_parameters_may_lie_in_parts_on_all_devices(run, tmp_path):
+    """Fully sharded: no device holds what it trains, nor the optimiser's state, whole."""
+    chosen, workdir = run
+    if chosen.method == "lora":
+        pytest.skip("its weights are too few to split")
+    parts = chosen.copy_and_resolve_references()
+    parts.mesh.update({"data": 1, "fsdp": 8})
+    parts.remat = "blocks"
+    parts.people.update({"count": 1, "at_once": 1})
+    train.main(parts, tmp_path)
+    (name,) = names_in(tmp_path)
+    file, step = "unet/diffusion_pytorch_model.safetensors", parts.optimizer.learning_rate
+    one, other = (load_file(folder / "people" / name / file) for folder in (tmp_path, workdir))
+    assert one.keys() == other.keys()
+    for key, value in one.items():
+        assert np.abs(np.float32(value) - np.float32(other[key])).mean() < 0.05 * step
+
+
 def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
     """From a LoRA file, and from a pipeline folder; with no steps, the run is what it names."""
     chosen, workdir = run

@@ -13,7 +13,7 @@ from persona_jax import paint, pipeline
 from persona_jax.base.stage import fit_stage, save_tower
 from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data import images
-from persona_jax.data.encodings import encode_photos
+from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import photo_batches
 from persona_jax.data.photos import Photos
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
@@ -124,16 +124,16 @@ def write_scaffold(folder: Path, prediction: str) -> None:
     folders.write_json(folder / "model_index.json", folders.model_index())
 
 
-def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: ConfigDict):
+def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: ConfigDict) -> Encodings:
     """The moments of every base photo, and of its mirror image where the stages flip."""
     vae, size, crop = parts.vae, config.image_size, config.data.crop
-    encode = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
+    moments = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
 
     def encode_images(pictures):
         pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
-        return {"moments": np.asarray(encode(vae.params, np.stack(pixels)))}
+        return {"moments": np.asarray(moments(vae.params, np.stack(pixels)))}
 
-    return encode_photos(
+    job = EncodingJob(
         photos,
         rows,
         encode_images=encode_images,
@@ -142,3 +142,4 @@ def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: Confi
         key=f"base {vae.hash} {size} {crop}",
         mirrored=config.flip,
     )
+    return encode(job)

@@ -1,147 +1,230 @@
 """Encode once: what the frozen towers make of every photo, computed before training and kept.
 
-A cache is a folder of .npy files and an index.json. It gets its name only when complete, so an
-interrupted run leaves nothing to trip over, and it is read by memory mapping.
+Photos are encoded in shards of a few hundred. A shard is a folder of ArrayRecord files and a
+shard.json; it gets its name only when complete, so an interrupted job leaves nothing to trip over
+and goes on with the first shard that is not there. Any number of processes, of one run or of jobs
+that know nothing of each other, may work on the shards of one place.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
+import math
+import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
+import jax
 import numpy as np
-from jaxtyping import Int, Shaped
+from jax.experimental import multihost_utils
+from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from persona_jax.data.locks import alone
 from persona_jax.data.photos import Photos
+from persona_jax.data.records import Records, Writer
+from persona_jax.errors import UserError
 
-Arrays = dict[str, np.ndarray]
+SHARD = 256
+"""Photos of a shard, at least."""
+MOST = 512
+"""Shards at most: each is an open file while it is read."""
+LAYOUT = "shards of records, 1"
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
+"""What reading a shard that is not as it was written raises."""
+
+Encoded = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """Memory-mapped arrays with one row a photo.
+    """What was made of the photos, read from disk.
 
     Attributes:
-      arrays: by name; [P, 2, ...] (axis 1: as it is, mirrored; [P, 1, ...] where nothing is
-        mirrored) for what was made of the picture, [P, ...] for what was made of the caption.
+      arrays: by name; [P, S, ...] (S is 2: as it is, mirrored; 1 where nothing is mirrored) for
+        what was made of the picture, [P, ...] for what was made of the caption.
       people: the person of each row.
     """
 
-    arrays: dict[str, Shaped[np.ndarray, "P ..."]]
+    arrays: dict[str, Records]
     people: list[str]
 
 
-def encode_photos(
-    photos: Photos,
-    rows: Sequence[int] | Int[np.ndarray, " P"],
-    *,
-    encode_images: Callable[[list[Image.Image]], Arrays],
-    encode_captions: Callable[[list[str]], Arrays],
-    cache_dir: str | pathlib.Path,
-    key: str,
-    mirrored: bool = True,
-    batch_size: int = 32,
-) -> Encodings:
-    """Encodes the chosen photos, or maps what an earlier run has stored.
+@dataclasses.dataclass(frozen=True)
+class EncodingJob:
+    """The encoding of some photos, as shards of a place that is theirs alone.
 
-    Args:
-      rows: which photos, in the order wanted.
+    Attributes:
+      photos: all of them.
+      rows: which to encode, in the order wanted.
       encode_images: pictures to arrays of as many rows; always given 2 * batch_size pictures
         (batch_size where nothing is mirrored), so that it compiles once. Crops and sizes are
         its own business.
-      encode_captions: captions to arrays of as many rows; given all of them at once.
-      cache_dir: folder for caches, one subfolder each.
+      encode_captions: captions to arrays of as many rows.
+      cache_dir: folder for encodings, one subfolder for each job.
       key: whatever the encode functions depend on (content hashes of the towers, sizes, crop).
         The photos themselves are added here.
       mirrored: encode each photo's mirror image too.
       batch_size: photos encoded at a time.
-
-    Returns:
-      The encodings, mapped from disk.
     """
-    people = [photos.people[row] for row in rows]
-    key = key if mirrored else f"{key} as it is"
-    name = [key, photos.fingerprint, [photos.key(row) for row in rows]]
-    digest = hashlib.sha256(json.dumps(name).encode()).hexdigest()
-    place = pathlib.Path(cache_dir).expanduser() / digest[:20]
-    # Of several processes one encodes, and the others read what it wrote.
-    with alone(place.parent, f".{place.name}.lock"):
-        if place.exists():
-            try:
-                return Encodings(_load(place), people)
-            except (OSError, ValueError, KeyError, TypeError) as error:
-                print(f"encodings {place}: damaged ({error}), encoding again", flush=True)
-                shutil.rmtree(place)
-        with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
-            work = pathlib.Path(temporary) / "encodings"
-            work.mkdir()
-            arrays = _encode_images(photos, rows, encode_images, work, mirrored, batch_size)
-            for label, array in encode_captions([photos.captions[row] for row in rows]).items():
-                np.save(work / f"{label}.npy", array)
-                arrays[label] = array
-            _write_index(work, key, arrays)
-            del arrays
-            _put(work, place)
-        return Encodings(_load(place), people)
+
+    photos: Photos
+    rows: Sequence[int] | Int[np.ndarray, " P"]
+    encode_images: Callable[[list[Image.Image]], Encoded]
+    encode_captions: Callable[[list[str]], Encoded]
+    cache_dir: str | pathlib.Path
+    key: str
+    mirrored: bool = True
+    batch_size: int = 32
+
+    @property
+    def place(self) -> pathlib.Path:
+        """The folder of the shards; its name stands for the photos and the key."""
+        key = self.key if self.mirrored else f"{self.key} as it is"
+        photos = self.photos.fingerprint, [self.photos.key(row) for row in self.rows]
+        digest = hashlib.sha256(json.dumps([LAYOUT, key, *photos]).encode()).hexdigest()
+        return pathlib.Path(self.cache_dir).expanduser() / digest[:20]
+
+    @property
+    def shards(self) -> dict[str, range]:
+        """Places in `rows` of each shard, by the name of its folder."""
+        total = len(self.rows)
+        size = max(SHARD, math.ceil(total / MOST))
+        starts = range(0, total, size)
+        return {
+            f"{number:05d}-of-{len(starts):05d}": range(start, min(start + size, total))
+            for number, start in enumerate(starts)
+        }
+
+    def work(self, part: int = 0, parts: int = 1) -> None:
+        """Encodes those shards of every `parts`-th, beginning with number `part`, that are not
+        there yet, or damaged.
+
+        Raises:
+          OSError: the disk is full, say.
+        """
+        place = self.place
+        mine = dict(list(self.shards.items())[part::parts])
+        todo = {name: span for name, span in mine.items() if fault(place / name)}
+        total = sum(map(len, todo.values()))
+        with tqdm(total=total, desc="encode photos", unit=" photos", disable=not todo) as bar:
+            for name, span in todo.items():
+                # Another process may be at it: it is waited for, and what it wrote is taken.
+                with alone(place, f".{name}.lock"):
+                    found = fault(place / name)
+                    if (place / name).exists() and found:
+                        print(f"encodings {place / name}: {found}, encoding again", flush=True)
+                        shutil.rmtree(place / name)
+                    if found:
+                        self._write(place / name, span, bar)
+
+    def missing(self) -> list[str]:
+        """Shards that are not there, or damaged."""
+        place = self.place
+        return [name for name in self.shards if fault(place / name)]
+
+    def open(self) -> Encodings:
+        """All that was encoded.
+
+        Raises:
+          UserError: a shard is missing or damaged.
+        """
+        place, folders = self.place, list(self.shards)
+        try:
+            listed = [_listed(place / name) for name in folders]
+            if any(one.keys() != listed[0].keys() for one in listed):
+                raise ValueError("shards of different arrays")
+            arrays = {}
+            for label, (leading, (_, *shape), dtype) in listed[0].items():
+                files = [place / name / label for name in folders]
+                arrays[label] = Records(files, (len(self.rows), *shape), dtype, leading)
+        except DAMAGED as error:
+            raise UserError(
+                f"encodings {place}: damaged ({error}); delete that folder and run again"
+            ) from error
+        return Encodings(arrays, [self.photos.people[row] for row in self.rows])
+
+    def _write(self, place: pathlib.Path, span: range, bar: tqdm) -> None:
+        """Encodes one shard."""
+        rows = [self.rows[i] for i in span]
+        with _made_beside(place) as folder, contextlib.ExitStack() as open_files:
+            writers: dict[str, Writer] = {}
+            listed = {}
+
+            def append(label: str, array: np.ndarray, leading: int) -> None:
+                if label not in writers:
+                    writers[label] = open_files.enter_context(Writer(folder / label))
+                    listed[label] = [leading, [len(rows), *array.shape[1:]], str(array.dtype)]
+                writers[label].append(array.reshape(-1, *array.shape[leading:]))
+
+            for start in range(0, len(rows), self.batch_size):
+                chosen = rows[start : start + self.batch_size]
+                for label, pairs in self._look(chosen).items():
+                    append(label, pairs, 2)
+                bar.update(len(chosen))
+            captions = [self.photos.captions[row] for row in rows]
+            for label, array in self.encode_captions(captions).items():
+                append(label, np.asarray(array), 1)
+            open_files.close()
+            sizes = {label: (folder / label).stat().st_size for label in listed}
+            text = json.dumps({"arrays": listed, "bytes": sizes}, indent=1)
+            (folder / "shard.json").write_text(text)
+
+    def _look(self, chosen: Sequence[int]) -> Encoded:
+        """``[R, S, ...]`` of some photos."""
+        images = [self.photos.image(row) for row in chosen]
+        # The last batch is filled up: one shape, one compilation.
+        images += [images[-1]] * (self.batch_size - len(images))
+        mirrors = [ImageOps.mirror(image) for image in images] if self.mirrored else []
+        sides = 1 + self.mirrored
+        return {
+            label: np.stack(np.split(np.asarray(array), sides), axis=1)[: len(chosen)]
+            for label, array in self.encode_images(images + mirrors).items()
+        }
 
 
-def _encode_images(
-    photos: Photos,
-    rows: Sequence[int] | Int[np.ndarray, " P"],
-    encode: Callable[[list[Image.Image]], Arrays],
-    work: pathlib.Path,
-    mirrored: bool,
-    batch_size: int,
-) -> Arrays:
-    """Writes [P, 2 or 1, ...] arrays to `work`, a batch at a time."""
-    files: Arrays = {}
-    with tqdm(total=len(rows), desc="encode photos", unit=" photos") as bar:
-        for start in range(0, len(rows), batch_size):
-            chosen = rows[start : start + batch_size]
-            images = [photos.image(row) for row in chosen]
-            # The last batch is filled up: one shape, one compilation.
-            images += [images[-1]] * (batch_size - len(images))
-            mirrors = [ImageOps.mirror(image) for image in images] if mirrored else []
-            for label, array in encode(images + mirrors).items():
-                pairs = np.stack(np.split(np.asarray(array), 1 + mirrored), axis=1)
-                if label not in files:
-                    files[label] = np.lib.format.open_memmap(
-                        work / f"{label}.npy", "w+", pairs.dtype, (len(rows), *pairs.shape[1:])
-                    )
-                files[label][start : start + len(chosen)] = pairs[: len(chosen)]
-            bar.update(len(chosen))
-    for file in files.values():
-        file.flush()
-    return files
+def encode(job: EncodingJob) -> Encodings:
+    """All of a job's encodings; the processes of a run share the work, and those without a common
+    disk do what they do not see done."""
+    parts = jax.process_count()
+    job.work(jax.process_index(), parts)
+    if parts > 1:
+        multihost_utils.sync_global_devices(f"encoded {job.place.name}")
+        job.work()
+    return job.open()
 
 
-def _write_index(work: pathlib.Path, key: str, arrays: Arrays) -> None:
-    shapes = {label: [list(a.shape), str(a.dtype)] for label, a in arrays.items()}
-    (work / "index.json").write_text(json.dumps({"key": key, "arrays": shapes}, indent=1))
+@contextlib.contextmanager
+def _made_beside(place: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A folder that gets its name when it is complete."""
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
+        folder = pathlib.Path(temporary) / place.name
+        folder.mkdir()
+        yield folder
+        os.replace(folder, place)
 
 
-def _put(work: pathlib.Path, place: pathlib.Path) -> None:
-    """Gives a finished cache its name; another machine may have been first, with the same."""
+def fault(place: pathlib.Path) -> str | None:
+    """What is wrong with a shard; None where it is whole."""
+    if not place.exists():
+        return "not there"
     try:
-        work.rename(place)
-    except OSError:
-        if not place.exists():
-            raise
+        _listed(place)
+    except DAMAGED as error:
+        return f"damaged ({error})"
+    return None
 
 
-def _load(place: pathlib.Path) -> Arrays:
-    """Maps the arrays. Raises ValueError, OSError or KeyError where files are not as listed."""
-    index = json.loads((place / "index.json").read_text())
-    arrays = {}
-    for label, (shape, dtype) in index["arrays"].items():
-        array = np.load(place / f"{label}.npy", mmap_mode="r", allow_pickle=False)
-        if (list(array.shape), str(array.dtype)) != (shape, dtype):
-            raise ValueError(f"{label}.npy is {array.dtype}{array.shape}, not {dtype}{shape}")
-        arrays[label] = array
-    return arrays
+def _listed(place: pathlib.Path) -> dict[str, tuple[int, list[int], str]]:
+    """(leading axes, shape, dtype) of a shard's arrays. Raises ValueError, OSError or LookupError
+    where its files are not as listed."""
+    found = json.loads((place / "shard.json").read_text())
+    for label in found["arrays"]:
+        size, listed = (place / label).stat().st_size, found["bytes"][label]
+        if size != listed:
+            raise ValueError(f"{label} has {size} bytes, not {listed}")
+    return {label: tuple(about) for label, about in found["arrays"].items()}

@@ -1,6 +1,7 @@
 """Attention, and the sources of keys and values that steer the UNet (design §2.1)."""
 
 import functools
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -8,6 +9,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.experimental.pallas.ops.tpu import flash_attention
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 LayerName = str
@@ -101,6 +104,53 @@ def _chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Arra
     return out.reshape(q.shape[0], q.shape[2], length, -1).transpose(0, 2, 1, 3)
 
 
+_FLASH_HEADS = (40, 64, 80, 128)
+"""Sizes of a head that the TPU kernel is known to be compiled for."""
+
+
+def _batch_axes() -> tuple[str, ...] | None:
+    """The axes of the mesh that a program is traced for, over all of which its batch lies; None
+    where there is no mesh and several devices: a kernel cannot be shared out then."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return () if jax.device_count() == 1 else None
+    return mesh.axis_names
+
+
+def _flash_takes(q: Array, k: Array) -> bool:
+    axes = _batch_axes()
+    if axes is None or q.shape[-1] not in _FLASH_HEADS:
+        return False
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[name] for name in axes)
+    return q.shape[0] % devices == 0 and q.shape[1] % 1024 == 0 and k.shape[1] % 1024 == 0
+
+
+def _flash_attention(q: Array, k: Array, v: Array) -> Array:
+    """JAX's Pallas kernel for TPUs: the logits never leave the chip's own memory."""
+    block = 512
+    sizes = flash_attention.BlockSizes(
+        block_b=1,
+        **dict.fromkeys(("block_q", "block_k_major", "block_k"), block),
+        **{f"block_{name}_dkv": block for name in ("q_major", "k_major", "q", "k")},
+        **{f"block_{name}_dq": block for name in ("k_major", "q", "k")},
+    )
+
+    def kernel(q: Array, k: Array, v: Array) -> Array:
+        q, k, v = (x.transpose(0, 2, 1, 3) for x in (q, k, v))
+        out = flash_attention.flash_attention(
+            q, k, v, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes
+        )
+        return out.transpose(0, 2, 1, 3)
+
+    axes = _batch_axes()
+    if not axes:
+        return kernel(q, k, v)
+    spec = PartitionSpec(axes)
+    # (the kernel's outputs do not say how they vary over the mesh)
+    shared = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
+    return shared(q, k, v)
+
+
 def _ampere_or_later() -> bool:
     capability = str(getattr(jax.local_devices()[0], "compute_capability", ""))
     major = capability.partition(".")[0]
@@ -141,6 +191,7 @@ def attention(
         v,
         cpu=functools.partial(_chunked_attention, bias=None),
         default=functools.partial(_softmax_attention, bias=None),
+        **({"tpu": _flash_attention} if _flash_takes(q, k) else {}),
     )
 
 

@@ -182,24 +182,30 @@ class Transformer2DModel(nn.Module):
         return x + project(y, "proj_out").reshape(shape)
 
 
+REMAT = ("none", "transformers", "blocks")
+"""What a backward pass computes again from its input, where memory is short: nothing, every
+transformer (nearly all of what is kept), or every transformer and resnet."""
+
+
 class UNet2DConditionModel(nn.Module):
     """ε_θ(z_t, t, sources): predicts the noise (or v) in the latents.
 
     Parameter names are exactly diffusers'. The keys and values of the text are made outside, by
-    ``project_keys_values(text_kernels(params), tokens)``.
+    ``project_keys_values(text_kernels(params), tokens)``. `remat` is one of :data:`REMAT`.
     """
 
     config: UNetConfig
     dtype: jnp.dtype | None = None
+    remat: str = "none"
 
     def _resnet(self, channels: int, name: str) -> ResnetBlock2D:
         config = self.config
-        return ResnetBlock2D(
-            channels, config.norm_num_groups, config.norm_eps, dtype=self.dtype, name=name
-        )
+        block = nn.remat(ResnetBlock2D) if self.remat == "blocks" else ResnetBlock2D
+        return block(channels, config.norm_num_groups, config.norm_eps, dtype=self.dtype, name=name)
 
     def _transformer(self, heads: int, layer: str, name: str) -> Transformer2DModel:
-        return Transformer2DModel(heads, self.config, layer, dtype=self.dtype, name=name)
+        block = Transformer2DModel if self.remat == "none" else nn.remat(Transformer2DModel)
+        return block(heads, self.config, layer, dtype=self.dtype, name=name)
 
     @nn.compact
     def __call__(

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from persona_jax import methods, paint
+from persona_jax import methods, paint, personal
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
 from persona_jax.eyes import KINDS, Eye
@@ -24,7 +24,7 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipeline import Pipeline
 from persona_jax.planning import published
-from persona_jax.training.mesh import batch_sharding, replicated, shard_params
+from persona_jax.training.mesh import batch_sharding, replicated, shard_params, traced_for
 from persona_jax.training.state import fresh_state, make_optimizer
 
 Program = tuple[Any, tuple]
@@ -35,22 +35,22 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     """The step that :mod:`persona_jax.train` compiles, and its (state, frozen, batch).
 
     Args:
-      config: an adapter's; ``batch_size`` is global.
+      config: ``batch_size`` is global.
       mesh: of the devices to plan for; they need not exist.
       dtype: of the frozen weights and of the computation.
 
     Raises:
-      UserError: a method other than adapters, a pipeline whose sizes are not known, or a batch
-        that does not divide among the devices.
+      UserError: a pipeline whose sizes are not known, or a batch that does not divide among the
+        devices.
     """
-    if config.method != "adapter":
-        raise UserError(f"config.method={config.method}: only the training of adapters is planned")
     if config.batch_size % (config.accumulate * mesh.size):
         raise UserError(
             f"config.batch_size={config.batch_size} (all chips together): must be a multiple of "
             f"accumulate x chips = {config.accumulate} x {mesh.size}; or give --batch_per_chip"
         )
-    pipeline, eye = open_abstract(config, dtype)
+    if config.method in personal.METHODS:
+        return people_step(config, mesh, dtype)
+    pipeline, eye = open_abstract(config, dtype), abstract_eye(config)
     trainable = adapter_shapes(config, pipeline, eye)
     optimizer = make_optimizer(config.optimizer)
     ema = bool(config.optimizer.ema_decay)
@@ -64,14 +64,52 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     )
 
 
+def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
+    """The step that :mod:`persona_jax.tuning` compiles, of ``config.people.at_once`` people."""
+    pipeline, at_once = open_abstract(config, dtype), config.people.at_once
+    fresh = without_start(config)
+
+    def make(towers: Any, key: Any) -> Any:
+        filled = {
+            name: dataclasses.replace(getattr(pipeline, name), params=params)
+            for name, params in towers.items()
+        }
+        keys = jax.random.split(key, at_once)
+        return personal.init(fresh, dataclasses.replace(pipeline, **filled), keys)
+
+    towers = {name: getattr(pipeline, name).params for name in personal.TOWERS}
+    learnt = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
+    optimizer = personal.make_people_optimizer(config)
+    state = jax.eval_shape(lambda params: fresh_state(params, optimizer), learnt)
+    frozen = shapes(personal.frozen_params(config, pipeline))
+    count, (h, w, channels) = config.batch_size, pipeline.latent_shape
+    length, of = pipeline.tokenizer.model_max_length, jax.ShapeDtypeStruct
+    batch = {
+        "moments": of((count, at_once, h, w, 2 * channels), jnp.float32),
+        "tokens": of((count, at_once, length), jnp.int32),
+        "class_latents": of((count, h, w, channels), jnp.float32),
+        "class_tokens": of((count, length), jnp.int32),
+        "index": of((count,), jnp.int32),
+    }
+    return personal.people_step(config, pipeline, optimizer, mesh), (
+        at(state, shard_params(mesh, state)),
+        at(frozen, shard_params(mesh, frozen)),
+        at(batch, batch_sharding(mesh)),
+    )
+
+
 def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     """The painter of :mod:`persona_jax.paint` for ``config.batch_size`` pictures of ``n - 1``
     references each, shared out among the devices, and its arguments.
 
     Raises:
-      UserError: as :func:`training_step`.
+      UserError: as :func:`training_step`; a config without an adapter.
     """
-    pipeline, eye = open_abstract(config, dtype)
+    if config.method != "adapter":
+        raise UserError(
+            f"--sampler: config.method={config.method} has no adapter; give configs/sa.py"
+        )
+    pipeline, eye = open_abstract(config, dtype), abstract_eye(config)
     if config.batch_size % mesh.size:
         raise UserError(
             f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
@@ -90,7 +128,8 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             guidance=knobs["guidance"],
             eta=knobs["eta"],
         )
-        return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
+        with traced_for(mesh):
+            return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
 
     frozen, learnt = paint.frozen_params(pipeline), adapter_shapes(config, pipeline, eye)
     number = jax.ShapeDtypeStruct((), jnp.float32)
@@ -103,8 +142,8 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     )
 
 
-def open_abstract(config: ConfigDict, dtype: DTypeLike) -> tuple[Pipeline, Eye]:
-    """What ``open_pipeline`` and ``open_eye`` give, with shapes in place of weights.
+def open_abstract(config: ConfigDict, dtype: DTypeLike) -> Pipeline:
+    """What ``open_pipeline`` gives, with shapes in place of weights.
 
     Raises:
       UserError: sizes that are neither in a local folder nor known (:mod:`.published`).
@@ -115,7 +154,7 @@ def open_abstract(config: ConfigDict, dtype: DTypeLike) -> tuple[Pipeline, Eye]:
     }
     scheduler = tower_config(config.pipeline, "scheduler")
     length = towers["text_encoder"].module.config.max_position_embeddings
-    pipeline = Pipeline(
+    return Pipeline(
         **towers,
         image_encoder=None,
         schedule=Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1}),
@@ -123,7 +162,6 @@ def open_abstract(config: ConfigDict, dtype: DTypeLike) -> tuple[Pipeline, Eye]:
         tokenizer=_Tokenizer(length),
         feature_extractor=None,
     )
-    return pipeline, abstract_eye(config)
 
 
 class _Tokenizer(SimpleNamespace):
@@ -210,15 +248,21 @@ def local_folder(path: str) -> Path | None:
 
 def adapter_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> Any:
     """The trainable tree as shapes; where it starts from makes no difference to them."""
-    fresh = config.copy_and_resolve_references()
-    with fresh.unlocked():
-        fresh.init_from = ""
+    fresh = without_start(config)
 
     def make(params: Any) -> Any:
         unet = dataclasses.replace(pipeline.unet, params=params)
         return methods.init_adapter(fresh, dataclasses.replace(pipeline, unet=unet), eye.dim)
 
     return jax.eval_shape(make, pipeline.unet.params)
+
+
+def without_start(config: ConfigDict) -> ConfigDict:
+    """The config of the same shapes that starts afresh."""
+    fresh = config.copy_and_resolve_references()
+    with fresh.unlocked():
+        fresh.init_from = ""
+    return fresh
 
 
 def batch_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> dict:

@@ -135,6 +135,12 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
+def traced_for(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Within it, what is traced knows the mesh over which its batch lies, and may share out kernels
+    that the compiler cannot (:func:`persona_jax.models.attention.attention`)."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
 def tree_names(tree: Any) -> list[str]:
     """Return the path of each leaf, joined by ".", in the order of jax.tree.leaves."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]

@@ -10,7 +10,14 @@ import optax
 from jax.sharding import Mesh
 
 from persona_jax.errors import UserError
-from persona_jax.training.mesh import Rules, batch_sharding, place, replicated, shard_params
+from persona_jax.training.mesh import (
+    Rules,
+    batch_sharding,
+    place,
+    replicated,
+    shard_params,
+    traced_for,
+)
 
 LossFn = Callable[[Any, Any, Any, jax.Array], tuple[jax.Array, dict[str, jax.Array]]]
 StepFn = Callable[[Any, Any, Any], tuple["TrainState", dict[str, jax.Array]]]
@@ -166,7 +173,8 @@ def make_step(
         parts = _split(batch, accumulate, mesh)
 
         def add(total: Any, part: Any) -> tuple[Any, Any]:
-            (loss, metrics), grads = gradient(state.params, frozen, part, state.step)
+            with traced_for(mesh):
+                (loss, metrics), grads = gradient(state.params, frozen, part, state.step)
             total = jax.tree.map(lambda a, b: a + b / accumulate, total, _float32(grads))
             return total, {**metrics, "loss": loss}
 

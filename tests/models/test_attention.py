@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import stock
 import torch
+from jax.experimental.pallas import tpu as pallas
 
 from persona_jax.models import attention as module
 from persona_jax.models.attention import (
@@ -17,6 +18,7 @@ from persona_jax.models.attention import (
     project_keys_values,
     split_heads,
 )
+from persona_jax.training.mesh import batch_sharding, make_mesh, traced_for
 
 
 def drawn(seed: int, *shape: int) -> jax.Array:
@@ -191,3 +193,58 @@ def test_graphics_cards_from_ampere_on(capability, it_is, monkeypatch):
 
     monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
     assert module._ampere_or_later() == it_is
+
+
+def lowered_for_tpu(devices: int, *shape: int) -> str:
+    """What a TPU would be given to compile: attention and its gradient on a mesh."""
+    mesh = make_mesh(devices=jax.devices()[:devices])
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def gradient(q, k, v):
+        with traced_for(mesh):
+            return jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(
+                q, k, v
+            )
+
+    program = jax.jit(gradient, in_shardings=None if shape[0] % devices else batch_sharding(mesh))
+    return jax.export.export(program, platforms=["tpu"])(x, x, x).mlir_module()
+
+
+@pytest.mark.parametrize(
+    ("length", "dim", "devices"), [(4096, 40, 4), (1024, 80, 1), (4096, 64, 2)]
+)
+def test_a_tpu_gets_the_kernel_for_long_sequences(length, dim, devices):
+    # One forward, two of the gradient.
+    assert lowered_for_tpu(devices, 4, length, 2, dim).count("tpu_custom_call") == 3
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "dim"), [(4, 1024, 512), (4, 1600, 40), (3, 1024, 40), (4, 256, 160)]
+)
+def test_a_tpu_does_without_where_the_kernel_or_the_batch_does_not_fit(batch, length, dim):
+    assert "tpu_custom_call" not in lowered_for_tpu(4, batch, length, 1, dim)
+
+
+def test_the_kernel_is_not_shared_out_where_nobody_says_how():
+    assert jax.device_count() > 1
+    x = jax.ShapeDtypeStruct((4, 1024, 1, 40), jnp.bfloat16)
+    text = jax.export.export(jax.jit(attention), platforms=["tpu"])(x, x, x).mlir_module()
+    assert "tpu_custom_call" not in text
+
+
+def test_the_tpu_kernel_is_attention_and_so_is_its_gradient():
+    """Its own interpreter stands in for the TPU."""
+    q, k, v, weights = (drawn(seed, 2, 1024, 2, 40) for seed in range(4))
+
+    def of(kernel):
+        def loss(q, k, v):
+            out = kernel(q, k, v)
+            return (out * weights).sum(), out
+
+        return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
+
+    with pallas.force_tpu_interpret_mode():
+        found = jax.tree.map(np.asarray, of(module._flash_attention))
+    expected = of(lambda q, k, v: module._softmax_attention(q, k, v, None))
+    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,0 +1,59 @@
+"""What is computed again in the backward pass changes nothing but the memory it takes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from persona_jax.models import towers
+from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.unet import REMAT, text_kernels
+
+SIZES = {
+    "sample_size": 16,
+    "block_out_channels": (16, 32),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "cross_attention_dim": 16,
+    "norm_num_groups": 4,
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    """(gradient, numbers kept for it) by kind."""
+    unet = towers.build("unet", SIZES)
+    params = towers.initialise(unet, jax.random.key(0))
+    z = jax.random.normal(jax.random.key(1), (4, 16, 16, 4))
+    text = jax.random.normal(jax.random.key(2), (4, 5, 16))
+
+    def gradient(remat):
+        module = unet.clone(remat=remat)
+
+        def loss(params, text):
+            source = Source(*project_keys_values(text_kernels(params, module.config), text))
+            t = jnp.array([3, 500, 20, 999])
+            return (module.apply({"params": params}, z, t, (source,)) ** 2).mean()
+
+        kept = jax.eval_shape(lambda *inputs: jax.vjp(loss, *inputs)[1], params, text)
+        return jax.jit(jax.grad(loss, (0, 1)))(params, text), sum(
+            leaf.size for leaf in jax.tree.leaves(kept)
+        )
+
+    return {remat: gradient(remat) for remat in REMAT}
+
+
+@pytest.mark.parametrize("remat", REMAT[1:])
+def test_the_gradient_is_the_same(found, remat):
+    expected, there = found["none"][0], found[remat][0]
+    assert jax.tree.structure(expected) == jax.tree.structure(there)
+    for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(there), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_less_is_kept(found):
+    none, transformers, blocks = (found[remat][1] for remat in REMAT)
+    assert transformers < 0.7 * none
+    assert blocks < 0.7 * transformers
