@@ -24,6 +24,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from persona_jax.compilation import keep_compiled
+from persona_jax.data import buckets
 from persona_jax.errors import UserError
 
 GOODBYE = 5.0
@@ -76,7 +77,8 @@ def _exit_on_error(run: Callable[[], Any]) -> None:
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
     try:
-        run()
+        with buckets.keeping():
+            run()
     except (Exception, KeyboardInterrupt) as error:
         status = _tell(error)
         if not status:
@@ -125,7 +127,7 @@ def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
     parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
     known, overrides = parser.parse_known_args(argv[1:])
-    return load_config(known.config, overrides), Path(known.workdir)
+    return load_config(known.config, overrides), buckets.local(known.workdir)
 
 
 def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:

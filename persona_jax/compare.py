@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, runs, train
 from persona_jax.cli import load_config, run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
@@ -89,7 +89,7 @@ def main(arguments: argparse.Namespace) -> None:
         )
     if arguments.seeds < 1:
         raise UserError(f"--seeds {arguments.seeds}: one training of each adapter or more")
-    out = Path(arguments.out)
+    out = buckets.local(arguments.out)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     photos, groups = open_dataset(data.data)

@@ -9,14 +9,13 @@ was.
 """
 
 import argparse
-from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
 from persona_jax.cli import run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset, rows_of
@@ -80,7 +79,7 @@ def adapter_job(
         rows,
         encode_images=encode_images,
         encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
-        cache_dir=Path(config.data.data_dir) / "encoded",
+        cache_dir=buckets.local(config.data.data_dir) / "encoded",
         key=f"train {vae.hash} {eye.hash} {pipeline.text_encoder.hash} {size} {crop}",
         mirrored=config.flip,
     )

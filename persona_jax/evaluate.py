@@ -23,7 +23,7 @@ from PIL import Image
 
 from persona_jax import judges, personal, runs
 from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
@@ -41,7 +41,7 @@ Pictures = dict[str, np.ndarray]
 
 def main(arguments: argparse.Namespace) -> None:
     """People → references → pictures → verdicts → report."""
-    workdir = Path(arguments.workdir)
+    workdir = buckets.local(arguments.workdir)
     config = read_config(workdir)
     photos, groups = open_dataset(config.data)
     group = known_to(config, workdir, getattr(groups, arguments.group))

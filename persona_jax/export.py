@@ -25,7 +25,7 @@ from safetensors.numpy import save_file
 
 from persona_jax import personal, runs, stock, tuning
 from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.errors import UserError
 from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
@@ -39,7 +39,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 
 def main(arguments: argparse.Namespace) -> None:
     """Run → files, which get their place when all are there (and, if asked, verified)."""
-    workdir, out = Path(arguments.workdir), Path(arguments.out)
+    workdir, out = buckets.local(arguments.workdir), buckets.local(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name another folder")
     write = {"ip-adapter": write_adapter, "diffusers": write_pipeline, "lora": write_lora}

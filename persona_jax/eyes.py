@@ -16,7 +16,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import images, outside
+from persona_jax.data import buckets, images, outside
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
 from persona_jax.models import face_resnet, facenet
@@ -70,7 +70,7 @@ def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
     if kind == "dlib":
         return _dlib_eye(config.image_encoder)
     if kind == "facenet":
-        return _facenet_eye(config.image_encoder, Path(config.data.data_dir) / "weights")
+        return _facenet_eye(config.image_encoder, buckets.local(config.data.data_dir) / "weights")
     raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
 
 
@@ -127,7 +127,7 @@ def _dlib_eye(config: ConfigDict) -> Eye:
 def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
     asset, flag = "facenet_vggface2", "--config.image_encoder.sha256"
     if config.path:
-        file = Path(config.path)
+        file = buckets.local(config.path)
         digest = outside.verify(asset, file, config.sha256, flag)
     else:
         remedy = "or name it with --config.image_encoder.path=FILE"

@@ -2,14 +2,13 @@
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
@@ -36,7 +35,7 @@ def open_judge(
     Raises:
       UserError: the base has no reader or no CLIP pair, or weights are missing; says what to do.
     """
-    more, folder = {}, Path(config.data.data_dir) / "weights"
+    more, folder = {}, buckets.local(config.data.data_dir) / "weights"
     if arguments.inception is not None:
         more = networks.inception(arguments.inception, arguments.inception_sha256, folder)
     if photos.has("identity"):

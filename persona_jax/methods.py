@@ -16,6 +16,7 @@ from jaxtyping import Array
 from ml_collections import ConfigDict
 
 from persona_jax.cli import read_config
+from persona_jax.data import buckets
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
@@ -82,7 +83,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
             f"config.init_from={config.init_from}: its adapter is for the shipped pipeline, not "
             f"for {config.pipeline}; set --config.init_from= to start afresh"
         )
-    place = shipped / "ip_adapter.safetensors" if shipped else Path(config.init_from).expanduser()
+    place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(config.init_from)
     if place.suffix in (".safetensors", ".bin"):
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
         if learnt["image_proj"].keys() != fresh["image_proj"].keys():

@@ -11,7 +11,6 @@ axis of the trainable tree and the second of their photos, whose first is shared
 
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
+from persona_jax.data import buckets
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
@@ -96,7 +96,7 @@ def start_from(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) -> dict:
     place = config.init_from
     if config.method == "lora":
         frozen = {name: getattr(pipeline, name).params for name in TOWERS}
-        found = load_lora(Path(place).expanduser(), frozen)
+        found = load_lora(buckets.local(place), frozen)
         scale = config.lora.alpha / config.lora.rank  # it is counted in, there
         learnt = {
             layer: {**update, "lora_B": {"kernel": update["lora_B"]["kernel"] / scale}}

@@ -15,13 +15,13 @@ import os
 import re
 from collections.abc import Sequence
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 from ml_collections import ConfigDict
 
 from persona_jax.cli import run_with_arguments
+from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.pipeline import dtype_on
 from persona_jax.planning import abstract, chips, compiled
@@ -105,7 +105,7 @@ def plan(arguments: argparse.Namespace, machine: Machine, batch: int) -> Compile
     function, shapes = program(config, mesh, dtype_on(config, device.platform))
     say = f"for {machine.name}, {batch} a chip"
     key, find = compiled.lower(function, shapes, device, len(machine.devices), say)
-    folder = Path(arguments.cache or Path(config.data.data_dir) / "plans")
+    folder = buckets.local(arguments.cache or buckets.local(config.data.data_dir) / "plans")
     return compiled.remembered(folder, key, find)
 
 

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from persona_jax import methods, pipeline
 from persona_jax.cli import run_with_config
+from persona_jax.data import buckets
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
@@ -141,7 +142,7 @@ def embed(photos: Photos, rows: np.ndarray, eye: Eye, config: ConfigDict) -> Enc
             "embeddings": look(eye.params, np.stack([eye.preprocess(p) for p in pictures]))
         },
         encode_captions=lambda captions: {},
-        cache_dir=Path(config.data.data_dir) / "encoded",
+        cache_dir=buckets.local(config.data.data_dir) / "encoded",
         key=f"probe {eye.hash}",
         mirrored=False,
     )

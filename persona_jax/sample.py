@@ -25,7 +25,7 @@ from PIL import Image
 from persona_jax import attribution, paint, personal, runs
 from persona_jax import shown as sets
 from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
@@ -34,7 +34,7 @@ from persona_jax.models import lora
 
 def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
-    out, num = Path(arguments.out), arguments.num
+    out, num = buckets.local(arguments.out), arguments.num
     check(arguments)
     shown = sets.read_sets(arguments)
     if num < 1:
@@ -117,7 +117,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if not workdirs and not arguments.pipeline:
         raise UserError("give --workdir, a run, or --pipeline, a base, and perhaps --adapter")
-    methods = {workdir: read_config(Path(workdir)).method for workdir in workdirs}
+    methods = {workdir: read_config(buckets.local(workdir)).method for workdir in workdirs}
     by_name = [x for x in workdirs if methods[x] in personal.METHODS]
     if by_name:
         if len(workdirs) + len(adapters) > 1 or arguments.lora:
@@ -148,11 +148,11 @@ def open_runs(arguments: argparse.Namespace) -> list[runs.Run]:
     Raises:
       UserError: they are not of one base.
     """
-    opened = [runs.open_run(Path(workdir), arguments.crop) for workdir in arguments.workdir]
+    workdirs, files = (map(buckets.local, x) for x in (arguments.workdir, arguments.adapter))
+    opened = [runs.open_run(workdir, arguments.crop) for workdir in workdirs]
     base = opened[0].config.pipeline if opened else arguments.pipeline
-    encoder = arguments.image_encoder
-    for adapter in arguments.adapter:
-        opened.append(runs.open_adapter(Path(adapter), base, encoder, arguments.crop or 1.0))
+    crop = arguments.crop or 1.0
+    opened += [runs.open_adapter(file, base, arguments.image_encoder, crop) for file in files]
     opened = opened or [runs.open_base(base)]
     for one in opened[1:]:
         if one.pipeline.unet.hash != opened[0].pipeline.unet.hash:
@@ -169,7 +169,7 @@ def with_loras(run: runs.Run, arguments: argparse.Namespace) -> dict:
     towers = paint.frozen_params(run.pipeline)
     factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
     for file, factor in zip(arguments.lora, factors, strict=True):
-        for name, update in load_lora(Path(file), towers).items():
+        for name, update in load_lora(buckets.local(file), towers).items():
             changed[name] = towers[name] = lora.merge(towers[name], update, factor)
     return changed
 

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Float
 
 from persona_jax.cli import run_with_arguments
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.photos import SUFFIXES
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
@@ -29,10 +29,11 @@ AT_ONCE = 512
 
 def main(arguments: argparse.Namespace) -> None:
     """Folders → looks → a table of one row."""
-    against, row = Path(arguments.against), {}
+    against, row = buckets.local(arguments.against), {}
     known = references.load(against) if against.suffix == ".npz" else {}
     seen_by = open_networks(arguments)
-    looks = {name: look_at(Path(arguments.pictures), network) for name, network in seen_by.items()}
+    pictures = buckets.local(arguments.pictures)
+    looks = {name: look_at(pictures, network) for name, network in seen_by.items()}
     real = {}
     for name, network in seen_by.items():
         if known and name not in known:
@@ -43,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not row:
         raise UserError(f"{against}: statistics by none of {', '.join(seen_by)}")
     if arguments.save:
-        references.save(Path(arguments.save), real)
+        references.save(buckets.local(arguments.save), real)
     print(report.markdown({arguments.pictures: row}))
 
 
@@ -58,7 +59,7 @@ def open_networks(arguments: argparse.Namespace) -> dict[str, Network]:
         reader = reading.load_reader(folders.find(arguments.pipeline).parent / "reader")
         found["the reader"] = networks.by_reader(reader)
     if arguments.inception is not None:
-        folder = Path(arguments.data_dir) / "weights"
+        folder = buckets.local(arguments.data_dir) / "weights"
         found |= networks.inception(arguments.inception, arguments.inception_sha256, folder)
     if not found:
         raise UserError("name who looks: --inception, or --pipeline of a base of drawn people")

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, personal
 from persona_jax.cli import refuse_another_run, write_run_files
-from persona_jax.data import encodings, images
+from persona_jax.data import buckets, encodings, images
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
@@ -163,7 +163,7 @@ def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigD
         rows,
         encode_images=encode_images,
         encode_captions=lambda captions: {},
-        cache_dir=Path(config.data.data_dir) / "encoded",
+        cache_dir=buckets.local(config.data.data_dir) / "encoded",
         key=f"base {vae.hash} {size} {crop}",
         mirrored=False,
     )
@@ -190,7 +190,7 @@ def class_pictures(
     hashes = [getattr(pipeline, name).hash for name in personal.TOWERS]
     settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
-    file = Path(config.data.data_dir) / "class_pictures" / f"{name}.npy"
+    file = buckets.local(config.data.data_dir) / "class_pictures" / f"{name}.npy"
     if not file.exists():
         latents = _paint_class(pipeline, ids, config)
         first_process(lambda: _write_whole(file, latents))

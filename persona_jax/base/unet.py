@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from persona_jax import paint, pipeline
 from persona_jax.base.stage import fit_stage, save_tower
 from persona_jax.base.words import captions_of, draw_caption, odds_of
-from persona_jax.data import images
+from persona_jax.data import buckets, images
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import photo_batches
 from persona_jax.data.photos import Photos
@@ -138,7 +138,7 @@ def encode_latents(photos: Photos, rows, parts: pipeline.Pipeline, config: Confi
         rows,
         encode_images=encode_images,
         encode_captions=lambda captions: {},
-        cache_dir=Path(config.data.data_dir) / "encoded",
+        cache_dir=buckets.local(config.data.data_dir) / "encoded",
         key=f"base {vae.hash} {size} {crop}",
         mirrored=config.flip,
     )

@@ -24,6 +24,7 @@ from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from persona_jax.data import buckets
 from persona_jax.data.locks import alone
 from persona_jax.data.photos import Photos
 from persona_jax.data.records import Records, Writer
@@ -87,7 +88,7 @@ class EncodingJob:
         key = self.key if self.mirrored else f"{self.key} as it is"
         photos = self.photos.fingerprint, [self.photos.key(row) for row in self.rows]
         digest = hashlib.sha256(json.dumps([LAYOUT, key, *photos]).encode()).hexdigest()
-        return pathlib.Path(self.cache_dir).expanduser() / digest[:20]
+        return buckets.local(self.cache_dir) / digest[:20]
 
     @property
     def shards(self) -> dict[str, range]:

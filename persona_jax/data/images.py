@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from persona_jax.data import buckets
 from persona_jax.errors import UserError
 
 # What PIL raises on files that are not the picture they claim to be.
@@ -27,7 +28,7 @@ def load_photo(path: str | pathlib.Path) -> Image.Image:
       UserError: no such file, zero bytes, or not a picture; names the file.
     """
     try:
-        data = pathlib.Path(path).read_bytes()
+        data = buckets.local(path).read_bytes()
     except OSError as error:
         raise UserError(f"photo {path}: cannot be read ({error.strerror}); give a file") from error
     if not data:

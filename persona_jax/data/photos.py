@@ -22,7 +22,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
-from persona_jax.data import captions, images
+from persona_jax.data import buckets, captions, images
 from persona_jax.data.locks import alone
 from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.errors import UserError
@@ -110,16 +110,16 @@ def load_photos(
       UserError: no archive, unknown checksum, damaged archive, unknown dataset, empty folder, a
         person with fewer than two readable photos in a folder.
     """
-    data_dir = pathlib.Path(data_dir).expanduser()
+    data_dir = buckets.local(data_dir)
     if dataset == "lfw":
-        manual = pathlib.Path(manual_dir or data_dir / "manual").expanduser()
+        manual = buckets.local(manual_dir or data_dir / "manual")
         return _read(_build_lfw(data_dir, manual, sha256))
     if dataset == "portraits":
         return _read(_build_portraits(data_dir, portraits))
     if dataset == "folder":
         if folder is None:
             raise UserError('dataset "folder": no folder given; set --config.data.folder=DIR')
-        return _read(_build_folder(data_dir, pathlib.Path(folder).expanduser()))
+        return _read(_build_folder(data_dir, buckets.local(folder)))
     raise UserError(f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
 
 

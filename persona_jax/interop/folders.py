@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
+from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
@@ -80,11 +81,12 @@ def find(path_or_id: str) -> Path:
     """
     if path_or_id in SHIPPED:
         return SHIPPED[path_or_id] / "pipeline"
-    local = Path(path_or_id).expanduser()
+    local = buckets.local(path_or_id)
     if path_or_id and local.is_dir():
         return local
     owner, name, *inside = [*path_or_id.split("/"), ""]
-    if not owner or owner in (".", "..", "~") or not name or local.exists():
+    here = local.exists() or buckets.is_bucket(path_or_id)
+    if not owner or owner in (".", "..", "~") or not name or here:
         raise UserError(f"{path_or_id}: no such folder (nor a hub id, which reads owner/name)")
     from huggingface_hub import snapshot_download
 

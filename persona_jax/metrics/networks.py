@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import images, outside
+from persona_jax.data import buckets, images, outside
 from persona_jax.interop import network_weights
 from persona_jax.metrics.features import inception_pass
 from persona_jax.metrics.reading import Reader
@@ -82,7 +82,7 @@ def inception(file: str, sha256: str | None, folder: Path) -> dict[str, Network]
     Raises:
       UserError: not to be had, or not those weights.
     """
-    asset, flag, place = "inception_2015", "--inception_sha256", Path(file)
+    asset, flag, place = "inception_2015", "--inception_sha256", buckets.local(file)
     if file:
         outside.verify(asset, place, sha256, flag)
     else:

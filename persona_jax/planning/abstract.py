@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal
+from persona_jax.data import buckets
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
 from persona_jax.eyes import KINDS, Eye
@@ -241,7 +242,7 @@ def _not_known(path: str, known: Mapping) -> UserError:
 
 def local_folder(path: str) -> Path | None:
     """The folder of a shipped base or of that name; None for anything that is not here."""
-    if path in folders.SHIPPED or Path(path).expanduser().is_dir():
+    if path in folders.SHIPPED or buckets.local(path).is_dir():
         return folders.find(path)
     return None
 

@@ -20,6 +20,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
+from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints
 from persona_jax.training.events import EventFile
@@ -279,6 +280,11 @@ def locked(workdir: Path) -> Iterator[None]:
 
     Raises UserError if another run holds it, or the folder can't be written.
     """
+    if jax.process_count() > 1 and (url := buckets.bucket_of(workdir)):
+        raise UserError(
+            f"--workdir {url}: several processes write a checkpoint together, which takes a "
+            "disk that they share; mount the bucket (gcsfuse, s3fs) and give that folder"
+        )
     with contextlib.ExitStack() as stack:
         free = True
         if jax.process_index() == 0:
