@@ -1,12 +1,17 @@
-"""What is timed of persona_jax: each maker gives a function that does the work once."""
+"""What is timed of persona_jax: each maker gives a function that does the work once.
+
+Batches are shared out among the devices, CPU cores too, as training and sampling do it.
+"""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
 from persona_jax.diffusion.loss import denoising_loss
@@ -18,16 +23,26 @@ from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
-from persona_jax.training.mesh import make_mesh, place, put_batch, shard_params
+from persona_jax.training.mesh import (
+    batch_sharding,
+    local_sharding,
+    make_mesh,
+    place,
+    replicated,
+    shard_params,
+    use_cpu_cores,
+)
 from persona_jax.training.state import init_state, make_step
 
 
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
     """The function, compiled when it is called first."""
+    use_cpu_cores()
     return {
         "unet": _unet,
         "sampling": _sampling,
         "step": _step,
+        "whole_step": _whole_step,
         "vae_encode": _vae_encode,
         "vae_decode": _vae_decode,
         "clip": _clip,
@@ -61,14 +76,31 @@ def _adapter(unet, params: Mapping, size: Size) -> dict:
 def _unet(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
     unet, params = _tower(folder, "unet", dtype)
     latents, hidden, _ = _inputs(size, dtype)
-    t = jnp.full((size.batch,), 500)
 
-    @jax.jit
     def predict(params, latents, hidden):
         source = Source(*project_keys_values(text_kernels(params, unet.config), hidden))
+        t = jnp.full((len(latents),), 500)
         return unet.apply({"params": params}, latents, t, (source,))
 
-    return lambda: predict(params, latents, hidden).block_until_ready()
+    run, params = _shared_out(predict, size.batch, (params,), 2)
+    return lambda: run(*params, latents, hidden).block_until_ready()
+
+
+def _shared_out(
+    function: Callable, batch: int, weights: tuple, inputs: int
+) -> tuple[Callable, tuple]:
+    """The function of weights and batches, each device working on its own share of these, as
+    :func:`persona_jax.paint.shared_out`; and the weights on all of them."""
+    mesh = local_sharding(batch).mesh
+    share = PartitionSpec(mesh.axis_names)
+    shared = jax.shard_map(
+        function,
+        mesh=mesh,
+        in_specs=(*(PartitionSpec(),) * len(weights), *(share,) * inputs),
+        out_specs=share,
+        check_vma=False,
+    )
+    return jax.jit(shared), jax.device_put(weights, replicated(mesh))
 
 
 def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
@@ -78,7 +110,6 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
     latents, hidden, photos = _inputs(size, dtype)
     learnt = _adapter(unet, params, size)
 
-    @jax.jit
     def paint(params, vae_params, learnt, latents, hidden, photos):
         text = Source(
             *project_keys_values(
@@ -96,42 +127,70 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
         z = ddim(guide(both, 7.5), Schedule.from_json(SCHEDULE), latents, steps=size.steps)
         return vae.apply({"params": vae_params}, z, method=AutoencoderKL.decode)
 
-    return lambda: paint(params, vae_params, learnt, latents, hidden, photos).block_until_ready()
+    run, weights = _shared_out(paint, size.batch, (params, vae_params, learnt), 3)
+    return lambda: run(*weights, latents, hidden, photos).block_until_ready()
+
+
+def _whole_step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    """A step of the UNet's own training, text as its condition."""
+    unet, params = _tower(folder, "unet", dtype)
+    latents, hidden, _ = _inputs(size, dtype)
+
+    def sources(params, frozen, batch):
+        return (Source(*project_keys_values(text_kernels(params, unet.config), batch["hidden"])),)
+
+    batch = {"latents": latents, "hidden": hidden}
+    return _training(size, unet, params, None, lambda params, frozen: params, sources, batch)
 
 
 def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
     """A step of an adapter's training: frozen UNet, image projection and W'_k, W'_v learn."""
     unet, params = _tower(folder, "unet", dtype)
     latents, hidden, photos = _inputs(size, dtype)
-    schedule, mesh = Schedule.from_json(SCHEDULE), make_mesh(data=1, fsdp=1)
 
-    def loss(learnt, frozen, batch, step):
-        kernels = text_kernels(frozen, unet.config)
-        sources = (
-            Source(*project_keys_values(kernels, batch["hidden"])),
+    def sources(learnt, frozen, batch):
+        return (
+            Source(*project_keys_values(text_kernels(frozen, unet.config), batch["hidden"])),
             adapter.source(learnt, batch["photos"].mean(axis=1), dtype=dtype),
         )
 
+    learnt = _adapter(unet, params, size)
+    del learnt["aggregator"]
+    batch = {"latents": latents, "hidden": hidden, "photos": photos}
+    return _training(size, unet, learnt, params, lambda learnt, frozen: frozen, sources, batch)
+
+
+def _training(
+    size: Size,
+    unet: Any,
+    learnt: Mapping,
+    frozen: Mapping | None,
+    unet_params: Callable[[Any, Any], Mapping],
+    sources: Callable[[Any, Any, Mapping], tuple[Source, ...]],
+    batch: Mapping,
+) -> Callable[[], None]:
+    """A step that predicts noise and updates what is learnt.
+
+    Args:
+      unet_params, sources: of (learnt, frozen), and the batch.
+    """
+    schedule = Schedule.from_json(SCHEDULE)
+    mesh = make_mesh(devices=local_sharding(size.batch).mesh.devices.flatten())
+
+    def loss(learnt, frozen, batch, step):
+        steered = sources(learnt, frozen, batch)
+
         def predict(z, t):
-            return unet.apply({"params": frozen}, z, t, sources)
+            return unet.apply({"params": unet_params(learnt, frozen)}, z, t, steered)
 
         t = jnp.full((len(batch["latents"]),), 500)
         noise = batch["latents"][::-1] * 0.5
         return denoising_loss(predict, schedule, batch["latents"], noise, t).mean(), {}
 
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
-    learnt = _adapter(unet, params, size)
-    del learnt["aggregator"]
     state = init_state(learnt, optimizer, mesh)
-    frozen = place(params, shard_params(mesh, params))
-    batch = put_batch(
-        mesh,
-        {
-            "latents": np.asarray(latents),
-            "hidden": np.asarray(hidden),
-            "photos": np.asarray(photos),
-        },
-    )
+    frozen = place(frozen, shard_params(mesh, frozen))
+    batch = jax.device_put(batch, batch_sharding(mesh))
     step = make_step(loss, optimizer, mesh)
     held = [state]
 

@@ -17,6 +17,7 @@ def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
         "unet": _unet,
         "sampling": _sampling,
         "step": _step,
+        "whole_step": _whole_step,
         "vae_encode": _vae_encode,
         "vae_decode": _vae_decode,
         "clip": _clip,
@@ -92,26 +93,41 @@ def _sampling(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None
     return _no_grad(paint)
 
 
+def _whole_step(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype).train()
+    latents, hidden, _ = _inputs(size, dtype)
+    return _training(size, [*unet.parameters()], latents, lambda z, t: unet(z, t, hidden))
+
+
 def _step(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
     unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
     unet.requires_grad_(False)
     _with_adapter(unet, size)
     latents, hidden, photos = _inputs(size, dtype)
-    scheduler = diffusers.DDPMScheduler.from_config(SCHEDULE)
     learnt = [*unet.encoder_hid_proj.parameters()]
     for processor in unet.attn_processors.values():
         if isinstance(processor, torch.nn.Module):
             learnt += processor.parameters()
     for parameter in learnt:
         parameter.requires_grad_(True)
+
+    def predict(z: torch.Tensor, t: torch.Tensor):
+        shown = {"image_embeds": [photos.mean(dim=1)[:, None]]}
+        return unet(z, t, hidden, added_cond_kwargs=shown)
+
+    return _training(size, learnt, latents, predict)
+
+
+def _training(
+    size: Size, learnt: list, latents: torch.Tensor, predict: Callable
+) -> Callable[[], None]:
+    scheduler = diffusers.DDPMScheduler.from_config(SCHEDULE)
     optimizer = torch.optim.AdamW(learnt, lr=1e-4, weight_decay=0.01)
     t, noise = torch.full((size.batch,), 500), torch.randn_like(latents)
 
     def once() -> None:
         z = scheduler.add_noise(latents, noise, t)
-        shown = {"image_embeds": [photos.mean(dim=1)[:, None]]}
-        found = unet(z, t, hidden, added_cond_kwargs=shown).sample
-        loss = torch.nn.functional.mse_loss(found.float(), noise.float())
+        loss = torch.nn.functional.mse_loss(predict(z, t).sample.float(), noise.float())
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ from ml_collections import ConfigDict, config_flags
 from persona_jax.compilation import keep_compiled
 from persona_jax.data import buckets
 from persona_jax.errors import UserError
+from persona_jax.training.mesh import use_cpu_cores
 
 GOODBYE = 5.0
 """Seconds in which the processes of a run that fails take leave of each other."""
@@ -76,6 +77,7 @@ def _refuse(message: str) -> None:
 def _exit_on_error(run: Callable[[], Any]) -> None:
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
+    use_cpu_cores()
     try:
         with buckets.keeping():
             run()

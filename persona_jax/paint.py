@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
@@ -17,6 +18,7 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline
+from persona_jax.training.mesh import local_sharding, replicated
 
 
 @struct.dataclass
@@ -71,10 +73,14 @@ def text_source(
     return Source(*project_keys_values(unet_kernels, hidden))
 
 
+def per_picture(scale: Float[Array, "..."] | float) -> bool:
+    """Whether a λ is one of each picture ``[B, …]``, and not one for all."""
+    return jnp.ndim(scale) == 2 and len(scale) > 1
+
+
 def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] | float:
     """A λ of ``[B, …]`` for the unconditional half too; one for all pictures stays as it is."""
-    per_picture = jnp.ndim(scale) == 2 and len(scale) > 1
-    return jnp.concatenate([scale, scale]) if per_picture else scale
+    return jnp.concatenate([scale, scale]) if per_picture(scale) else scale
 
 
 def image_source(learnt: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
@@ -145,8 +151,45 @@ def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
     return paint
 
 
-def make_painter(pipeline: Pipeline, *, steps: int) -> Painter:
-    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; jitted.
+def shared_out(painter: Painter, mesh: Mesh | None = None) -> Painter:
+    """The painter whose pictures are shared out among the devices of a mesh, or among as many of
+    this process as divide their number; each device paints its own and sends nothing."""
+
+    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
+        where = mesh or local_sharding(len(request.keys)).mesh
+        if where.size == 1:
+            return painter(frozen, adapters, request)
+        whole, share = PartitionSpec(), PartitionSpec(where.axis_names)
+        parts, structure = jax.tree.flatten(request)
+
+        def paint_share(frozen: Mapping, adapters: Sequence[Adapter], parts: list) -> Array:
+            return painter(frozen, adapters, jax.tree.unflatten(structure, parts))
+
+        return jax.shard_map(
+            paint_share,
+            mesh=where,
+            in_specs=(whole, whole, [share if x else whole for x in of_each_picture(request)]),
+            out_specs=share,
+            check_vma=False,  # kernels do not say how what they give varies
+        )(frozen, adapters, parts)
+
+    return paint
+
+
+def of_each_picture(request: Request) -> list[bool]:
+    """Which of the request's arrays have a row for each picture, in the order of its leaves."""
+
+    def each(path: Any, leaf: Array | float) -> bool:
+        fields = {getattr(step, "name", None) for step in path}
+        if "scale" in fields:
+            return per_picture(leaf)
+        return not fields & {"window", "guidance", "eta"}
+
+    return [each(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(request)]
+
+
+def make_painter(pipeline: Pipeline, *, steps: int, mesh: Mesh | None = None) -> Painter:
+    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; jitted, and shared out (:func:`shared_out`).
 
     `frozen` has ``unet``, ``text_encoder`` and ``vae``. New prompts, seeds, photos, scale, guidance
     or η do not recompile; another number of pictures, of reference slots or of `steps` does, and so
@@ -155,13 +198,12 @@ def make_painter(pipeline: Pipeline, *, steps: int) -> Painter:
     paint_latents = make_latent_painter(pipeline, steps=steps)
     vae = pipeline.vae.module
 
-    @jax.jit
     def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         latents = paint_latents(frozen, adapters, request)
         pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
         return jnp.clip(pixels, -1.0, 1.0)
 
-    return paint
+    return jax.jit(shared_out(paint, mesh))
 
 
 def in_batches(
@@ -173,16 +215,21 @@ def in_batches(
 ) -> Float[np.ndarray, "P H W C"]:
     """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
     count, parts = len(request.keys), []
+    # Once, not for every batch.
+    everywhere = replicated(local_sharding(size).mesh)
+    frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     for start in range(0, count, size):
         part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
-        parts.append(np.asarray(painter(frozen, tuple(adapters), part)))
+        parts.append(np.asarray(painter(frozen, adapters, part)))
     return np.concatenate(parts)[:count]
 
 
 def some_of(request: Request, rows: np.ndarray) -> Request:
     """The request for some of its pictures; what is not per picture stays."""
-    count = len(request.keys)
-    return jax.tree.map(lambda x: x[rows] if jnp.shape(x)[:1] == (count,) else x, request)
+    parts, structure = jax.tree.flatten(request)
+    flags = of_each_picture(request)
+    some = [x[rows] if each else x for x, each in zip(parts, flags, strict=True)]
+    return jax.tree.unflatten(structure, some)
 
 
 def frozen_params(pipeline: Pipeline) -> dict:

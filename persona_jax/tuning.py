@@ -199,7 +199,7 @@ def class_pictures(
 
 def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
     print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
-    painter = jax.jit(paint.make_latent_painter(pipeline, steps=config.prior.steps))
+    painter = paint.make_latent_painter(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
     request = paint.Request(
         keys=paint.picture_keys(config.seed, len(ids)),
@@ -207,6 +207,7 @@ def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
         guidance=config.prior.guidance,
     )
+    painter = jax.jit(paint.shared_out(painter))
     return paint.in_batches(painter, paint.frozen_params(pipeline), (), request)
 
 

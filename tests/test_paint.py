@@ -13,12 +13,16 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source
 from persona_jax.models.unet import cross_attention_layers, text_kernels
+from persona_jax.training.mesh import make_mesh
 
 STEPS, SIDE, B = 10, 16, 2
 PROMPTS = ["a photo of a smiling woman", "an angry man"]
 NEGATIVE = ["a portrait", ""]
 AVERAGE = Aggregator("avg")
 DIM = stock.TINY_VISION["projection_dim"]
+
+
+ONE = make_mesh(devices=jax.devices()[:1])
 
 
 @pytest.fixture(scope="module")
@@ -260,3 +264,42 @@ def test_text_source_is_what_the_unet_attends_to(loaded, frozen):
     assert isinstance(source, Source)
     assert set(source.keys) == set(cross_attention_layers(unet.module.config))
     assert {value.shape[:2] for value in source.values.values()} == {(B, 16)}
+
+
+@pytest.mark.parametrize("scale", ["one", "each", "masks", "one mask"])
+def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
+    """Each device paints its own, and they are those of one device."""
+    count, side = 4, loaded.latent_shape[0]
+    draw = jax.random.uniform(jax.random.key(8), (count, side * side))
+    layers = cross_attention_layers(loaded.unet.module.config)
+    shown = paint.References(
+        jax.random.normal(jax.random.key(7), (count, 3, DIM)),
+        jnp.ones((count, 3)),
+        {
+            "one": 0.5,
+            "each": draw[:, :1],
+            "masks": dict.fromkeys(layers, draw[:, :1]),
+            "one mask": dict.fromkeys(layers, draw[:1, :1]),
+        }[scale],
+        window=(0.0, 0.7),
+    )
+    noise = jax.random.normal(jax.random.key(9), (count, *loaded.latent_shape))
+    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,), eta=0.5, noise=noise)
+    alone = jax.jit(paint.shared_out(paint.make_latent_painter(loaded, steps=STEPS), ONE))
+    all_ = jax.jit(paint.shared_out(paint.make_latent_painter(loaded, steps=STEPS)))
+    expected, found = (painter(frozen, (learnt,), asked) for painter in (alone, all_))
+    assert len(expected.sharding.device_set) == 1
+    assert len(found.sharding.device_set) == count
+    assert stock.relative(found, np.asarray(expected)) < 1e-4
+
+
+def test_what_is_of_each_picture(loaded):
+    shown = paint.References(
+        jnp.zeros((4, 3, DIM)), jnp.ones((4, 3)), {"a": jnp.zeros((1, 4)), "b": jnp.zeros((4, 4))}
+    )
+    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,))
+    some = paint.some_of(asked, np.array([3, 0]))
+    assert len(some.keys) == len(some.ids) == len(some.references[0].embeddings) == 2
+    assert some.references[0].scale["a"].shape == (1, 4)
+    assert some.references[0].scale["b"].shape == (2, 4)
+    assert some.guidance == asked.guidance

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.experimental.pallas.ops.tpu import flash_attention
-from jax.sharding import PartitionSpec
+from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
 LayerName = str
@@ -114,7 +114,9 @@ def _batch_axes() -> tuple[str, ...] | None:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return () if jax.device_count() == 1 else None
-    return mesh.axis_names
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    # Within shard_map it is this device's share of the batch already.
+    return tuple(name for name, kind in kinds if kind != AxisType.Manual)
 
 
 def _flash_takes(q: Array, k: Array) -> bool:

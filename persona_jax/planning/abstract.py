@@ -25,7 +25,7 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipeline import Pipeline
 from persona_jax.planning import published
-from persona_jax.training.mesh import batch_sharding, replicated, shard_params, traced_for
+from persona_jax.training.mesh import batch_sharding, replicated, shard_params
 from persona_jax.training.state import fresh_state, make_optimizer
 
 Program = tuple[Any, tuple]
@@ -116,7 +116,7 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
             f"{mesh.size} chips; or give --batch_per_chip"
         )
-    painter = paint.make_painter(pipeline, steps=config.sampling.steps)
+    painter = paint.make_painter(pipeline, steps=config.sampling.steps, mesh=mesh)
     aggregator = methods.make_aggregator(config.aggregator)
 
     def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, knobs: Any) -> jax.Array:
@@ -129,8 +129,7 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             guidance=knobs["guidance"],
             eta=knobs["eta"],
         )
-        with traced_for(mesh):
-            return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
+        return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
 
     frozen, learnt = paint.frozen_params(pipeline), adapter_shapes(config, pipeline, eye)
     number = jax.ShapeDtypeStruct((), jnp.float32)

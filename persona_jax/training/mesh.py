@@ -38,7 +38,7 @@ def initialize_distributed() -> None:
     """
     if jax.distributed.is_initialized():
         return
-    _use_cpu_cores()
+    use_cpu_cores()
     names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
     given = {name: os.environ[name] for name in names if os.environ.get(name)}
     if not given and not _in_cluster():
@@ -63,7 +63,7 @@ def initialize_distributed() -> None:
     jax.distributed.initialize(given["JAX_COORDINATOR_ADDRESS"], int(count), int(index))
 
 
-def _use_cpu_cores() -> None:
+def use_cpu_cores() -> None:
     """Make CPU cores devices of the mesh, unless XLA_FLAGS says how many there are.
 
     XLA spreads one program badly over cores: two devices train 1.6 times as fast as one on two
