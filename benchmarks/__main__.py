@@ -27,7 +27,8 @@ TITLES = {
     "theirs_flax": "diffusers' Flax",
 }
 """What stands over each side's column, by the side's module."""
-NO_FLAX = ("clip", "whole_step")
+NO_FLAX = {"small": ("clip", "whole_step"), "sd15": ("clip", "whole_step", "step")}
+"""What diffusers' Flax has not; its step at sd15 takes over 16 GiB."""
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
@@ -54,7 +55,9 @@ def sides(arguments: argparse.Namespace) -> list[str]:
 
 def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Each side's times, first call and peak of memory."""
-    there = [s for s in sides(arguments) if s != "theirs_flax" or what not in NO_FLAX]
+    there = [
+        s for s in sides(arguments) if s != "theirs_flax" or what not in NO_FLAX[arguments.size]
+    ]
     workers, found = {}, {}
     for side in there:  # one after the other: compilation takes all cores
         workers[side] = start(side, what, folder, arguments)
