@@ -20,6 +20,9 @@ from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline
 from persona_jax.training.mesh import local_sharding, replicated
 
+LARGE = 2**30
+"""Bytes of weights."""
+
 
 @struct.dataclass
 class References:
@@ -152,11 +155,11 @@ def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
 
 
 def shared_out(painter: Painter, mesh: Mesh | None = None) -> Painter:
-    """The painter whose pictures are shared out among the devices of a mesh, or among as many of
-    this process as divide their number; each device paints its own and sends nothing."""
+    """The painter whose pictures are shared out among the devices of a mesh, or of this process
+    (:func:`painting_mesh`); each device paints its own and sends nothing."""
 
     def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
-        where = mesh or local_sharding(len(request.keys)).mesh
+        where = mesh or painting_mesh(frozen, len(request.keys))
         if where.size == 1:
             return painter(frozen, adapters, request)
         whole, share = PartitionSpec(), PartitionSpec(where.axis_names)
@@ -174,6 +177,15 @@ def shared_out(painter: Painter, mesh: Mesh | None = None) -> Painter:
         )(frozen, adapters, parts)
 
     return paint
+
+
+def painting_mesh(frozen: Mapping, count: int) -> Mesh:
+    """As many devices of this process as divide `count` pictures. One, where they are cores of a
+    CPU and the weights are large: each would have its own copy, and large products keep all cores
+    busy as it is."""
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
+    alone = jax.local_devices()[0].platform == "cpu" and size > LARGE
+    return local_sharding(1 if alone else count).mesh
 
 
 def of_each_picture(request: Request) -> list[bool]:
@@ -216,7 +228,7 @@ def in_batches(
     """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
     count, parts = len(request.keys), []
     # Once, not for every batch.
-    everywhere = replicated(local_sharding(size).mesh)
+    everywhere = replicated(painting_mesh(frozen, size))
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     for start in range(0, count, size):
         part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
