@@ -110,7 +110,8 @@ def _order(count: int, seed: int) -> grain.MapDataset:
     """0 .. count - 1 shuffled, and shuffled anew in each of endless epochs."""
     # grain seeds epoch e with seed + e: seeds far apart keep runs from sharing epochs.
     far = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    return grain.MapDataset.range(count).shuffle(seed=far).repeat()
+    # Endless to us; grain's own endless one is too long for batches of one example.
+    return grain.MapDataset.range(count).shuffle(seed=far).repeat(2**48 // count + 1)
 
 
 def _shares(

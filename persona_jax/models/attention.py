@@ -1,6 +1,5 @@
 """Attention, and the sources of keys and values that steer the UNet (design §2.1)."""
 
-import functools
 import math
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -12,6 +11,8 @@ from flax import struct
 from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
+
+from persona_jax.models.platforms import by_platform
 
 LayerName = str
 """Torch path of a cross-attention layer: ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
@@ -77,19 +78,21 @@ def project_keys_values(
     return project("to_k"), project("to_v")
 
 
-def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) -> Array:
     return jax.nn.dot_product_attention(q, k, v, bias=bias, implementation="xla")
 
 
-def _chunked_attention(q: Array, k: Array, v: Array, bias: Array | None) -> Array:
+def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     """The same result, one (example, head) and 1,024 queries at a time, so that the logits
-    stay in cache: several times faster on a CPU at 64×64 latents, and far smaller."""
+    stay in cache: several times faster on a CPU at 64×64 latents, and far smaller. A gradient
+    computes them again, as there is no room to keep them."""
     length = q.shape[1]
     chunk = 1024 if length % 1024 == 0 else length
 
     def one_head(args: tuple) -> Array:
         queries, keys, values = args
 
+        @jax.checkpoint
         def one_chunk(part: Array) -> Array:
             logits = (part @ keys.T).astype(jnp.float32) * (q.shape[-1] ** -0.5)
             return jax.nn.softmax(logits, axis=-1).astype(values.dtype) @ values
@@ -187,14 +190,10 @@ def attention(
         return _softmax_attention(q, k, v, bias[:, None, None, :].astype(q.dtype))
     if q.shape[1] * k.shape[1] < _LONG:
         return _softmax_attention(q, k, v, None)
-    return jax.lax.platform_dependent(
-        q,
-        k,
-        v,
-        cpu=functools.partial(_chunked_attention, bias=None),
-        default=functools.partial(_softmax_attention, bias=None),
-        **({"tpu": _flash_attention} if _flash_takes(q, k) else {}),
-    )
+    kernels = {"cpu": _chunked_attention, "default": _softmax_attention}
+    if _flash_takes(q, k):
+        kernels["tpu"] = _flash_attention
+    return by_platform(**kernels)(q, k, v)
 
 
 def split_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H D"]:

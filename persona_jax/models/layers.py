@@ -1,8 +1,14 @@
 """Blocks that the UNet and the VAE share, in diffusers' names. Images are [B, h, w, C]."""
 
+import math
+from typing import Any
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
+
+from persona_jax.models.platforms import by_platform
 
 
 def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
@@ -10,9 +16,54 @@ def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) 
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
 
 
-def conv3(channels: int, dtype: jnp.dtype | None, name: str, stride: int = 1) -> nn.Conv:
-    """3×3 convolution, padding 1 on every side."""
-    return nn.Conv(channels, (3, 3), strides=stride, padding=1, dtype=dtype, name=name)
+def conv3(
+    channels: int,
+    dtype: jnp.dtype | None,
+    name: str,
+    stride: int = 1,
+    padding: int | tuple[tuple[int, int], tuple[int, int]] = 1,
+) -> nn.Conv:
+    """3×3 convolution, padding 1 on every side if not said otherwise."""
+    return nn.Conv(
+        channels,
+        (3, 3),
+        strides=stride,
+        padding=padding,
+        dtype=dtype,
+        name=name,
+        conv_general_dilated=convolve,
+    )
+
+
+def convolve(
+    x: Float[Array, "B h w C"], kernel: Float[Array, "I J C K"], strides: Any, padding: Any, **how
+) -> Float[Array, "B H W K"]:
+    """``jax.lax.conv_general_dilated`` as :class:`flax.linen.Conv` calls it.
+
+    On a CPU small maps of many channels are one product of patches with the kernel: there
+    convolutions read, and their gradients turn round, kernels far larger than the pictures, and
+    take two to ten times as long.
+    """
+
+    def direct(x: Array, kernel: Array) -> Array:
+        return jax.lax.conv_general_dilated(x, kernel, strides, padding, **how)
+
+    def by_patches(x: Array, kernel: Array) -> Array:
+        (height, width), (down, right) = kernel.shape[:2], strides
+        x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+        rows, columns = (x.shape[1] - height) // down + 1, (x.shape[2] - width) // right + 1
+        patches = [
+            x[:, i : i + down * (rows - 1) + 1 : down, j : j + right * (columns - 1) + 1 : right]
+            for i in range(height)
+            for j in range(width)
+        ]
+        matrix = kernel.reshape(-1, kernel.shape[-1])
+        return jnp.concatenate(patches, axis=-1) @ matrix
+
+    pixels = x.shape[0] * x.shape[1] * x.shape[2] // math.prod(strides)
+    if pixels > kernel.shape[-1]:
+        return direct(x, kernel)
+    return by_platform(cpu=by_patches, default=direct)(x, kernel)
 
 
 class ResnetBlock2D(nn.Module):
@@ -62,6 +113,4 @@ class Downsample2D(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B H W C"]:
         """[B, h, w, C] → [B, h/2, w/2, C]."""
         pad = (self.padding, self.padding) if self.padding else (0, 1)
-        return nn.Conv(
-            x.shape[-1], (3, 3), strides=2, padding=(pad, pad), dtype=self.dtype, name="conv"
-        )(x)
+        return conv3(x.shape[-1], self.dtype, "conv", stride=2, padding=(pad, pad))(x)

@@ -200,10 +200,12 @@ def place(tree: Any, shardings: Any) -> Any:
     """Return tree with each array laid out by its sharding (a tree, or one for all).
 
     Arrays in host memory are the same in every process; each device takes its own part only.
+    What lies on a device already is not copied there: do not donate the result.
     """
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        there = isinstance(array, jax.Array)
+        if there and (sharding.is_fully_addressable or not array.is_fully_addressable):
             return jax.device_put(array, sharding)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
