@@ -14,6 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
+from persona_jax.compilation import give_memory_back
 from persona_jax.diffusion.loss import denoising_loss
 from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
@@ -38,6 +39,7 @@ from persona_jax.training.state import init_state, make_step
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
     """The function, compiled when it is called first."""
     use_cpu_cores()
+    give_memory_back()
     return {
         "unet": _unet,
         "sampling": _sampling,
