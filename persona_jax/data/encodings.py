@@ -151,7 +151,7 @@ class EncodingJob:
 
     def _write(self, place: pathlib.Path, span: range, bar: tqdm) -> None:
         """Encodes one shard."""
-        rows = [self.rows[i] for i in span]
+        rows = [int(self.rows[i]) for i in span]
         with _made_beside(place) as folder, contextlib.ExitStack() as open_files:
             writers: dict[str, Writer] = {}
             listed = {}
