@@ -5,13 +5,14 @@ Example i of the infinite sequence is the same in every run; step s is made of e
 the whole state of the iterator, and a run may go on with another number of processes.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 
 import grain
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int
 
 from persona_jax.data.leave_one_out import leave_one_out
+from persona_jax.data.records import Arrays
 from persona_jax.errors import UserError
 
 # Two threads hide the page faults of memory-mapped encodings; more contend for the interpreter.
@@ -19,7 +20,7 @@ READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
 def batches(
-    encodings: Mapping[str, Shaped[np.ndarray, "P ..."]],
+    encodings: Arrays,
     people_photos: Sequence[Int[np.ndarray, " _"]],
     *,
     batch_size: int,
