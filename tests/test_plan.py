@@ -23,7 +23,7 @@ from persona_jax.planning import abstract, chips, compiled, hlo, published
 from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled
 from persona_jax.planning.hlo import Collective
-from persona_jax.training.mesh import make_mesh
+from persona_jax.training.mesh import make_mesh, traced_for
 from persona_jax.training.state import init_state, make_optimizer
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu")
@@ -282,6 +282,24 @@ def test_the_state_is_the_one_that_training_starts_with():
                  or pytest.fail(f"{a} {b}"), state, real)  # fmt: skip
     assert sorted(frozen) == ["blank", "empty", "text_encoder", "unet"]
     assert batch["embeddings"].shape == (16, 9, 256)
+
+
+def test_what_kernels_compute_is_counted_where_they_do_not_say():
+    """The gradient of the TPU's attention: seven products of what is attended to."""
+    shape = (4, 2048, 2, 40)
+    x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+    def gradient(q, k, v):
+        with traced_for(make_mesh(devices=jax.devices()[:2])):
+            return jax.grad(lambda *qkv: attention(*qkv).astype(jnp.float32).sum(), (0, 1, 2))(
+                q, k, v
+            )
+
+    jaxpr = jax.jit(gradient).trace(x, x, x).jaxpr.jaxpr
+    batch, length, heads, dim = shape
+    product = 2 * (batch // 2) * heads * length**2 * dim
+    assert hlo.kernel_flops(jaxpr, "tpu") == 7 * product
+    assert hlo.kernel_flops(jaxpr, "cpu") == 0
 
 
 @pytest.mark.parametrize("method", personal.METHODS)

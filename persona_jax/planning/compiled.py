@@ -30,7 +30,8 @@ class Compiled:
 
     Attributes:
       memory: bytes by kind (:data:`MEMORY`); empty where it did not fit.
-      flops: floating point operations, loops counted as often as they turn.
+      flops: floating point operations, loops counted as often as they turn, and what kernels do
+        whose cost the compiler is not told.
       accessed: bytes that operations read and write; in a program with loops, scaled as its FLOPs.
       optimal_seconds: the compiler's own estimate; None where it gives none or a nonsense one.
       collectives: see :mod:`persona_jax.planning.hlo`.
@@ -77,8 +78,15 @@ def lower(
     """
     traced = function.trace(*arguments)
     lowered = traced.lower()
-    factor = hlo.loop_factor(traced.jaxpr.jaxpr, device.platform)
-    return program_key(lowered.as_text(), device), lambda: measure(lowered, factor, devices, say)
+    jaxpr = traced.jaxpr.jaxpr
+    factor = hlo.loop_factor(jaxpr, device.platform)
+    kernels = hlo.kernel_flops(jaxpr, device.platform)
+
+    def find() -> Compiled:
+        found = measure(lowered, factor, devices, say)
+        return dataclasses.replace(found, flops=found.flops + kernels)
+
+    return program_key(lowered.as_text(), device), find
 
 
 def program_key(text: str, device: Any) -> str:

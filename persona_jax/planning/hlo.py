@@ -154,12 +154,29 @@ def array_size(dtype: str, dimensions: str) -> int:
 def loop_factor(jaxpr: Any, platform: str) -> float:
     """FLOPs of a program over those with each loop's body counted once, which is how compilers
     count. 1.0 where there are no loops."""
-    found = list(_products(jaxpr, platform, 1))
+    found = list(products(jaxpr, platform, 1))
     once = sum(flops for flops, _ in found)
     return sum(flops * turns for flops, turns in found) / once if once else 1.0
 
 
-def _products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, int]]:
+def kernel_flops(jaxpr: Any, platform: str) -> float:
+    """FLOPs of the matrix products in Pallas kernels that do not say what they cost: compilers
+    count nothing there. Per device, as kernels are written for one."""
+    total = 0.0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "pallas_call":
+            if eqn.params["cost_estimate"] is None:
+                turns = math.prod(eqn.params["grid_mapping"].grid)
+                body = products(eqn.params["jaxpr"], platform, turns)
+                total += sum(flops * times for flops, times in body)
+            continue
+        turns = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        inside = (kernel_flops(inner, platform) for inner in inner_programs(eqn, platform))
+        total += turns * sum(inside)
+    return total
+
+
+def products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, int]]:
     """(FLOPs, how often it runs) of each matrix product and convolution."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
@@ -171,11 +188,11 @@ def _products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, in
             outputs = kernel.shape[numbers.rhs_spec[0]]
             yield 2.0 * eqn.outvars[0].aval.size * kernel.size / outputs, turns
         below = turns * eqn.params["length"] if eqn.primitive.name == "scan" else turns
-        for inner in _inner(eqn, platform):
-            yield from _products(inner, platform, below)
+        for inner in inner_programs(eqn, platform):
+            yield from products(inner, platform, below)
 
 
-def _inner(eqn: Any, platform: str) -> Iterator[Any]:
+def inner_programs(eqn: Any, platform: str) -> Iterator[Any]:
     """The programs within an equation; of those for several platforms, the one that applies."""
     branches = eqn.params.get("branches_platforms")
     if branches:
