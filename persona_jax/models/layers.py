@@ -35,6 +35,10 @@ def conv3(
     )
 
 
+LARGE = 2**22
+"""Numbers in a kernel, from which on reading it is what takes time."""
+
+
 def convolve(
     x: Float[Array, "B h w C"], kernel: Float[Array, "I J C K"], strides: Any, padding: Any, **how
 ) -> Float[Array, "B H W K"]:
@@ -61,7 +65,7 @@ def convolve(
         return jnp.concatenate(patches, axis=-1) @ matrix
 
     pixels = x.shape[0] * x.shape[1] * x.shape[2] // math.prod(strides)
-    if pixels > kernel.shape[-1]:
+    if kernel.size < LARGE or pixels > kernel.shape[-1]:
         return direct(x, kernel)
     return by_platform(cpu=by_patches, default=direct)(x, kernel)
 

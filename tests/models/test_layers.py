@@ -7,8 +7,14 @@ import pytest
 import stock
 import torch
 
+from persona_jax.models import layers
 from persona_jax.models.layers import conv3
 from persona_jax.models.platforms import by_platform
+
+
+@pytest.fixture(autouse=True)
+def every_kernel_is_large(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 0)
 
 
 def inputs(side: int, channels: int, out: int):
@@ -56,6 +62,12 @@ def test_small_maps_of_many_channels_are_products_on_a_cpu_alone(side, by_patche
     layer = conv3(64, None, "conv")
     assert ("convolution" not in lowered(layer, params, x, "cpu")) == by_patches
     assert "convolution" in lowered(layer, params, x, "tpu")
+
+
+def test_small_kernels_are_left_alone(monkeypatch):
+    monkeypatch.setattr(layers, "LARGE", 2**22)
+    x, params = inputs(4, 8, 64)
+    assert "convolution" in lowered(conv3(64, None, "conv"), params, x, "cpu")
 
 
 def test_a_gradient_keeps_the_inputs_and_is_the_platforms():
