@@ -3,6 +3,7 @@ the memory that it took is given back."""
 
 import contextlib
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -12,6 +13,10 @@ import jax
 
 MOST = 4 * 2**30
 """Bytes kept; what was not used for longest goes first."""
+
+
+LONG = 5.0
+"""Seconds of a compilation that may have taken much memory."""
 
 
 def keep_compiled() -> None:
@@ -33,14 +38,15 @@ def keep_compiled() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+@functools.cache  # one listener is enough
 def give_memory_back() -> None:
     """Has what the compiler leaves, two thirds of a gigabyte after a large program, go back to the
-    system after every compilation, where the C library can (glibc)."""
+    system after every long compilation, where the C library can (glibc)."""
     with contextlib.suppress(OSError, AttributeError):
         trim = ctypes.CDLL("libc.so.6").malloc_trim
 
-        def listen(event: str, _seconds: float, **_: object) -> None:
-            if event == "/jax/core/compile/backend_compile_duration":
+        def listen(event: str, seconds: float, **_: object) -> None:
+            if event == "/jax/core/compile/backend_compile_duration" and seconds > LONG:
                 trim(0)
 
         jax.monitoring.register_event_duration_secs_listener(listen)
