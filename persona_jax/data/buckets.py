@@ -9,6 +9,7 @@ s3fs, and so on (extra ``buckets``).
 """
 
 import contextlib
+import filecmp
 import json
 import os
 import re
@@ -26,7 +27,9 @@ from persona_jax.errors import UserError
 
 EVERY = 30.0
 """Seconds between two looks for what is to be sent."""
-UNFINISHED = re.compile(r"\.incomplete-|orbax-checkpoint-tmp|\.part$|\.part\.npy$|\.new$|\.lock$")
+UNFINISHED = re.compile(
+    r"\.incomplete-|orbax-checkpoint-tmp|\.part$|\.part\.npy$|\.new$|\.lock$|\.unsent$|\.mirrored\.json$"
+)
 """In paths of what gets another name when it is whole, and of locks: not sent."""
 LIST = ".mirrored.json"
 TOKENS = ("generation", "etag", "ETag", "md5Hash", "mtime", "LastModified", "updated", "created")
@@ -52,6 +55,9 @@ def local(path: str | Path) -> Path:
     if not is_bucket(path):
         return Path(path).expanduser()
     url = str(path).rstrip("/")
+    for outer, mirror in _mirrors.items():
+        if url.startswith(f"{outer}/"):
+            return mirror.folder / url.removeprefix(f"{outer}/")
     if url not in _mirrors:
         mirror = Mirror(url)
         mirror.fetch()
@@ -136,11 +142,8 @@ class Mirror:
             stale = [name for name, what in there.items() if known.get(name, [0])[0] != what]
             stale += [name for name in known if name not in stale and self._here(name) is None]
             for name in tqdm(stale, desc=f"fetch {self.url}", disable=not stale):
-                if self._here(name) not in (None, known.get(name, [0, None])[1]):
-                    aside = self._path(name).with_name(f"{self._path(name).name}.unsent")
-                    self._path(name).rename(aside)
-                    print(f"{self.url}: {name} changed there and here; ours is {aside}")
-                known[name] = [there[name], self._get(name)]
+                ours = self._here(name) not in (None, known.get(name, [0, None])[1])
+                known[name] = [there[name], self._get(name, keep=ours)]
             self._remember(known)
 
     def send(self) -> None:
@@ -195,7 +198,8 @@ class Mirror:
         token = next((str(info[key]) for key in TOKENS if key in info), "")
         return [info["size"], token]
 
-    def _get(self, name: str) -> list:
+    def _get(self, name: str, keep: bool) -> list:
+        """Fetches a file; `keep` what is here beside it, if it is another."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
@@ -203,6 +207,10 @@ class Mirror:
             self._files.get_file(self._remote(name), str(part))
         except Exception as error:  # each kind of bucket has its own
             raise UserError(f"{self.url}: {name} not read ({_line(error)})") from error
+        if keep and not filecmp.cmp(part, path, shallow=False):
+            aside = path.with_name(f"{path.name}.unsent")
+            path.rename(aside)
+            print(f"{self.url}: {name} changed there and here; ours is {aside}")
         part.replace(path)
         return self._here(name)
 

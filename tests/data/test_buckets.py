@@ -162,3 +162,16 @@ def test_errors_in_a_line(empty, monkeypatch):
         UserError, match=r"not written \(PermissionError: not yours\); what is miss"
     ):
         write()
+
+
+def test_a_path_within_a_mirror_is_the_mirrors(empty, capsys):
+    empty.pipe("/bucket/run/example/1.png", b"picture")
+    with buckets.keeping():
+        here = buckets.local(URL)
+        assert buckets.local(f"{URL}/example/1.png") == here / "example/1.png"
+        assert (here / "example/1.png").read_bytes() == b"picture"
+    with buckets.keeping():  # the other way round, each has its own list
+        buckets.local(f"{URL}/example/1.png")
+        buckets.local(URL)
+    assert "changed" not in capsys.readouterr().out
+    assert empty.find("/bucket") == ["/bucket/run/example/1.png"]
