@@ -118,16 +118,21 @@ def _leave(status: int) -> NoReturn:
     os._exit(status)
 
 
-def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
-    about = (sys.modules[main.__module__].__doc__ or "").strip()
+def config_parser(about: str | None) -> argparse.ArgumentParser:
+    """The command line of what takes a --config. about: the entry point's docstring."""
     parser = argparse.ArgumentParser(
-        description=about,
+        description=(about or "").strip(),
         epilog="--config.any.key=value sets one key of the configuration",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.error = _refuse
     parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    return parser
+
+
+def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
+    parser = config_parser(sys.modules[main.__module__].__doc__)
+    parser.error = _refuse
     parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
     known, overrides = parser.parse_known_args(argv[1:])
     return load_config(known.config, overrides), buckets.local(known.workdir)

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from persona_jax.cli import run_with_arguments
+from persona_jax.cli import config_parser, run_with_arguments
 from persona_jax.data import buckets, images
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.photos import Photos
@@ -87,13 +87,7 @@ def adapter_job(
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="--config.any.key=value sets one key of the configuration",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flags.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    flags = config_parser(__doc__)
     flags.add_argument("--part", default="1/1", metavar="K/N", help="which of how many parts")
     return flags
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from persona_jax.cli import run_with_arguments
+from persona_jax.cli import config_parser, run_with_arguments
 from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.pipeline import dtype_on
@@ -250,13 +250,7 @@ def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Co
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    flags = argparse.ArgumentParser(
-        description=__doc__,
-        epilog="--config.any.key=value sets one key of the configuration",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    flags.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    flags = config_parser(__doc__)
     flags.add_argument("--topology", help=f"of TPUs: {EXAMPLES}; this machine if not given")
     flags.add_argument(
         "--batch_per_chip", type=int, help="in place of config.batch_size, which is of all chips"

@@ -158,41 +158,48 @@ class Mirror:
             gone = [name for name in known if name not in here]
             if not (changed or gone):
                 return
+            remedy = f"what is missing there lies in {self.folder}, to be sent with its next use"
             try:
                 for name in gone:
-                    with contextlib.suppress(FileNotFoundError):
+                    absent = contextlib.suppress(FileNotFoundError)
+                    with self._told(f"{name} not removed", remedy), absent:
                         self._files.rm(self._remote(name))
                     del known[name]
                 for name in changed:
-                    # (its parents are there in a bucket, and not in other kinds of file system)
-                    self._files.makedirs(self._files._parent(self._remote(name)), exist_ok=True)
-                    self._files.put_file(str(self._path(name)), self._remote(name))
-                    # A file that changed meanwhile is sent again.
-                    known[name] = [self._what(self._files.info(self._remote(name))), here[name]]
-                self._files.invalidate_cache()
-            except Exception as error:  # each kind of bucket has its own
-                raise UserError(
-                    f"{self.url}: not written ({_line(error)}); what is missing there lies in "
-                    f"{self.folder} and is sent when that path is used again"
-                ) from error
+                    with self._told(f"{name} not written", remedy):
+                        known[name] = [self._put(name), here[name]]
             finally:
                 self._remember(known)
 
     def _there(self) -> dict[str, list]:
         """What the bucket has under the path; nothing where it is not there yet."""
-        try:
+        found: dict[str, dict] = {}
+        absent = contextlib.suppress(FileNotFoundError)
+        with self._told("not read", "is it right, and yours?"), absent:
             self._files.invalidate_cache()
             found = self._files.find(self._root, detail=True)
-        except FileNotFoundError:
-            return {}
-        except Exception as error:  # each kind of bucket has its own
-            raise UserError(
-                f"{self.url}: not read ({_line(error)}); is it right, and yours?"
-            ) from error
         names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
         return {
             name: self._what(info) for name, info in names.items() if not UNFINISHED.search(name)
         }
+
+    def _put(self, name: str) -> list:
+        """Sends a file; what it is there. One that changes meanwhile is sent again."""
+        remote = self._remote(name)
+        # (its parents are there in a bucket, and not in other kinds of file system)
+        self._files.makedirs(self._files._parent(remote), exist_ok=True)
+        self._files.put_file(str(self._path(name)), remote)
+        return self._what(self._files.info(remote))
+
+    @contextlib.contextmanager
+    def _told(self, what: str, remedy: str) -> Iterator[None]:
+        """Whatever goes wrong with the bucket, of which each kind has its own errors, in a line."""
+        try:
+            yield
+        except Exception as error:
+            line = (str(error).splitlines() or [""])[0]
+            reason = f"{type(error).__name__}: {line}"
+            raise UserError(f"{self.url}: {what} ({reason}); {remedy}") from error
 
     def _what(self, info: dict[str, Any]) -> list:
         token = next((str(info[key]) for key in TOKENS if key in info), "")
@@ -203,10 +210,8 @@ class Mirror:
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
-        try:
+        with self._told(f"{name} not read", "was it removed meanwhile?"):
             self._files.get_file(self._remote(name), str(part))
-        except Exception as error:  # each kind of bucket has its own
-            raise UserError(f"{self.url}: {name} not read ({_line(error)})") from error
         if keep and not filecmp.cmp(part, path, shallow=False):
             aside = path.with_name(f"{path.name}.unsent")
             path.rename(aside)
@@ -245,7 +250,3 @@ class Mirror:
         beside = self._list.with_suffix(".new")
         beside.write_text(json.dumps(known))
         beside.replace(self._list)
-
-
-def _line(error: Exception) -> str:
-    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"

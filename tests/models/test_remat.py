@@ -4,29 +4,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import stock
 
 from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, text_kernels
 
-SIZES = {
-    "sample_size": 16,
-    "block_out_channels": (16, 32),
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "layers_per_block": 1,
-    "attention_head_dim": 2,
-    "cross_attention_dim": 16,
-    "norm_num_groups": 4,
-}
-
 
 @pytest.fixture(scope="module")
 def found() -> dict:
     """(gradient, numbers kept for it) by kind."""
-    unet = towers.build("unet", SIZES)
+    unet = towers.build("unet", stock.TINY_UNET)
     params = towers.initialise(unet, jax.random.key(0))
-    z = jax.random.normal(jax.random.key(1), (4, 16, 16, 4))
+    z = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
     text = jax.random.normal(jax.random.key(2), (4, 5, 16))
 
     def gradient(remat):
