@@ -14,7 +14,7 @@ import optax
 from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
-from persona_jax.compilation import give_memory_back
+from persona_jax.compilation import compiler_options, give_memory_back
 from persona_jax.diffusion.loss import denoising_loss
 from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
@@ -102,7 +102,8 @@ def _shared_out(
         out_specs=share,
         check_vma=False,
     )
-    return jax.jit(shared), jax.device_put(weights, replicated(mesh))
+    run = jax.jit(shared, compiler_options=compiler_options(mesh))
+    return run, jax.device_put(weights, replicated(mesh))
 
 
 def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
@@ -206,7 +207,10 @@ def _training(
 def _vae(size: Size, folder: Path, dtype: jnp.dtype, method, shape: tuple) -> Callable[[], None]:
     vae, params = _tower(folder, "vae", dtype)
     x = jnp.asarray(_normal(*shape))
-    run = jax.jit(lambda params, x: vae.apply({"params": params}, x, method=method))
+    run = jax.jit(
+        lambda params, x: vae.apply({"params": params}, x, method=method),
+        compiler_options=compiler_options(),
+    )
     return lambda: run(params, x).block_until_ready()
 
 

@@ -10,6 +10,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
+from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 from persona_jax.models import adapter
@@ -18,7 +19,7 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline
-from persona_jax.training.mesh import local_sharding, replicated
+from persona_jax.training.mesh import local_sharding, replicated, traced_for
 
 LARGE = 2**30
 """Bytes of weights."""
@@ -161,7 +162,8 @@ def shared_out(painter: Painter, mesh: Mesh | None = None) -> Painter:
     def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         where = mesh or painting_mesh(frozen, len(request.keys))
         if where.size == 1:
-            return painter(frozen, adapters, request)
+            with traced_for(where):
+                return painter(frozen, adapters, request)
         whole, share = PartitionSpec(), PartitionSpec(where.axis_names)
         parts, structure = jax.tree.flatten(request)
 
@@ -200,12 +202,10 @@ def of_each_picture(request: Request) -> list[bool]:
     return [each(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(request)]
 
 
-def make_painter(pipeline: Pipeline, *, steps: int, mesh: Mesh | None = None) -> Painter:
-    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; jitted, and shared out (:func:`shared_out`).
+def make_pixel_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; not jitted.
 
-    `frozen` has ``unet``, ``text_encoder`` and ``vae``. New prompts, seeds, photos, scale, guidance
-    or η do not recompile; another number of pictures, of reference slots or of `steps` does, and so
-    does another kind of adapter.
+    `frozen` has ``unet``, ``text_encoder`` and ``vae``.
     """
     paint_latents = make_latent_painter(pipeline, steps=steps)
     vae = pipeline.vae.module
@@ -215,7 +215,17 @@ def make_painter(pipeline: Pipeline, *, steps: int, mesh: Mesh | None = None) ->
         pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
         return jnp.clip(pixels, -1.0, 1.0)
 
-    return jax.jit(shared_out(paint, mesh))
+    return paint
+
+
+def make_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+    """Paints pictures (:func:`make_pixel_painter`); jitted, and shared out (:func:`shared_out`).
+
+    New prompts, seeds, photos, scale, guidance or η do not recompile; another number of pictures,
+    of reference slots or of `steps` does, and so does another kind of adapter.
+    """
+    painter = shared_out(make_pixel_painter(pipeline, steps=steps))
+    return jax.jit(painter, compiler_options=compiler_options())
 
 
 def in_batches(

@@ -12,7 +12,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention
 from jax.sharding import AxisType, PartitionSpec
 from jaxtyping import Array, Float
 
-from persona_jax.models.platforms import by_platform
+from persona_jax.models.platforms import platform
 
 LayerName = str
 """Torch path of a cross-attention layer: ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
@@ -190,10 +190,11 @@ def attention(
         return _softmax_attention(q, k, v, bias[:, None, None, :].astype(q.dtype))
     if q.shape[1] * k.shape[1] < _LONG:
         return _softmax_attention(q, k, v, None)
-    kernels = {"cpu": _chunked_attention, "default": _softmax_attention}
-    if _flash_takes(q, k):
-        kernels["tpu"] = _flash_attention
-    return by_platform(**kernels)(q, k, v)
+    if platform() == "cpu":
+        return _chunked_attention(q, k, v)
+    if platform() == "tpu" and _flash_takes(q, k):
+        return _flash_attention(q, k, v)
+    return _softmax_attention(q, k, v)
 
 
 def split_heads(x: Float[Array, "B T C"], heads: int) -> Float[Array, "B T H D"]:

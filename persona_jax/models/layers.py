@@ -1,6 +1,7 @@
 """Blocks that the UNet and the VAE share, in diffusers' names. Images are [B, h, w, C]."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -8,12 +9,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from persona_jax.models.platforms import by_platform
+from persona_jax.models.platforms import platform
 
 
 def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
     """GroupNorm with float32 statistics, the variance computed in two passes as in PyTorch."""
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)
+
+
+def normed(
+    norm: nn.Module, x: Float[Array, "..."], then: Callable[[Array], Array] = lambda x: x
+) -> Float[Array, "..."]:
+    """then(norm(x)), which a gradient computes again: only x is kept for it."""
+    return nn.remat(lambda norm, x: then(norm(x)))(norm, x)
+
+
+def conv1(channels: int, dtype: jnp.dtype | None, name: str) -> nn.Conv:
+    """1×1 convolution."""
+    return nn.Conv(channels, (1, 1), dtype=dtype, name=name, conv_general_dilated=convolve)
 
 
 def conv3(
@@ -46,7 +59,8 @@ def convolve(
 
     On a CPU small maps of many channels are one product of patches with the kernel: there
     convolutions read, and their gradients turn round, kernels far larger than the pictures, and
-    take two to ten times as long.
+    take two to ten times as long. And a gradient turns a kernel round when its turn has come
+    (``jax.checkpoint``), not all of them before it begins.
     """
 
     def direct(x: Array, kernel: Array) -> Array:
@@ -65,9 +79,10 @@ def convolve(
         return jnp.concatenate(patches, axis=-1) @ matrix
 
     pixels = x.shape[0] * x.shape[1] * x.shape[2] // math.prod(strides)
-    if kernel.size < LARGE or pixels > kernel.shape[-1]:
+    small = kernel.size >= LARGE and pixels <= kernel.shape[-1]
+    if platform() != "cpu":
         return direct(x, kernel)
-    return by_platform(cpu=by_patches, default=direct)(x, kernel)
+    return jax.checkpoint(by_patches if small else direct)(x, kernel)
 
 
 class ResnetBlock2D(nn.Module):
@@ -83,16 +98,19 @@ class ResnetBlock2D(nn.Module):
         self, x: Float[Array, "B h w C"], time: Float[Array, "B E"] | None = None
     ) -> Float[Array, "B h w K"]:
         """[B, h, w, C] → [B, h, w, channels]."""
-        h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm1")(x))
+        shortcut = x
+        if x.shape[-1] != self.channels:
+            shortcut = conv1(self.channels, self.dtype, "conv_shortcut")(x)
+            if platform() == "cpu":  # at once, so that x need not be kept until the end
+                x, shortcut = jax.lax.optimization_barrier((x, shortcut))
+        h = normed(group_norm(self.groups, self.epsilon, self.dtype, "norm1"), x, nn.silu)
         h = conv3(self.channels, self.dtype, "conv1")(h)
         if time is not None:
             shift = nn.Dense(self.channels, dtype=self.dtype, name="time_emb_proj")(nn.silu(time))
             h += shift[:, None, None, :]
-        h = nn.silu(group_norm(self.groups, self.epsilon, self.dtype, "norm2")(h))
+        h = normed(group_norm(self.groups, self.epsilon, self.dtype, "norm2"), h, nn.silu)
         h = conv3(self.channels, self.dtype, "conv2")(h)
-        if x.shape[-1] != self.channels:
-            x = nn.Conv(self.channels, (1, 1), dtype=self.dtype, name="conv_shortcut")(x)
-        return x + h
+        return shortcut + h
 
 
 class Upsample2D(nn.Module):

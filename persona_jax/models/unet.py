@@ -5,6 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -20,8 +21,10 @@ from persona_jax.models.layers import (
     Downsample2D,
     ResnetBlock2D,
     Upsample2D,
+    conv1,
     conv3,
     group_norm,
+    normed,
 )
 
 _ATTENTION_EPS = 1e-6  # GroupNorm in front of the transformer; the resnets use config.norm_eps
@@ -124,7 +127,8 @@ class FeedForward(nn.Module):
         """[B, T, C] → [B, T, C]."""
         channels = x.shape[-1]
         a, b = jnp.split(nn.Dense(8 * channels, dtype=self.dtype, name="net.0.proj")(x), 2, -1)
-        return nn.Dense(channels, dtype=self.dtype, name="net.2")(a * nn.gelu(b, approximate=False))
+        gated = jax.checkpoint(lambda a, b: a * nn.gelu(b, approximate=False))(a, b)
+        return nn.Dense(channels, dtype=self.dtype, name="net.2")(gated)
 
 
 class BasicTransformerBlock(nn.Module):
@@ -142,11 +146,11 @@ class BasicTransformerBlock(nn.Module):
         def norm(name: str) -> nn.LayerNorm:
             return nn.LayerNorm(epsilon=1e-5, dtype=self.dtype, use_fast_variance=False, name=name)
 
-        x += SelfAttention(self.heads, dtype=self.dtype, name="attn1")(norm("norm1")(x))
+        x += SelfAttention(self.heads, dtype=self.dtype, name="attn1")(normed(norm("norm1"), x))
         here = tuple(source.at(f"{self.layer}.attn2") for source in sources)
         cross = CrossAttention(self.heads, self.source_dim, dtype=self.dtype, name="attn2")
-        x += cross(norm("norm2")(x), here)
-        return x + FeedForward(dtype=self.dtype, name="ff")(norm("norm3")(x))
+        x += cross(normed(norm("norm2"), x), here)
+        return x + FeedForward(dtype=self.dtype, name="ff")(normed(norm("norm3"), x))
 
 
 class Transformer2DModel(nn.Module):
@@ -166,11 +170,11 @@ class Transformer2DModel(nn.Module):
         def project(y: Array, name: str) -> Array:
             if linear:
                 return nn.Dense(channels, dtype=self.dtype, name=name)(y)
-            image = y.reshape(shape)
-            conv = nn.Conv(channels, (1, 1), dtype=self.dtype, name=name)
-            return conv(image).reshape(shape[0], -1, channels)
+            return conv1(channels, self.dtype, name)(y.reshape(shape)).reshape(
+                shape[0], -1, channels
+            )
 
-        y = group_norm(self.config.norm_num_groups, _ATTENTION_EPS, self.dtype, "norm")(x)
+        y = normed(group_norm(self.config.norm_num_groups, _ATTENTION_EPS, self.dtype, "norm"), x)
         y = project(y.reshape(shape[0], -1, channels), "proj_in")
         y = BasicTransformerBlock(
             self.heads,

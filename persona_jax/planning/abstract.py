@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal
+from persona_jax.compilation import compiler_options
 from persona_jax.data import buckets
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
@@ -116,7 +117,8 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
             f"{mesh.size} chips; or give --batch_per_chip"
         )
-    painter = paint.make_painter(pipeline, steps=config.sampling.steps, mesh=mesh)
+    painter = paint.make_pixel_painter(pipeline, steps=config.sampling.steps)
+    painter = paint.shared_out(painter, mesh)
     aggregator = methods.make_aggregator(config.aggregator)
 
     def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, knobs: Any) -> jax.Array:
@@ -133,7 +135,7 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
     frozen, learnt = paint.frozen_params(pipeline), adapter_shapes(config, pipeline, eye)
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(paint_batch), (
+    return jax.jit(paint_batch, compiler_options=compiler_options(mesh)), (
         at(frozen, shard_params(mesh, frozen)),
         at(learnt, shard_params(mesh, learnt)),
         at(eye.blank, replicated(mesh)),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from persona_jax.compilation import compiler_options
 from persona_jax.errors import UserError
 from persona_jax.training.mesh import (
     Rules,
@@ -204,6 +205,7 @@ def make_step(
         in_shardings=(None, None, batch_sharding(mesh)),
         out_shardings=(None, replicated(mesh)),
         donate_argnums=0,
+        compiler_options=compiler_options(mesh),
     )
 
 

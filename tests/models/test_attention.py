@@ -195,6 +195,11 @@ def test_graphics_cards_from_ampere_on(capability, it_is, monkeypatch):
     assert module._ampere_or_later() == it_is
 
 
+@pytest.fixture
+def on_a_tpu(monkeypatch):
+    monkeypatch.setattr(module, "platform", lambda: "tpu")
+
+
 def lowered_for_tpu(devices: int, *shape: int) -> str:
     """What a TPU would be given to compile: attention and its gradient on a mesh."""
     mesh = make_mesh(devices=jax.devices()[:devices])
@@ -210,6 +215,7 @@ def lowered_for_tpu(devices: int, *shape: int) -> str:
     return jax.export.export(program, platforms=["tpu"])(x, x, x).mlir_module()
 
 
+@pytest.mark.usefixtures("on_a_tpu")
 @pytest.mark.parametrize(
     ("length", "dim", "devices"), [(4096, 40, 4), (1024, 80, 1), (4096, 64, 2)]
 )
@@ -218,6 +224,7 @@ def test_a_tpu_gets_the_kernel_for_long_sequences(length, dim, devices):
     assert lowered_for_tpu(devices, 4, length, 2, dim).count("tpu_custom_call") == 3
 
 
+@pytest.mark.usefixtures("on_a_tpu")
 @pytest.mark.parametrize(
     ("batch", "length", "dim"), [(4, 1024, 512), (4, 1600, 40), (3, 1024, 40), (4, 256, 160)]
 )
@@ -225,6 +232,7 @@ def test_a_tpu_does_without_where_the_kernel_or_the_batch_does_not_fit(batch, le
     assert "tpu_custom_call" not in lowered_for_tpu(4, batch, length, 1, dim)
 
 
+@pytest.mark.usefixtures("on_a_tpu")
 def test_the_kernel_is_not_shared_out_where_nobody_says_how():
     assert jax.device_count() > 1
     x = jax.ShapeDtypeStruct((4, 1024, 1, 40), jnp.bfloat16)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import stock
 
+from persona_jax.compilation import compiler_options
 from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, text_kernels
@@ -47,3 +48,22 @@ def test_less_is_kept(found):
     none, transformers, blocks = (found[remat][1] for remat in REMAT)
     assert transformers < 0.7 * none
     assert blocks < 0.7 * transformers
+
+
+def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
+    """XLA's compiler for CPUs has to be told (:func:`persona_jax.compilation.compiler_options`)."""
+    kernels = [jnp.ones((256, 256)) for _ in range(8)]
+
+    def loss(x, kernels):
+        for kernel in kernels:
+            x = jax.checkpoint(lambda x, kernel: jnp.tanh(jnp.sin(x @ kernel)) * x)(x, kernel)
+        return x.sum()
+
+    def temporaries(options):
+        program = jax.jit(jax.grad(loss), compiler_options=options)
+        compiled = program.lower(kernels[0], kernels).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, compiled(kernels[0], kernels)
+
+    (usual, expected), (ours, found) = temporaries(None), temporaries(compiler_options())
+    assert ours < 0.6 * usual
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
