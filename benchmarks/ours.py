@@ -14,7 +14,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
-from persona_jax.compilation import compiler_options, give_memory_back
+from persona_jax import memory
+from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.loss import denoising_loss
 from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
@@ -39,7 +40,7 @@ from persona_jax.training.state import init_state, make_step
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
     """The function, compiled when it is called first."""
     use_cpu_cores()
-    give_memory_back()
+    memory.give_back_after_compilation()
     return {
         "unet": _unet,
         "sampling": _sampling,

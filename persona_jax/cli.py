@@ -23,7 +23,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from persona_jax.compilation import give_memory_back, keep_compiled
+from persona_jax import memory
+from persona_jax.compilation import keep_compiled
 from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.training.mesh import use_cpu_cores
@@ -77,7 +78,7 @@ def _refuse(message: str) -> None:
 def _exit_on_error(run: Callable[[], Any]) -> None:
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
-    give_memory_back()
+    memory.give_back_after_compilation()
     use_cpu_cores()
     try:
         with buckets.keeping():

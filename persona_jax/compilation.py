@@ -1,9 +1,6 @@
-"""Compilation: programs are kept on disk, so that a run's second start does not compile again, and
-the memory that it took is given back."""
+"""Compilation: what the compiler is told, and programs kept on disk, so that a run's second start
+does not compile again."""
 
-import contextlib
-import ctypes
-import functools
 import hashlib
 import os
 import platform
@@ -22,12 +19,8 @@ def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
     XLA's compiler for CPUs would drop ``jax.lax.optimization_barrier``, find that what
     ``jax.checkpoint`` computes again is there already, and keep it.
     """
-    platform = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform == "cpu" else {}
-
-
-LONG = 5.0
-"""Seconds of a compilation that may have taken much memory."""
+    where = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if where == "cpu" else {}
 
 
 def keep_compiled() -> None:
@@ -47,20 +40,6 @@ def keep_compiled() -> None:
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
-
-
-@functools.cache  # one listener is enough
-def give_memory_back() -> None:
-    """Has what the compiler leaves, two thirds of a gigabyte after a large program, go back to the
-    system after every long compilation, where the C library can (glibc)."""
-    with contextlib.suppress(OSError, AttributeError):
-        trim = ctypes.CDLL("libc.so.6").malloc_trim
-
-        def listen(event: str, seconds: float, **_: object) -> None:
-            if event == "/jax/core/compile/backend_compile_duration" and seconds > LONG:
-                trim(0)
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
 
 
 def _processor() -> str:

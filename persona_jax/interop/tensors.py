@@ -16,6 +16,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from persona_jax import memory
 from persona_jax.errors import UserError
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
@@ -193,6 +194,8 @@ def load_tree(
         array = from_torch(path, array).astype(dtype or array.dtype, copy=False)
         where = shardings.get(path) if shardings else sharding
         out[path] = _put(np.ascontiguousarray(array), where)
+    if sum(array.nbytes for array in out.values()) > memory.LARGE:
+        memory.give_back()
     return traverse_util.unflatten_dict(out)
 
 
