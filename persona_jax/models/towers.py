@@ -1,5 +1,6 @@
 """The four towers by the name of their folder in a pipeline."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -52,6 +53,7 @@ def initialise(module: nn.Module, key: jax.Array) -> dict:
     return module.init(key, *inputs)["params"]
 
 
-def abstract_params(module: nn.Module) -> dict:
+@functools.lru_cache(maxsize=16)  # every start asks several times, and it takes a while
+def abstract_params(module: nn.Module) -> Mapping:
     """The tree of shapes that a tower's parameters must have."""
     return jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))
