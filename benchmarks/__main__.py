@@ -3,14 +3,18 @@
 python -m benchmarks --size sd15
 
 The sides are processes of their own and take turns, so that a machine that slows down slows down
-for all. Prints a table, and with --out FILE.md appends it there: medians with the middle half
-of the times, the ratios (above 1 where we are faster), the first call, and the peak of memory.
-With --flax PYTHON, the interpreter of an environment that has diffusers 0.39.0, its Flax models are
-timed too.
+for all. Prints a table, and with --out FILE.md appends it there: medians with the middle half of
+the times, the ratios (above 1 where we are faster), our share of the speed at which a large matrix
+product runs (by what PyTorch counts of the work), the first call, and the peak of memory.
+With --compile PyTorch is timed with torch.compile too; with --flax PYTHON, the interpreter of an
+environment that has diffusers 0.39.0, its Flax models are. Where there is a GPU all sides use it:
+
+python -m benchmarks --size sd15 --dtype bfloat16 --compile --batch 8 --steps 50
 """
 
 import argparse
 import importlib.metadata
+import json
 import os
 import platform
 import statistics
@@ -19,16 +23,23 @@ import sys
 import tempfile
 from pathlib import Path
 
-from benchmarks.sizes import SIZES, WHAT, write
+from benchmarks.sizes import SIZES, WHAT, size_of, write
 
 TITLES = {
     "ours": "ours",
     "theirs": "PyTorch diffusers",
+    "theirs_compiled": "with torch.compile",
     "theirs_flax": "diffusers' Flax",
 }
 """What stands over each side's column, by the side's module."""
-NO_FLAX = {"small": ("clip", "whole_step"), "sd15": ("clip", "whole_step", "step")}
-"""What diffusers' Flax has not; its step at sd15 takes over 16 GiB."""
+LACKS = {
+    "theirs_compiled": {"small": ("matmul",), "sd15": ("matmul",)},
+    "theirs_flax": {
+        "small": ("matmul", "clip", "whole_step"),
+        "sd15": ("matmul", "clip", "whole_step", "step"),
+    },
+}
+"""What a side has not; the step of diffusers' Flax at sd15 takes over 16 GiB."""
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
@@ -36,10 +47,13 @@ def main(arguments: argparse.Namespace) -> None:
     """Towers → both sides of each item → a table."""
     folder = Path(arguments.folder or tempfile.gettempdir()) / f"benchmarks-{arguments.size}"
     write(SIZES[arguments.size], folder)
-    rows = []
+    rows, most = [], None
     usual = [what for what in WHAT if arguments.size != "sd15" or what != "whole_step"]
     for what in arguments.what or usual:
-        rows.append(row(what, take_turns(what, folder, arguments), sides(arguments)))
+        found = take_turns(what, folder, arguments)
+        if what == "matmul":
+            most = found["theirs"]["flops"] / min(min(side["times"]) for side in found.values())
+        rows.append(row(what, found, sides(arguments), most))
         print(rows[-1], flush=True)
     text = "\n".join([heading(arguments), "", *header(sides(arguments)), *rows, ""])
     print(text)
@@ -50,13 +64,14 @@ def main(arguments: argparse.Namespace) -> None:
 
 def sides(arguments: argparse.Namespace) -> list[str]:
     """Who takes part."""
-    return [side for side in TITLES if side != "theirs_flax" or arguments.flax]
+    asked = {"theirs_compiled": arguments.compile, "theirs_flax": arguments.flax}
+    return [side for side in TITLES if asked.get(side, True)]
 
 
 def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Each side's times, first call and peak of memory."""
     there = [
-        s for s in sides(arguments) if s != "theirs_flax" or what not in NO_FLAX[arguments.size]
+        side for side in sides(arguments) if what not in LACKS.get(side, {}).get(arguments.size, ())
     ]
     workers, found = {}, {}
     for side in there:  # one after the other: compilation takes all cores
@@ -69,7 +84,7 @@ def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[s
             found[side]["times"].append(float(read(workers[side])))
     for side, worker in workers.items():
         worker.stdin.close()
-        found[side]["peak"] = float(read(worker))
+        found[side] |= json.loads(read(worker))
         worker.wait()
     return found
 
@@ -77,9 +92,12 @@ def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[s
 def start(side: str, what: str, folder: Path, arguments: argparse.Namespace) -> subprocess.Popen:
     """A side, at work."""
     python = arguments.flax if side == "theirs_flax" else sys.executable
-    argv = [python, "-m", "benchmarks.worker", side, what, arguments.size]
+    argv = [python, "-m", "benchmarks.worker", side, what, arguments.size, arguments.batch]
+    argv += [arguments.steps, folder, arguments.dtype]
     return subprocess.Popen(
-        [*argv, str(folder), arguments.dtype],
+        [str(argument) for argument in argv],
+        # Where there is a GPU all sides have to find room on it.
+        env={"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.5", **os.environ},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -98,12 +116,12 @@ def header(there: list[str]) -> tuple[str, str]:
     """The first lines of the table."""
     columns = ["", TITLES[there[0]]]
     columns += [title for side in there[1:] for title in (TITLES[side], "ratio")]
-    columns += ["first call", "peak memory"]
+    columns += ["share of matmul", "first call", "peak memory"]
     return f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"
 
 
-def row(what: str, found: dict[str, dict], there: list[str]) -> str:
-    """One line of the table."""
+def row(what: str, found: dict[str, dict], there: list[str], most: float | None) -> str:
+    """One line of the table; `most`: operations a second of the matrix product, if it was timed."""
     ours = found["ours"]
     cells = [what, spread(ours)]
     for side in there[1:]:
@@ -112,6 +130,8 @@ def row(what: str, found: dict[str, dict], there: list[str]) -> str:
             continue
         ratio = statistics.median(found[side]["times"]) / statistics.median(ours["times"])
         cells += [spread(found[side]), f"{ratio:.2f}"]
+    share = most and found["theirs"]["flops"] / statistics.median(ours["times"]) / most
+    cells += [f"{share:.0%}" if share else ""]
     cells += [" / ".join(f"{side['first']:.1f}" for side in found.values()) + " s"]
     cells += [" / ".join(f"{side['peak'] / 2**30:.2f}" for side in found.values()) + " GiB"]
     return f"| {' | '.join(cells)} |"
@@ -126,11 +146,14 @@ def spread(side: dict) -> str:
 
 def heading(arguments: argparse.Namespace) -> str:
     """What was timed, where, with what."""
-    size = SIZES[arguments.size]
-    cores = f"{os.cpu_count()} cores, {platform.machine()}"
+    size = size_of(arguments.size, arguments.batch, arguments.steps)
+    cores = f"{os.cpu_count()} cores, {platform.machine()}{gpu()}"
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in PACKAGES)
     command = f"python -m benchmarks --size {arguments.size} --dtype {arguments.dtype} --repeats "
-    command += f"{arguments.repeats}{' --flax PYTHON' * bool(arguments.flax)}"
+    command += f"{arguments.repeats}"
+    for name in ("batch", "steps"):
+        command += f" --{name} {getattr(arguments, name)}" * bool(getattr(arguments, name))
+    command += " --compile" * arguments.compile + " --flax PYTHON" * bool(arguments.flax)
     note = (
         "; diffusers' Flax (0.39.0) has no adapter and does less in both" if arguments.flax else ""
     )
@@ -141,6 +164,13 @@ def heading(arguments: argparse.Namespace) -> str:
     )
 
 
+def gpu() -> str:
+    """The graphics card's name, after a comma, if there is one."""
+    import torch
+
+    return f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     flags = argparse.ArgumentParser(
@@ -149,6 +179,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--size", choices=tuple(SIZES), default="small")
     flags.add_argument("--what", nargs="+", choices=WHAT, help="all, but for whole_step at sd15")
     flags.add_argument("--repeats", type=int, default=7)
+    flags.add_argument("--batch", type=int, default=0, help="pictures at once; the size's own")
+    flags.add_argument("--steps", type=int, default=0, help="of DDIM; the size's own")
+    flags.add_argument("--compile", action="store_true", help="PyTorch with torch.compile too")
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags.add_argument("--folder", help="for the towers; the system's for temporary files if not")
     flags.add_argument("--flax", metavar="PYTHON", help="that has diffusers 0.39.0")

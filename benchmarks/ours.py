@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
+from benchmarks.sizes import PHOTOS, SCHEDULE, SIDE, TEXT_LENGTH, Size
 from persona_jax import memory
 from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.loss import denoising_loss
@@ -42,6 +42,7 @@ def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
     use_cpu_cores()
     memory.give_back_after_compilation()
     return {
+        "matmul": _matmul,
         "unet": _unet,
         "sampling": _sampling,
         "step": _step,
@@ -50,6 +51,18 @@ def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
         "vae_decode": _vae_decode,
         "clip": _clip,
     }[what](size, folder, jnp.dtype(dtype))
+
+
+def device_memory() -> int | None:
+    """The most bytes in use on the accelerator, if there is one."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+def _matmul(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
+    side = SIDE["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    a, b = jnp.asarray(_normal(2, side, side), dtype)
+    run = jax.jit(jnp.matmul)
+    return lambda: run(a, b).block_until_ready()
 
 
 def _normal(*shape: int) -> np.ndarray:

@@ -9,8 +9,11 @@ TEXT_LENGTH = 77
 PHOTOS = 9
 """References of the training step and of sampling."""
 SCHEDULE = STABLE_DIFFUSION_1_5["scheduler"] | {"clip_sample": False, "steps_offset": 1}
-WHAT = ("unet", "sampling", "step", "whole_step", "vae_encode", "vae_decode", "clip")
-"""Of Stable Diffusion 1.5, whole_step takes four times its weights in memory on each side."""
+WHAT = ("matmul", "unet", "sampling", "step", "whole_step", "vae_encode", "vae_decode", "clip")
+"""matmul: one large product, by whose speed the others' are judged. Of Stable Diffusion 1.5,
+whole_step takes four times its weights in memory on each side."""
+SIDE = {"cpu": 2048, "gpu": 8192}
+"""Of the matrices, by platform."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,6 +76,12 @@ SIZES = {
         steps=10,
     ),
 }
+
+
+def size_of(name: str, batch: int | None = None, steps: int | None = None) -> Size:
+    """A size by its name, with another number of pictures at once or of DDIM steps."""
+    changes = {"batch": batch, "steps": steps}
+    return dataclasses.replace(SIZES[name], **{k: v for k, v in changes.items() if v})
 
 
 def write(size: Size, folder: Path) -> None:

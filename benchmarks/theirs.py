@@ -6,14 +6,25 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sizes import PHOTOS, SCHEDULE, TEXT_LENGTH, Size
+from benchmarks.sizes import PHOTOS, SCHEDULE, SIDE, TEXT_LENGTH, Size
+
+ON_GPU = torch.cuda.is_available()
 
 
-def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
-    """The function; nothing is compiled."""
+def make(
+    what: str, size: Size, folder: Path, dtype: str, *, compiled: bool = False
+) -> Callable[[], None]:
+    """The function, on the GPU if there is one; `compiled` by ``torch.compile``."""
     torch.manual_seed(0)
-    return {
+    torch.set_default_device("cuda" if ON_GPU else "cpu")
+
+    def load(cls: type, name: str) -> torch.nn.Module:
+        return _load(cls, folder / name, getattr(torch, dtype), compiled)
+
+    work = {
+        "matmul": _matmul,
         "unet": _unet,
         "sampling": _sampling,
         "step": _step,
@@ -21,11 +32,47 @@ def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
         "vae_encode": _vae_encode,
         "vae_decode": _vae_decode,
         "clip": _clip,
-    }[what](size, folder, getattr(torch, dtype))
+    }[what](size, load, getattr(torch, dtype))
+
+    def once() -> None:
+        work()
+        if ON_GPU:
+            torch.cuda.synchronize()
+
+    return once
 
 
-def _load(cls: type, folder: Path, name: str, dtype: torch.dtype):
-    return cls.from_pretrained(folder / name, dtype=dtype).eval()
+def device_memory() -> int | None:
+    """The most bytes in use on the GPU, if there is one."""
+    return torch.cuda.max_memory_allocated() if ON_GPU else None
+
+
+def count(work: Callable[[], None]) -> int:
+    """Floating point operations of the products, convolutions and attention in a call."""
+    with FlopCounterMode(display=False) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+Loader = Callable[[type, str], torch.nn.Module]
+"""(class, name of its folder) → the network."""
+
+
+def _load(cls: type, folder: Path, dtype: torch.dtype, compiled: bool) -> torch.nn.Module:
+    network = cls.from_pretrained(folder, dtype=dtype).eval()
+    if ON_GPU:
+        network.to("cuda")
+    if compiled:
+        network.to(memory_format=torch.channels_last)
+        network.compile()
+        if isinstance(network, diffusers.AutoencoderKL):
+            network.encode, network.decode = map(torch.compile, (network.encode, network.decode))
+    return network
+
+
+def _matmul(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    a, b = torch.randn(2, *(SIDE["gpu" if ON_GPU else "cpu"],) * 2).to(dtype)
+    return _no_grad(lambda: a @ b)
 
 
 def _inputs(size: Size, dtype: torch.dtype) -> tuple:
@@ -44,8 +91,8 @@ def _no_grad(run: Callable[[], object]) -> Callable[[], None]:
     return once
 
 
-def _unet(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
+def _unet(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    unet = load(diffusers.UNet2DConditionModel, "unet")
     latents, hidden, _ = _inputs(size, dtype)
     return _no_grad(lambda: unet(latents, torch.tensor(500), hidden))
 
@@ -71,9 +118,9 @@ def _with_adapter(unet: diffusers.UNet2DConditionModel, size: Size) -> None:
     unet.to(unet.dtype)
 
 
-def _sampling(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
-    vae = _load(diffusers.AutoencoderKL, folder, "vae", dtype)
+def _sampling(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    unet = load(diffusers.UNet2DConditionModel, "unet")
+    vae = load(diffusers.AutoencoderKL, "vae")
     _with_adapter(unet, size)
     latents, hidden, photos = _inputs(size, dtype)
     scheduler = diffusers.DDIMScheduler.from_config(SCHEDULE)
@@ -93,14 +140,14 @@ def _sampling(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None
     return _no_grad(paint)
 
 
-def _whole_step(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype).train()
+def _whole_step(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    unet = load(diffusers.UNet2DConditionModel, "unet").train()
     latents, hidden, _ = _inputs(size, dtype)
     return _training(size, [*unet.parameters()], latents, lambda z, t: unet(z, t, hidden))
 
 
-def _step(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    unet = _load(diffusers.UNet2DConditionModel, folder, "unet", dtype)
+def _step(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    unet = load(diffusers.UNet2DConditionModel, "unet")
     unet.requires_grad_(False)
     _with_adapter(unet, size)
     latents, hidden, photos = _inputs(size, dtype)
@@ -136,20 +183,20 @@ def _training(
     return once
 
 
-def _vae_encode(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    vae, side = _load(diffusers.AutoencoderKL, folder, "vae", dtype), size.vae["sample_size"]
+def _vae_encode(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    vae, side = load(diffusers.AutoencoderKL, "vae"), size.vae["sample_size"]
     pixels = torch.randn(1, 3, side, side, dtype=dtype)
     return _no_grad(lambda: vae.encode(pixels))
 
 
-def _vae_decode(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
-    vae, side = _load(diffusers.AutoencoderKL, folder, "vae", dtype), size.unet["sample_size"]
+def _vae_decode(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
+    vae, side = load(diffusers.AutoencoderKL, "vae"), size.unet["sample_size"]
     latents = torch.randn(1, size.vae["latent_channels"], side, side, dtype=dtype)
     return _no_grad(lambda: vae.decode(latents))
 
 
-def _clip(size: Size, folder: Path, dtype: torch.dtype) -> Callable[[], None]:
+def _clip(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
     cls = transformers.CLIPVisionModelWithProjection
-    eye, side = _load(cls, folder, "image_encoder", dtype), size.image_encoder["image_size"]
+    eye, side = load(cls, "image_encoder"), size.image_encoder["image_size"]
     pixels = torch.randn(1, 3, side, side, dtype=dtype)
     return _no_grad(lambda: eye(pixels))

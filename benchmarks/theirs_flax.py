@@ -17,7 +17,10 @@ from safetensors.torch import load_file
 
 from benchmarks.sizes import SCHEDULE, TEXT_LENGTH, Size
 
-HAS = ("unet", "sampling", "step", "vae_encode", "vae_decode")
+
+def device_memory() -> int | None:
+    """The most bytes in use on the accelerator, if there is one."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:

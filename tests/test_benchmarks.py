@@ -1,0 +1,49 @@
+"""The benchmark: both sides do the same work, and a table comes of it."""
+
+import re
+import sys
+
+import numpy as np
+import pytest
+from world import ROOT
+
+sys.path.insert(0, str(ROOT))
+
+from benchmarks import __main__ as benchmark
+from benchmarks import ours, sizes, theirs
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("towers")
+
+
+def test_a_table_comes_of_it(folder, capsys):
+    argv = ["--what", "matmul", "clip", "--repeats", "2", "--folder", str(folder)]
+    benchmark.main(benchmark.parser().parse_args([*argv, "--out", str(folder / "RESULTS.md")]))
+    table = (folder / "RESULTS.md").read_text()
+    assert table.strip() in capsys.readouterr().out
+    matmul, clip = (re.search(rf"\| {what} \|.*", table)[0] for what in ("matmul", "clip"))
+    for row in (matmul, clip):
+        share, first, peak = (cell.strip() for cell in row.split("|")[-4:-1])
+        assert int(share.removesuffix("%")) > 0
+        assert len(first.split("/")) == len(peak.split("/")) == 2
+
+
+def test_both_sides_work_on_as_many_pictures_as_are_asked_for(folder):
+    small = sizes.size_of("small", 2, 1)
+    assert (small.batch, small.steps) == (2, 1)
+    assert sizes.size_of("small").batch == 16
+    sizes.write(small, folder / "benchmarks-small")
+    there = folder / "benchmarks-small"
+    ours.make("unet", small, there, "float32")()
+    once = theirs.count(theirs.make("unet", small, there, "float32"))
+    twice = theirs.count(theirs.make("unet", sizes.size_of("small", 4), there, "float32"))
+    assert twice == 2 * once > 0
+
+
+def test_pytorch_counts_a_matrix_product_as_everybody_does(folder):
+    work = theirs.make("matmul", sizes.size_of("small"), folder, "float32")
+    assert theirs.count(work) == 2 * sizes.SIDE["cpu"] ** 3
+    assert theirs.device_memory() is None
+    np.testing.assert_equal(ours.device_memory(), None)
