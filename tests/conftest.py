@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_ENABLE_COMPILATION_CACHE", "false")
@@ -19,6 +20,23 @@ from jaxtyping import install_import_hook
 
 install_import_hook("persona_jax", "beartype.beartype")
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_are_dropped_where_they_are_many():
+    """Those of hundreds of tests take gigabytes, which a small machine has not twice."""
+    yield
+    if _resident() > 3 * 2**30:
+        from persona_jax import memory
+
+        jax.clear_caches()
+        memory.give_back()
+
+
+def _resident() -> int:
+    """Bytes of memory that this process has now; 0 where nobody says."""
+    pages = Path("/proc/self/statm")
+    return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 
 
 def pytest_addoption(parser):

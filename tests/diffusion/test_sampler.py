@@ -93,7 +93,8 @@ def test_noise_beyond_eta_zero_changes_nothing():
     schedule = Schedule.from_json(STABLE_DIFFUSION)
     keys = jax.random.split(jax.random.key(0), len(SAMPLE))
     with_keys = ddim(dummy, schedule, SAMPLE, steps=4, keys=keys)
-    np.testing.assert_array_equal(with_keys, ddim(dummy, schedule, SAMPLE, steps=4))
+    # (two programs: their last bits may differ)
+    np.testing.assert_allclose(with_keys, ddim(dummy, schedule, SAMPLE, steps=4), atol=1e-6)
 
 
 def test_guidance():
