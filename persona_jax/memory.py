@@ -7,7 +7,7 @@ import functools
 import jax
 
 LARGE = 2**28
-"""Bytes read, from which on it is worth the time."""
+"""Bytes of weights read, after which it is worth the time."""
 
 LONG = 2.0
 """Seconds of a compilation that may have taken much memory."""

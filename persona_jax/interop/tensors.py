@@ -186,7 +186,7 @@ def load_tree(
         twice=twice,
     )
     shardings = traverse_util.flatten_dict(dict(sharding)) if isinstance(sharding, Mapping) else {}
-    out = {}
+    out, read = {}, 0
     for name, path in names.items():
         array = files.read(published[name])
         if name in squeezable:
@@ -194,8 +194,10 @@ def load_tree(
         array = from_torch(path, array).astype(dtype or array.dtype, copy=False)
         where = shardings.get(path) if shardings else sharding
         out[path] = _put(np.ascontiguousarray(array), where)
-    if sum(array.nbytes for array in out.values()) > memory.LARGE:
-        memory.give_back()
+        read += array.nbytes
+        if read > memory.LARGE:
+            memory.give_back()
+            read = 0
     return traverse_util.unflatten_dict(out)
 
 
