@@ -78,10 +78,10 @@ def convolve(
         matrix = kernel.reshape(-1, kernel.shape[-1])
         return jnp.concatenate(patches, axis=-1) @ matrix
 
-    pixels = x.shape[0] * x.shape[1] * x.shape[2] // math.prod(strides)
-    small = kernel.size >= LARGE and pixels <= kernel.shape[-1]
     if platform() != "cpu":
         return direct(x, kernel)
+    pixels = x.shape[0] * x.shape[1] * x.shape[2] // math.prod(strides)
+    small = kernel.size >= LARGE and pixels <= kernel.shape[-1]
     return jax.checkpoint(by_patches if small else direct)(x, kernel)
 
 
