@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
 from persona_jax.data import buckets
 from persona_jax.errors import UserError
@@ -36,7 +36,8 @@ def load_photo(path: str | pathlib.Path) -> Image.Image:
     try:
         return decode(data)
     except UNREADABLE as error:
-        reason = " ".join(str(error).split())
+        unknown = isinstance(error, UnidentifiedImageError)
+        reason = "none of the known formats" if unknown else " ".join(str(error).split())
         raise UserError(
             f"photo {path}: not a readable picture ({reason}); convert it to JPEG or PNG"
         ) from error

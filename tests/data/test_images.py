@@ -128,3 +128,13 @@ def test_grid(tmp_path):
     assert titled.size == (44, 44 + 14)
     assert np.asarray(titled)[:14].min() < 128
     titled.save(tmp_path / "grid.png")
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [(b"garbage", r"not a readable picture \(none of the known formats\); convert"), (b"", "zero")],
+)
+def test_what_is_no_picture_is_said_to_be_none(data, words, tmp_path):
+    (tmp_path / "a.png").write_bytes(data)
+    with pytest.raises(UserError, match=rf"photo {tmp_path}/a\.png: .*{words}"):
+        load_photo(tmp_path / "a.png")
