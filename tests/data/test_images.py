@@ -109,7 +109,7 @@ def test_load_photo_names_the_bad_file(tmp_path):
     for name in [*bad, "absent.jpg"]:
         with pytest.raises(UserError, match=name) as error:
             load_photo(tmp_path / name)
-        assert "\n" not in str(error.value)
+        assert not {"\n", "<"} & set(str(error.value))
     with pytest.raises(UserError, match=tmp_path.name):
         load_photo(tmp_path)
 
@@ -128,13 +128,3 @@ def test_grid(tmp_path):
     assert titled.size == (44, 44 + 14)
     assert np.asarray(titled)[:14].min() < 128
     titled.save(tmp_path / "grid.png")
-
-
-@pytest.mark.parametrize(
-    ("data", "words"),
-    [(b"garbage", r"not a readable picture \(none of the known formats\); convert"), (b"", "zero")],
-)
-def test_what_is_no_picture_is_said_to_be_none(data, words, tmp_path):
-    (tmp_path / "a.png").write_bytes(data)
-    with pytest.raises(UserError, match=rf"photo {tmp_path}/a\.png: .*{words}"):
-        load_photo(tmp_path / "a.png")
