@@ -23,7 +23,7 @@ from persona_jax.planning import abstract, chips, compiled, published
 from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled
 from persona_jax.planning.hlo import Collective
-from persona_jax.training.mesh import make_mesh
+from persona_jax.training.mesh import make_mesh, replicated, traced_for
 from persona_jax.training.state import init_state, make_optimizer
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu")
@@ -317,13 +317,16 @@ def test_a_topology(capsys, sizes_only):
 
 @needs_libtpu
 def test_attention_is_lowered_for_the_topology():
-    devices = plan.topology("v5e:2x2").devices
-    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    there = jax.sharding.SingleDeviceSharding(devices[0])
-    for place, chunks in ((here, True), (there, False)):
-        x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16, sharding=place)
-        text = jax.jit(attention).lower(x, x, x).as_text()
-        assert ("stablehlo.while" in text) == chunks
+    here, there = jax.devices(), plan.topology("v5e:2x2").devices
+    for device, chunks in ((here[0], True), (there[0], False)):
+        mesh = make_mesh(devices=[device])
+
+        def attend(x, mesh=mesh):
+            with traced_for(mesh):
+                return attention(x, x, x)
+
+        x = jax.ShapeDtypeStruct((1, 2048, 2, 8), jnp.bfloat16, sharding=replicated(mesh))
+        assert ("stablehlo.while" in jax.jit(attend).lower(x).as_text()) == chunks
 
 
 def test_a_folder_must_have_its_files(sizes_only):
