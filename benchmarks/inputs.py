@@ -94,6 +94,7 @@ def parser() -> argparse.ArgumentParser:
     )
     flags.add_argument("--size", choices=tuple(SIZES), default="small")
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    flags.set_defaults(batch=0, steps=0)  # the size's own
     flags.add_argument("--folder", help="for the towers; the system's for temporary files if not")
     return flags
 

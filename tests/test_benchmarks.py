@@ -10,7 +10,7 @@ from world import ROOT
 sys.path.insert(0, str(ROOT))
 
 from benchmarks import __main__ as benchmark
-from benchmarks import ours, sizes, theirs
+from benchmarks import inputs, ours, sizes, theirs
 
 
 @pytest.fixture(scope="module")
@@ -47,3 +47,12 @@ def test_pytorch_counts_a_matrix_product_as_everybody_does(folder):
     assert theirs.count(work) == 2 * sizes.SIDE["cpu"] ** 3
     assert theirs.device_memory() is None
     np.testing.assert_equal(ours.device_memory(), None)
+
+
+def test_the_steps_worker_is_started_for_the_input_pipeline(folder):
+    sizes.write(sizes.size_of("small"), folder / "benchmarks-small")
+    arguments = inputs.parser().parse_args(["--folder", str(folder)])
+    worker = benchmark.start("ours", "matmul", folder / "benchmarks-small", arguments)
+    worker.stdin.close()
+    assert float(benchmark.read(worker)) > 0
+    assert worker.wait() == 0
