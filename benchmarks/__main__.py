@@ -33,13 +33,10 @@ TITLES = {
 }
 """What stands over each side's column, by the side's module."""
 LACKS = {
-    "theirs_compiled": {"small": ("matmul",), "sd15": ("matmul",)},
-    "theirs_flax": {
-        "small": ("matmul", "clip", "whole_step"),
-        "sd15": ("matmul", "clip", "whole_step", "step"),
-    },
+    "theirs_compiled": ("matmul",),
+    "theirs_flax": ("matmul", "clip", "whole_step"),
 }
-"""What a side has not; the step of diffusers' Flax at sd15 takes over 16 GiB."""
+"""What a side has not."""
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers")
 
 
@@ -70,9 +67,9 @@ def sides(arguments: argparse.Namespace) -> list[str]:
 
 def take_turns(what: str, folder: Path, arguments: argparse.Namespace) -> dict[str, dict]:
     """Each side's times, first call and peak of memory."""
-    there = [
-        side for side in sides(arguments) if what not in LACKS.get(side, {}).get(arguments.size, ())
-    ]
+    there = [side for side in sides(arguments) if what not in LACKS.get(side, ())]
+    if (what, arguments.size) == ("step", "sd15") and "theirs_flax" in there:
+        there.remove("theirs_flax")  # takes over 16 GiB
     workers, found = {}, {}
     for side in there:  # one after the other: compilation takes all cores
         workers[side] = start(side, what, folder, arguments)

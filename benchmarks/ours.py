@@ -13,7 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import PartitionSpec
 
-from benchmarks.sizes import PHOTOS, SCHEDULE, SIDE, TEXT_LENGTH, Size
+from benchmarks.sizes import MATRIX, PHOTOS, SCHEDULE, TEXT_LENGTH, Size
 from persona_jax import memory
 from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.loss import denoising_loss
@@ -59,7 +59,7 @@ def device_memory() -> int | None:
 
 
 def _matmul(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
-    side = SIDE["cpu" if jax.default_backend() == "cpu" else "gpu"]
+    side = MATRIX["cpu" if jax.default_backend() == "cpu" else "gpu"]
     a, b = jnp.asarray(_normal(2, side, side), dtype)
     run = jax.jit(jnp.matmul)
     return lambda: run(a, b).block_until_ready()

@@ -12,8 +12,8 @@ SCHEDULE = STABLE_DIFFUSION_1_5["scheduler"] | {"clip_sample": False, "steps_off
 WHAT = ("matmul", "unet", "sampling", "step", "whole_step", "vae_encode", "vae_decode", "clip")
 """matmul: one large product, by whose speed the others' are judged. Of Stable Diffusion 1.5,
 whole_step takes four times its weights in memory on each side."""
-SIDE = {"cpu": 2048, "gpu": 8192}
-"""Of the matrices, by platform."""
+MATRIX = {"cpu": 2048, "gpu": 8192}
+"""Rows and columns of the matrices, by platform."""
 
 
 @dataclasses.dataclass(frozen=True)

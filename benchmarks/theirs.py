@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.sizes import PHOTOS, SCHEDULE, SIDE, TEXT_LENGTH, Size
+from benchmarks.sizes import MATRIX, PHOTOS, SCHEDULE, TEXT_LENGTH, Size
 
 ON_GPU = torch.cuda.is_available()
 
@@ -71,7 +71,7 @@ def _load(cls: type, folder: Path, dtype: torch.dtype, compiled: bool) -> torch.
 
 
 def _matmul(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
-    a, b = torch.randn(2, *(SIDE["gpu" if ON_GPU else "cpu"],) * 2).to(dtype)
+    a, b = torch.randn(2, *(MATRIX["gpu" if ON_GPU else "cpu"],) * 2).to(dtype)
     return _no_grad(lambda: a @ b)
 
 

@@ -44,7 +44,7 @@ def test_both_sides_work_on_as_many_pictures_as_are_asked_for(folder):
 
 def test_pytorch_counts_a_matrix_product_as_everybody_does(folder):
     work = theirs.make("matmul", sizes.size_of("small"), folder, "float32")
-    assert theirs.count(work) == 2 * sizes.SIDE["cpu"] ** 3
+    assert theirs.count(work) == 2 * sizes.MATRIX["cpu"] ** 3
     assert theirs.device_memory() is None
     np.testing.assert_equal(ours.device_memory(), None)
 
