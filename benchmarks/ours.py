@@ -14,8 +14,6 @@ import optax
 from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import MATRIX, PHOTOS, SCHEDULE, TEXT_LENGTH, Size
-from persona_jax import memory
-from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.loss import denoising_loss
 from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
@@ -25,7 +23,9 @@ from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
-from persona_jax.training.mesh import (
+from persona_jax.runtime import memory
+from persona_jax.runtime.compilation import compiler_options
+from persona_jax.runtime.mesh import (
     batch_sharding,
     local_sharding,
     make_mesh,

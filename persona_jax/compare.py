@@ -23,8 +23,7 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from persona_jax import paint, runs, train
-from persona_jax.cli import load_config, run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
@@ -34,6 +33,8 @@ from persona_jax.metrics import judging, networks, report
 from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipeline import open_pipeline
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import load_config, run_with_arguments
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")

@@ -14,8 +14,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from persona_jax.cli import config_parser, run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset, rows_of
@@ -23,7 +22,9 @@ from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
-from persona_jax.training.mesh import local_sharding
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import config_parser, run_with_arguments
+from persona_jax.runtime.mesh import local_sharding
 
 
 def main(arguments: argparse.Namespace) -> None:

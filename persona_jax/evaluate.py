@@ -22,13 +22,15 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from persona_jax import judges, personal, runs
-from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.metrics import judging, networks, plots, report
 from persona_jax.metrics.judging import Subjects
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import read_config
 
 SHOWN = 8
 """People on the grid."""

@@ -24,8 +24,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from persona_jax import personal, runs, stock, tuning
-from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
@@ -33,6 +32,9 @@ from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
 from persona_jax.models import adapter
 from persona_jax.pipeline import save as save_pipeline
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import read_config
 
 DTYPES = {"float32": np.float32, "float16": np.float16}
 

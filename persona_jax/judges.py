@@ -8,13 +8,14 @@ from jaxtyping import Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
 from persona_jax.metrics import faces, fidelity, judging, networks, reading
 from persona_jax.pipeline import embed_captions, open_pipeline
+from persona_jax.runtime import buckets
 
 BATCH = 32
 MANY = 256

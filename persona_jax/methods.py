@@ -15,8 +15,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
-from persona_jax.cli import read_config
-from persona_jax.data import buckets
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
@@ -34,6 +32,8 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline
+from persona_jax.runtime import buckets
+from persona_jax.runtime.run_folder import read_config
 from persona_jax.training.state import StepFn, make_step
 
 LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[str, Array]]]

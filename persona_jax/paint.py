@@ -10,7 +10,6 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from persona_jax.compilation import compiler_options
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 from persona_jax.models import adapter
@@ -19,7 +18,8 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline
-from persona_jax.training.mesh import local_sharding, replicated, traced_for
+from persona_jax.runtime.compilation import compiler_options
+from persona_jax.runtime.mesh import local_sharding, replicated, traced_for
 
 LARGE = 2**30
 """Bytes of weights."""

@@ -21,7 +21,6 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from persona_jax.data import buckets
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
@@ -31,6 +30,7 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipeline import Pipeline, load
+from persona_jax.runtime import buckets
 from persona_jax.training.state import LossFn, StepFn, make_optimizer, make_step
 
 METHODS = ("dreambooth", "lora")

@@ -20,14 +20,14 @@ from typing import Any, NamedTuple
 import jax
 from ml_collections import ConfigDict
 
-from persona_jax.cli import config_parser, run_with_arguments
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.pipeline import dtype_on
 from persona_jax.planning import abstract, chips, compiled
 from persona_jax.planning.chips import GIB, Chip, Roofline
 from persona_jax.planning.compiled import Compiled
-from persona_jax.training.mesh import initialize_distributed, make_mesh
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import config_parser, run_with_arguments
+from persona_jax.runtime.mesh import initialize_distributed, make_mesh
 
 EXAMPLES = "v5e:2x2, v5e:16x16, v6e:2x4, v5p:2x2x1, v4:2x2x1"
 

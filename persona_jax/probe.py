@@ -24,8 +24,6 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from persona_jax import methods, pipeline
-from persona_jax.cli import run_with_config
-from persona_jax.data import buckets
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
@@ -36,6 +34,8 @@ from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.metrics.intervals import bootstrap
 from persona_jax.models.aggregators import Aggregator
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import run_with_config
 
 KINDS = ("first", "max", "avg", "self_attention")
 SIZES = (1, 3, 9)

@@ -10,7 +10,6 @@ from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal, tuning
-from persona_jax.cli import read_config
 from persona_jax.data.photos import Photos
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
@@ -22,6 +21,7 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.runtime.run_folder import read_config
 
 
 @dataclasses.dataclass(frozen=True)

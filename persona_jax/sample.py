@@ -24,12 +24,14 @@ from PIL import Image
 
 from persona_jax import attribution, paint, personal, runs
 from persona_jax import shown as sets
-from persona_jax.cli import read_config, run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.models import lora
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import read_config
 
 
 def main(arguments: argparse.Namespace) -> None:

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.cli import run_with_arguments
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.photos import SUFFIXES
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.metrics import networks, reading, references, report
 from persona_jax.metrics.networks import Look, Network
+from persona_jax.runtime import buckets
+from persona_jax.runtime.command_line import run_with_arguments
 
 AT_ONCE = 512
 """Pictures held in memory."""

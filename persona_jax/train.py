@@ -18,7 +18,6 @@ from clu import parameter_overview
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal, tuning
-from persona_jax.cli import refuse_another_run, run_with_config, write_run_files
 from persona_jax.data import images
 from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
@@ -30,14 +29,10 @@ from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.adapter import Adapter
 from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.runtime.command_line import run_with_config
+from persona_jax.runtime.mesh import initialize_distributed, make_mesh, place, shard_params, to_host
+from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
 from persona_jax.training.loop import fit, locked
-from persona_jax.training.mesh import (
-    initialize_distributed,
-    make_mesh,
-    place,
-    shard_params,
-    to_host,
-)
 from persona_jax.training.state import init_state, make_optimizer
 
 

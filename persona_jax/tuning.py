@@ -14,8 +14,7 @@ from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
 from persona_jax import paint, personal
-from persona_jax.cli import refuse_another_run, write_run_files
-from persona_jax.data import buckets, encodings, images
+from persona_jax.data import encodings, images
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.dataset import open_dataset, rows_of
@@ -24,8 +23,8 @@ from persona_jax.interop import folders, tensors
 from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipeline import Pipeline, open_pipeline
-from persona_jax.training.loop import fit, locked
-from persona_jax.training.mesh import (
+from persona_jax.runtime import buckets
+from persona_jax.runtime.mesh import (
     first_process,
     initialize_distributed,
     make_mesh,
@@ -33,6 +32,8 @@ from persona_jax.training.mesh import (
     shard_params,
     to_host,
 )
+from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
+from persona_jax.training.loop import fit, locked
 from persona_jax.training.state import init_state
 
 

@@ -27,7 +27,7 @@ def compiled_programs_are_dropped_where_they_are_many():
     """Those of hundreds of tests take gigabytes, which a small machine has not twice."""
     yield
     if _resident() > 3 * 2**30:
-        from persona_jax import memory
+        from persona_jax.runtime import memory
 
         jax.clear_caches()
         memory.give_back()

@@ -10,9 +10,10 @@ from PIL import Image
 from world import config_of, shrink_adapter
 
 from persona_jax import compare
-from persona_jax.cli import run_with_arguments, write_run_files
 from persona_jax.metrics import judging, reading
 from persona_jax.models import reader as model
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import write_run_files
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def small_configs(tmp_path_factory):
             shrink_adapter(config, folder / "base/pipeline")
         write_run_files(folder / name, config)
         (folder / f"{name}.py").write_text(
-            "from persona_jax.cli import read_config\n"
+            "from persona_jax.runtime.run_folder import read_config\n"
             "def get_config(preset):\n"
             f"    return read_config({str(folder / name)!r})\n"
         )

@@ -7,8 +7,8 @@ import stock
 from world import ROOT, write_people
 
 from persona_jax import encode, train
-from persona_jax.cli import run_with_arguments, run_with_config
 from persona_jax.data import encodings
+from persona_jax.runtime.command_line import run_with_arguments, run_with_config
 
 
 @pytest.fixture(scope="module")

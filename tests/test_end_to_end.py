@@ -15,9 +15,9 @@ from PIL import Image
 from world import adapter_config, base_config, write_people
 
 from persona_jax import pretrain, sample, train
-from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params, newest_step
+from persona_jax.runtime.command_line import run_with_arguments
 
 
 @pytest.fixture(scope="module")
@@ -211,7 +211,7 @@ def get_config():
     code = f"""
 import sys
 from persona_jax import pretrain, sample, train
-from persona_jax.cli import run_with_arguments, run_with_config
+from persona_jax.runtime.command_line import run_with_arguments, run_with_config
 flags = ["--config", {str(tmp_path / "quick.py")!r}, "--workdir", {str(tmp_path / "avg")!r}]
 run_with_config(train.main, ["train", *flags])
 flags = ["--workdir", {str(tmp_path / "avg")!r}, "--out", {str(tmp_path / "out")!r}]
@@ -268,7 +268,7 @@ def test_overfits_one_batch(world):
 def test_a_step_is_the_same_on_every_mesh(world):
     from persona_jax import methods
     from persona_jax.pipeline import open_pipeline
-    from persona_jax.training.mesh import make_mesh, place, put_batch, shard_params
+    from persona_jax.runtime.mesh import make_mesh, place, put_batch, shard_params
     from persona_jax.training.state import init_state, make_optimizer, make_step
 
     people, data_dir, pipeline, _ = world

@@ -7,8 +7,8 @@ import stock
 from world import adapter_config, write_adapter, write_people
 
 from persona_jax import evaluate
-from persona_jax.cli import run_with_arguments
 from persona_jax.metrics import faces, networks
+from persona_jax.runtime.command_line import run_with_arguments
 
 
 def test_real_people_are_evaluated_by_their_faces(tmp_path, monkeypatch, capsys):

@@ -16,9 +16,10 @@ from world import adapter_config, config_of, shaken, write_adapter, write_people
 
 import persona_jax.stock
 from persona_jax import export, paint, personal, runs, sample, tuning
-from persona_jax.cli import run_with_arguments, write_run_files
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.pipeline import open_pipeline
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import write_run_files
 
 
 def write_person(config, workdir) -> None:

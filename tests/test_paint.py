@@ -13,7 +13,7 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source
 from persona_jax.models.unet import cross_attention_layers, text_kernels
-from persona_jax.training.mesh import make_mesh
+from persona_jax.runtime.mesh import make_mesh
 
 STEPS, SIDE, B = 10, 16, 2
 PROMPTS = ["a photo of a smiling woman", "an angry man"]

@@ -14,7 +14,6 @@ import pytest
 from world import ROOT, config_of
 
 from persona_jax import personal, plan
-from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.models.attention import attention
 from persona_jax.models.towers import abstract_params, build
@@ -23,7 +22,8 @@ from persona_jax.planning import abstract, chips, compiled, published
 from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled
 from persona_jax.planning.hlo import Collective
-from persona_jax.training.mesh import make_mesh, replicated, traced_for
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.mesh import make_mesh, replicated, traced_for
 from persona_jax.training.state import init_state, make_optimizer
 
 needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu")

@@ -11,12 +11,12 @@ from safetensors.numpy import load_file, save_file
 from world import adapter_config, shaken, write_adapter, write_people
 
 from persona_jax import export, sample, train
-from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.models import lora
 from persona_jax.pipeline import open_pipeline
+from persona_jax.runtime.command_line import run_with_arguments
 
 
 @pytest.fixture(scope="module")

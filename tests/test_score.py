@@ -13,11 +13,11 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from persona_jax import score
-from persona_jax.cli import run_with_arguments
 from persona_jax.interop.tensors import torch_name, torch_shape
 from persona_jax.metrics import distributions, networks, reading, references
 from persona_jax.models import reader as model
 from persona_jax.models.inception import SIDE, InceptionV3
+from persona_jax.runtime.command_line import run_with_arguments
 
 
 @pytest.fixture(scope="module")

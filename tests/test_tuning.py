@@ -15,8 +15,8 @@ from safetensors.numpy import load_file
 from world import ROOT, config_of, use_people, write_people
 
 from persona_jax import personal, pipeline, sample, train, tuning
-from persona_jax.cli import run_with_arguments
 from persona_jax.errors import UserError
+from persona_jax.runtime.command_line import run_with_arguments
 
 
 @pytest.fixture(scope="module")

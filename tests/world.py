@@ -12,10 +12,10 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from persona_jax import methods
-from persona_jax.cli import write_run_files
 from persona_jax.eyes import open_eye
 from persona_jax.interop.checkpoints import Checkpoints
 from persona_jax.pipeline import open_pipeline
+from persona_jax.runtime.run_folder import write_run_files
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"

@@ -24,8 +24,8 @@ from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
 from persona_jax.metrics.verification import verification
 from persona_jax.models import towers
+from persona_jax.runtime.mesh import first_process
 from persona_jax.training import contrastive
-from persona_jax.training.mesh import first_process
 
 
 def train_clip(

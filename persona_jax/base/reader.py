@@ -18,7 +18,7 @@ from persona_jax.data.portraits.render import render
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.metrics import reading
 from persona_jax.models import reader as model
-from persona_jax.training.mesh import first_process
+from persona_jax.runtime.mesh import first_process
 
 
 def train_reader(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:

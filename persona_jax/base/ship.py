@@ -13,13 +13,14 @@ import jax
 import numpy as np
 
 from persona_jax import pipeline
-from persona_jax.cli import read_config, run_with_arguments
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.folders import Tower
 from persona_jax.interop.ip_adapter import save_ip_adapter
 from persona_jax.metrics import reading
 from persona_jax.models.towers import TOWERS
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import read_config
 
 MOST_BYTES = 20_000_000
 

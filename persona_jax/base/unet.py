@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from persona_jax import paint, pipeline
 from persona_jax.base.stage import fit_stage, save_tower
 from persona_jax.base.words import captions_of, draw_caption, odds_of
-from persona_jax.data import buckets, images
+from persona_jax.data import images
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import photo_batches
 from persona_jax.data.photos import Photos
@@ -23,7 +23,8 @@ from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL, draw_latents
-from persona_jax.training.mesh import to_host
+from persona_jax.runtime import buckets
+from persona_jax.runtime.mesh import to_host
 
 PROMPTS = (
     "a photo of a smiling person",

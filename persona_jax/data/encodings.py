@@ -24,11 +24,11 @@ from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from persona_jax.data import buckets
-from persona_jax.data.locks import alone
 from persona_jax.data.photos import Photos
 from persona_jax.data.records import Records, Writer
 from persona_jax.errors import UserError
+from persona_jax.runtime import buckets
+from persona_jax.runtime.locks import alone
 
 SHARD = 256
 """Photos of a shard, at least."""

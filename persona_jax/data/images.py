@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
 
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
+from persona_jax.runtime import buckets
 
 # What PIL raises on files that are not the picture they claim to be.
 UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)

@@ -22,10 +22,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
-from persona_jax.data import buckets, captions, images
-from persona_jax.data.locks import alone
+from persona_jax.data import captions, images
 from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.errors import UserError
+from persona_jax.runtime import buckets
+from persona_jax.runtime.locks import alone
 
 log = logging.getLogger(__name__)
 

@@ -11,10 +11,10 @@ import flax.linen as nn
 import jax
 from jax.typing import DTypeLike
 
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
+from persona_jax.runtime import buckets
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,8 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from persona_jax import memory
 from persona_jax.errors import UserError
+from persona_jax.runtime import memory
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
 # Integers for the position_ids of old files, which are passed over.

@@ -17,7 +17,7 @@ from PIL import Image
 
 from persona_jax.errors import UserError
 from persona_jax.models.inception import SIDE, InceptionV3
-from persona_jax.training.mesh import batch_sharding, place, replicated, to_host
+from persona_jax.runtime.mesh import batch_sharding, place, replicated, to_host
 
 PIECE = 8
 ROUND = 8  # pieces of each device between two trips to the host

@@ -12,11 +12,12 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import buckets, images, outside
+from persona_jax.data import images, outside
 from persona_jax.interop import network_weights
 from persona_jax.metrics.features import inception_pass
 from persona_jax.metrics.reading import Reader
-from persona_jax.training.mesh import make_mesh
+from persona_jax.runtime import buckets
+from persona_jax.runtime.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)

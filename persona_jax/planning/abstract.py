@@ -14,8 +14,6 @@ from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal
-from persona_jax.compilation import compiler_options
-from persona_jax.data import buckets
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
 from persona_jax.eyes import KINDS, Eye
@@ -26,7 +24,9 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipeline import Pipeline
 from persona_jax.planning import published
-from persona_jax.training.mesh import batch_sharding, replicated, shard_params
+from persona_jax.runtime import buckets
+from persona_jax.runtime.compilation import compiler_options
+from persona_jax.runtime.mesh import batch_sharding, replicated, shard_params
 from persona_jax.training.state import fresh_state, make_optimizer
 
 Program = tuple[Any, tuple]

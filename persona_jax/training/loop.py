@@ -20,11 +20,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from tqdm import tqdm
 
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints
+from persona_jax.runtime import buckets
+from persona_jax.runtime.mesh import batch_sharding, put_batch, replicated
 from persona_jax.training.events import EventFile
-from persona_jax.training.mesh import batch_sharding, put_batch, replicated
 from persona_jax.training.state import StepFn, TrainState
 
 Callback = tuple[int, Callable[[int, TrainState], None]]
@@ -48,7 +48,7 @@ def fit(
     """Train until ``steps`` steps are done, from the newest checkpoint in workdir if there is one.
 
     state: from init_state; consumed. step_fn: from make_step. frozen: placed on the mesh (see
-    persona_jax.training.mesh.place). batches_from(n): iterator of numpy batches, this process's
+    persona_jax.runtime.mesh.place). batches_from(n): iterator of numpy batches, this process's
     part [B / processes, …], beginning with the one that step n (from 0) learns from; it must give
     the same batches in every run. save_every, log_every: in steps; save_every 0 saves at the end
     only. callbacks: (every, f): f(step, state) runs in every process when a multiple of ``every``

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from persona_jax.compilation import compiler_options
 from persona_jax.errors import UserError
-from persona_jax.training.mesh import (
+from persona_jax.runtime.compilation import compiler_options
+from persona_jax.runtime.mesh import (
     Rules,
     batch_sharding,
     place,
@@ -134,7 +134,7 @@ def init_state(
 
     params: the trainable tree (arrays, the same in every process; copied, so that donating the
     state leaves them alone), or a function without arguments that makes it. rules: see
-    :func:`persona_jax.training.mesh.shard_params`; give make_step the same.
+    :func:`persona_jax.runtime.mesh.shard_params`; give make_step the same.
     """
 
     def create(params: Any) -> TrainState:

@@ -11,7 +11,7 @@ from persona_jax.data.portraits import traits
 from persona_jax.errors import UserError
 from persona_jax.metrics import reading
 from persona_jax.models import reader as model
-from persona_jax.training.mesh import make_mesh
+from persona_jax.runtime.mesh import make_mesh
 
 
 @pytest.fixture(scope="module")

@@ -13,9 +13,9 @@ from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
 from persona_jax.data import outside
-from persona_jax.data.locks import alone
 from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
+from persona_jax.runtime.locks import alone
 
 
 def sha256(path: pathlib.Path) -> str:

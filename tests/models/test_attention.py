@@ -18,7 +18,7 @@ from persona_jax.models.attention import (
     project_keys_values,
     split_heads,
 )
-from persona_jax.training.mesh import batch_sharding, make_mesh, traced_for
+from persona_jax.runtime.mesh import batch_sharding, make_mesh, traced_for
 
 
 def drawn(seed: int, *shape: int) -> jax.Array:

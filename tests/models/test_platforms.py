@@ -5,7 +5,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, PartitionSpec
 
 from persona_jax.models.platforms import platform
-from persona_jax.training.mesh import make_mesh, traced_for
+from persona_jax.runtime.mesh import make_mesh, traced_for
 
 
 def test_it_is_the_meshs_and_else_jaxs():

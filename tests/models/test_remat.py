@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import stock
 
-from persona_jax.compilation import compiler_options
 from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, text_kernels
+from persona_jax.runtime.compilation import compiler_options
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,8 @@ def test_less_is_kept(found):
 
 
 def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
-    """XLA's compiler for CPUs has to be told (:func:`persona_jax.compilation.compiler_options`)."""
+    """XLA's compiler for CPUs has to be told
+    (:func:`persona_jax.runtime.compilation.compiler_options`)."""
     kernels = [jnp.ones((256, 256)) for _ in range(8)]
 
     def loss(x, kernels):

@@ -7,7 +7,7 @@ import pytest
 from persona_jax.models.attention import attention
 from persona_jax.planning import hlo
 from persona_jax.planning.hlo import Collective
-from persona_jax.training.mesh import make_mesh, traced_for
+from persona_jax.runtime.mesh import make_mesh, traced_for
 
 HLO = """
 HloModule jit_step, is_scheduled=true

@@ -8,7 +8,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from persona_jax.errors import UserError
-from persona_jax.training.mesh import make_mesh, place, put_batch, replicated, shard_params
+from persona_jax.runtime.mesh import make_mesh, place, put_batch, replicated, shard_params
 from persona_jax.training.state import init_state, make_optimizer, make_schedule, make_step
 
 # Split even the small arrays of the toy.

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from persona_jax import cli
+from persona_jax.runtime import command_line
+from persona_jax.runtime.mesh import initialize_distributed, make_mesh, place, shard_params
 from persona_jax.training.loop import fit
-from persona_jax.training.mesh import initialize_distributed, make_mesh, place, shard_params
 from persona_jax.training.state import init_state, make_optimizer, make_step
 
 BATCH = 16
@@ -127,4 +127,4 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("workdir")
     parser.add_argument("options")
-    cli.run_with_arguments(parser, main, sys.argv)
+    command_line.run_with_arguments(parser, main, sys.argv)

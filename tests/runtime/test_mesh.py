@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from persona_jax.errors import UserError
-from persona_jax.training import mesh as m
+from persona_jax.runtime import mesh as m
 
 
 def test_make_mesh_fills_what_is_left():
@@ -83,7 +83,7 @@ def test_libtpu_without_a_tpu_is_no_cluster(monkeypatch):
 
 JOINED = """
 import time
-from persona_jax.training.mesh import initialize_distributed
+from persona_jax.runtime.mesh import initialize_distributed
 initialize_distributed()
 print("joined", flush=True)
 time.sleep(60)

@@ -7,8 +7,6 @@ SIGTERM. Anything else is a bug of ours and shows its traceback.
 import argparse
 import difflib
 import errno
-import importlib.metadata
-import json
 import os
 import re
 import runpy
@@ -23,15 +21,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from persona_jax import memory
-from persona_jax.compilation import keep_compiled
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
-from persona_jax.training.mesh import use_cpu_cores
+from persona_jax.runtime import buckets, memory
+from persona_jax.runtime.compilation import keep_compiled
+from persona_jax.runtime.mesh import use_cpu_cores
+from persona_jax.runtime.run_folder import leaves
 
 GOODBYE = 5.0
 """Seconds in which the processes of a run that fails take leave of each other."""
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
 
 def run_with_config(
@@ -169,7 +166,7 @@ def _load_config(value: str) -> ConfigDict:
 
 def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     """Return the config, locked, with ``--config.a.b=value`` flags applied."""
-    before = _leaves(config)
+    before = leaves(config)
     for flag in overrides:
         match = re.match(r"--?(?:no)?config\.([^=]*)", flag)
         if match and match[1] not in before and f"no{match[1]}" not in before:
@@ -185,7 +182,7 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
         raise UserError(f"command line: {error}") from error
     if left:
         raise UserError(f"command line: unexpected {left[0]!r}; see --help")
-    after = _leaves(values.config)
+    after = leaves(values.config)
     for key, old in before.items():  # the one type ml_collections does not check
         if (
             isinstance(old, tuple)
@@ -194,91 +191,3 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
         ):
             raise UserError(f"--config.{key}: found {after[key]!r}, expected the like of {old!r}")
     return values.config
-
-
-def _leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value}; a ConfigDict that is empty counts as a value."""
-    flat = {}
-    for key, value in config.items():
-        below = _leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
-        flat |= below or {f"{prefix}{key}": value}
-    return flat
-
-
-def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
-    """Write workdir/config.json (read_config's) and run.json (command, versions, devices).
-
-    Process 0 writes, the others return. Raises UserError if the folder can't be written.
-    """
-    if jax.process_index() != 0:
-        return
-    workdir = Path(workdir)
-    run = {
-        "command": sys.argv,
-        "python": sys.version.split()[0],
-        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
-        "processes": jax.process_count(),
-    }
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        for name, text in (
-            ("config.json", config.to_json(indent=2)),
-            ("run.json", json.dumps(run, indent=2)),
-        ):
-            beside = workdir / f"{name}.new"
-            beside.write_text(text + "\n")
-            os.replace(beside, workdir / name)
-    except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
-
-
-def read_config(workdir: str | Path) -> ConfigDict:
-    """Return the configuration write_run_files left in workdir; sequences come back as tuples.
-
-    Raises UserError if there is none or it is not JSON.
-    """
-    path = Path(workdir) / "config.json"
-    try:
-        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; is {workdir} a run's workdir?") from error
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UserError(f"{path}: not a configuration ({error}); was it edited?") from error
-
-
-def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[str]) -> None:
-    """Raise UserError if workdir's config.json differs from config in one of the keys.
-
-    keys: names, or beginnings of dotted names, of what makes a run another run. Changes of other
-    keys (more steps, say) are fine. A workdir without config.json holds no run yet.
-    """
-    if not (Path(workdir) / "config.json").exists():
-        return
-    changes = [
-        line
-        for line in config_difference(read_config(workdir), config)
-        if any(line.startswith((f"{key}:", f"{key}.")) for key in keys)
-    ]
-    if changes:
-        raise UserError(
-            f"--workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
-            "choose another workdir, or go on with the configuration it has"
-        )
-
-
-def config_difference(before: ConfigDict, after: ConfigDict) -> list[str]:
-    """Return one line per key in which two configurations differ ("a.b: 1, now 2"), by key."""
-    old, new = (_leaves(ConfigDict(json.loads(config.to_json()))) for config in (before, after))
-    return [
-        f"{key}: {json.dumps(old[key]) if key in old else 'absent'}, "
-        f"now {json.dumps(new[key]) if key in new else 'absent'}"
-        for key in sorted(old.keys() | new.keys())
-        if (key in old) != (key in new) or old.get(key) != new.get(key)
-    ]
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(below) for key, below in value.items()}
-    return tuple(_tuples(below) for below in value) if isinstance(value, list) else value

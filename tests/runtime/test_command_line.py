@@ -6,13 +6,13 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from persona_jax.cli import (
+from persona_jax.errors import UserError
+from persona_jax.runtime.run_folder import (
     config_difference,
     read_config,
     refuse_another_run,
     write_run_files,
 )
-from persona_jax.errors import UserError
 
 CONFIG = """
 import neighbour
@@ -29,7 +29,7 @@ def get_config(preset="tiny"):
 MAIN = '''
 """Entry point of the test."""
 import os, signal, sys
-from persona_jax import cli
+from persona_jax.runtime import command_line
 from persona_jax.errors import UserError
 
 def main(config, workdir):
@@ -44,23 +44,23 @@ def main(config, workdir):
         signal.pause()
     print(config.to_json(), workdir)
 
-cli.run_with_config(main)
+command_line.run_with_config(main)
 '''
 
 SAMPLE = """
 import argparse
-from persona_jax import cli
+from persona_jax.runtime import command_line
 
 parser = argparse.ArgumentParser()
 parser.add_argument("--photos", nargs="+", required=True)
 parser.add_argument("--num", type=int, default=8)
-cli.run_with_arguments(parser, lambda args: print(args.photos, args.num))
+command_line.run_with_arguments(parser, lambda args: print(args.photos, args.num))
 """
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("cli")
+    folder = tmp_path_factory.mktemp("command_line")
     files = {
         "sa.py": CONFIG, "neighbour.py": "WIDTH = 3", "main.py": MAIN, "sample.py": SAMPLE,
         "broken.py": "def get_config(:", "wrong.py": "def get_config(): return {}['x']",

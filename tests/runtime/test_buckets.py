@@ -3,8 +3,8 @@
 import fsspec
 import pytest
 
-from persona_jax.data import buckets
 from persona_jax.errors import UserError
+from persona_jax.runtime import buckets
 
 URL = "memory://bucket/run"
 

@@ -22,8 +22,8 @@ from typing import Any
 import fsspec
 from tqdm import tqdm
 
-from persona_jax.data.locks import alone
 from persona_jax.errors import UserError
+from persona_jax.runtime.locks import alone
 
 EVERY = 30.0
 """Seconds between two looks for what is to be sent."""

@@ -1,0 +1,1 @@
+"""What every command runs on: command line, run folders, buckets, devices, compiler, memory."""

@@ -1,0 +1,104 @@
+"""A run's folder: the configuration it was started with, and what it ran on."""
+
+import importlib.metadata
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from persona_jax.errors import UserError
+
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
+
+
+def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
+    """{"a.b": value}; a ConfigDict that is empty counts as a value."""
+    flat = {}
+    for key, value in config.items():
+        below = leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
+        flat |= below or {f"{prefix}{key}": value}
+    return flat
+
+
+def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
+    """Write workdir/config.json (read_config's) and run.json (command, versions, devices).
+
+    Process 0 writes, the others return. Raises UserError if the folder can't be written.
+    """
+    if jax.process_index() != 0:
+        return
+    workdir = Path(workdir)
+    run = {
+        "command": sys.argv,
+        "python": sys.version.split()[0],
+        "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        "processes": jax.process_count(),
+    }
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        for name, text in (
+            ("config.json", config.to_json(indent=2)),
+            ("run.json", json.dumps(run, indent=2)),
+        ):
+            beside = workdir / f"{name}.new"
+            beside.write_text(text + "\n")
+            os.replace(beside, workdir / name)
+    except OSError as error:
+        raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+
+
+def read_config(workdir: str | Path) -> ConfigDict:
+    """Return the configuration write_run_files left in workdir; sequences come back as tuples.
+
+    Raises UserError if there is none or it is not JSON.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; is {workdir} a run's workdir?") from error
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a configuration ({error}); was it edited?") from error
+
+
+def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[str]) -> None:
+    """Raise UserError if workdir's config.json differs from config in one of the keys.
+
+    keys: names, or beginnings of dotted names, of what makes a run another run. Changes of other
+    keys (more steps, say) are fine. A workdir without config.json holds no run yet.
+    """
+    if not (Path(workdir) / "config.json").exists():
+        return
+    changes = [
+        line
+        for line in config_difference(read_config(workdir), config)
+        if any(line.startswith((f"{key}:", f"{key}.")) for key in keys)
+    ]
+    if changes:
+        raise UserError(
+            f"--workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
+            "choose another workdir, or go on with the configuration it has"
+        )
+
+
+def config_difference(before: ConfigDict, after: ConfigDict) -> list[str]:
+    """Return one line per key in which two configurations differ ("a.b: 1, now 2"), by key."""
+    old, new = (leaves(ConfigDict(json.loads(config.to_json()))) for config in (before, after))
+    return [
+        f"{key}: {json.dumps(old[key]) if key in old else 'absent'}, "
+        f"now {json.dumps(new[key]) if key in new else 'absent'}"
+        for key in sorted(old.keys() | new.keys())
+        if (key in old) != (key in new) or old.get(key) != new.get(key)
+    ]
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(below) for key, below in value.items()}
+    return tuple(_tuples(below) for below in value) if isinstance(value, list) else value
