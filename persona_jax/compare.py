@@ -24,8 +24,8 @@ from ml_collections import ConfigDict
 
 from persona_jax import paint, runs, train
 from persona_jax.data import images
+from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
-from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.judges import open_judge

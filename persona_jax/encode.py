@@ -15,9 +15,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from persona_jax.data import images
+from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.photos import Photos
-from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.models.vae import AutoencoderKL

@@ -23,8 +23,8 @@ from PIL import Image
 
 from persona_jax import judges, personal, runs
 from persona_jax.data import images
+from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
-from persona_jax.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.metrics import judging, networks, plots, report
 from persona_jax.metrics.judging import Subjects

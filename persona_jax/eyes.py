@@ -20,9 +20,9 @@ from persona_jax.data import images, outside
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
 from persona_jax.models import face_resnet, facenet
+from persona_jax.models.layers import normalise
 from persona_jax.pipeline import Pipeline
 from persona_jax.runtime import buckets
-from persona_jax.training.contrastive import normalise
 
 KINDS = ("clip", "dlib", "facenet")
 

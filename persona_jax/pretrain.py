@@ -12,15 +12,15 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from persona_jax.base.caption_sampling import captions_of
 from persona_jax.base.clip import score_clip, train_clip
 from persona_jax.base.prompts import score_prompts
 from persona_jax.base.reader import score_reader, train_reader
 from persona_jax.base.stage import read_pictures
 from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
-from persona_jax.base.words import captions_of
+from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.tokenizer import learn_tokenizer
-from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.runtime.command_line import run_with_config
 from persona_jax.runtime.mesh import first_process, initialize_distributed, make_mesh
 from persona_jax.runtime.run_folder import config_difference, read_config, write_run_files

@@ -24,12 +24,12 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from persona_jax import methods, pipeline
+from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
-from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.errors import UserError
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.metrics.intervals import bootstrap

@@ -19,11 +19,11 @@ from ml_collections import ConfigDict
 
 from persona_jax import methods, paint, personal, tuning
 from persona_jax.data import images
+from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
-from persona_jax.dataset import open_dataset, rows_of
 from persona_jax.encode import adapter_job
 from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step

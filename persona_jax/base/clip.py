@@ -10,6 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from persona_jax import pipeline
+from persona_jax.base import contrastive
+from persona_jax.base.caption_sampling import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.base.stage import (
     fit_stage,
     in_parts,
@@ -18,14 +20,13 @@ from persona_jax.base.stage import (
     save_tower,
     to_float,
 )
-from persona_jax.base.words import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.data.photos import Photos
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
 from persona_jax.metrics.verification import verification
 from persona_jax.models import towers
+from persona_jax.models.layers import normalise
 from persona_jax.runtime.mesh import first_process
-from persona_jax.training import contrastive
 
 
 def train_clip(
@@ -73,7 +74,7 @@ def train_clip(
 
     def describe(params, ids):
         pooled = text.apply({"params": params["text_encoder"]}, ids).pooled
-        return contrastive.normalise(pooled @ params["text_projection"]["kernel"])
+        return normalise(pooled @ params["text_projection"]["kernel"])
 
     def loss(params, frozen, batch, step):
         keys = jax.vmap(lambda k: jax.random.split(k, 3))(example_keys(seed, step, batch["index"]))
@@ -81,7 +82,7 @@ def train_clip(
         if clip.augment:
             views = jax.vmap(contrastive.augment)(keys[:, :2].T.reshape(-1), views)
         embedded = vision.apply({"params": params["image_encoder"]}, views).embedding
-        embedded = contrastive.normalise(embedded)
+        embedded = normalise(embedded)
         ids = draw_caption(keys[:, 2], batch["tokens"], odds)
         captions = describe(params, ids)
         alike = (ids[:, None] == ids[None]).all(axis=-1)

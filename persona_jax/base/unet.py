@@ -10,8 +10,8 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from persona_jax import paint, pipeline
+from persona_jax.base.caption_sampling import captions_of, draw_caption, odds_of
 from persona_jax.base.stage import fit_stage, save_tower
-from persona_jax.base.words import captions_of, draw_caption, odds_of
 from persona_jax.data import images
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import photo_batches

@@ -3,7 +3,8 @@
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data.portraits import traits, words
+from persona_jax.data.portraits import descriptions as words
+from persona_jax.data.portraits import traits
 from persona_jax.metrics import reading
 
 AMONG = 32

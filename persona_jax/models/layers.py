@@ -12,6 +12,11 @@ from jaxtyping import Array, Float
 from persona_jax.models.platforms import platform
 
 
+def normalise(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
+    """Unit length per row."""
+    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
+
+
 def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) -> nn.GroupNorm:
     """GroupNorm with float32 statistics, the variance computed in two passes as in PyTorch."""
     return nn.GroupNorm(groups, epsilon=epsilon, dtype=dtype, use_fast_variance=False, name=name)

@@ -10,7 +10,7 @@ import stock
 from world import SHARED, config_of, use_people, write_people
 
 from persona_jax import judges
-from persona_jax.dataset import open_dataset
+from persona_jax.data.dataset import open_dataset
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights
 from persona_jax.metrics import faces, judging, networks

@@ -16,7 +16,8 @@ from jaxtyping import Float
 from PIL import Image
 from tqdm import tqdm
 
-from persona_jax.data.portraits import traits, words
+from persona_jax.data.portraits import descriptions as words
+from persona_jax.data.portraits import traits
 from persona_jax.data.portraits.render import render
 from persona_jax.errors import UserError
 

@@ -7,7 +7,8 @@ import pytest
 
 from persona_jax.data.images import decode
 from persona_jax.data.photos import load_photos
-from persona_jax.data.portraits import traits, words
+from persona_jax.data.portraits import descriptions as words
+from persona_jax.data.portraits import traits
 from persona_jax.data.portraits.builder import Settings, draw
 from persona_jax.data.portraits.render import render
 from persona_jax.errors import UserError

@@ -5,11 +5,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PRNGKeyArray
 
 
-def normalise(x: Float[Array, "B D"]) -> Float[Array, "B D"]:
-    """Unit length per row."""
-    return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-6)
-
-
 def caption_loss(
     images: Float[Array, "B D"],
     texts: Float[Array, "B D"],

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from world import write_people
 
+from persona_jax.base import contrastive
+from persona_jax.base.caption_sampling import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.base.clip import retrieval
-from persona_jax.base.words import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.data.photos import load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.errors import UserError
-from persona_jax.training import contrastive
 
 
 def test_portraits_have_captions_with_looks(tmp_path):
