@@ -98,15 +98,15 @@ def _unet(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
         t = jnp.full((len(latents),), 500)
         return unet.apply({"params": params}, latents, t, (source,))
 
-    run, params = _shared_out(predict, size.batch, (params,), 2)
+    run, params = _split_among_devices(predict, size.batch, (params,), 2)
     return lambda: run(*params, latents, hidden).block_until_ready()
 
 
-def _shared_out(
+def _split_among_devices(
     function: Callable, batch: int, weights: tuple, inputs: int
 ) -> tuple[Callable, tuple]:
     """The function of weights and batches, each device working on its own share of these, as
-    :func:`persona_jax.paint.shared_out`; and the weights on all of them."""
+    :func:`persona_jax.pipelines.generation.split_among_devices`; and the weights on all of them."""
     mesh = local_sharding(batch).mesh
     share = PartitionSpec(mesh.axis_names)
     shared = jax.shard_map(
@@ -144,7 +144,7 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
         z = ddim(guide(both, 7.5), Schedule.from_json(SCHEDULE), latents, steps=size.steps)
         return vae.apply({"params": vae_params}, z, method=AutoencoderKL.decode)
 
-    run, weights = _shared_out(paint, size.batch, (params, vae_params, learnt), 3)
+    run, weights = _split_among_devices(paint, size.batch, (params, vae_params, learnt), 3)
     return lambda: run(*weights, latents, hidden, photos).block_until_ready()
 
 

@@ -10,7 +10,7 @@ from PIL import Image
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.models.aggregators import SelfAttentionAggregator
-from persona_jax.paint import References
+from persona_jax.pipelines.generation import References
 from persona_jax.runs import Run
 
 
@@ -21,9 +21,9 @@ class Attribution:
     Attributes:
       shares: how much of the pooled embedding each gives, over heads; sums to 1 ``[N]``.
       heads: the same for each pooling head ``[H, N]``.
-      influence: how far the pictures move, in the eye's view, when it is left out: 1 − cosine
-        between what the eye sees of both, mean over pictures ``[N]``. NaN for a photo left out
-        anyway.
+      influence: how far the pictures move, in the image encoder's view, when it is left out: 1 −
+        cosine between what the image encoder sees of both, mean over pictures ``[N]``. NaN for a
+        photo left out anyway.
       without: the first picture, painted without that photo; None where it is NaN.
     """
 
@@ -59,7 +59,7 @@ def attribute(
     run: Run,
     shown: References,
     painted: Float[np.ndarray, "P S S 3"],
-    repaint: Callable[[Sequence[References]], np.ndarray],
+    resample: Callable[[Sequence[References]], np.ndarray],
 ) -> Attribution:
     """Shares of attention, and leave-one-out influence.
 
@@ -67,7 +67,7 @@ def attribute(
       run: of an adapter with self-attention.
       shown: its references, the same for all pictures.
       painted: its pictures from all of them.
-      repaint: other references → the same pictures again.
+      resample: other references → the same pictures again.
     """
     weights = np.asarray(shown.weights[0])
     _, heads = run.adapter.aggregator.module.apply(
@@ -82,7 +82,7 @@ def attribute(
             influence.append(np.nan)
             without.append(None)
             continue
-        pictures = repaint([shown.replace(weights=shown.weights.at[:, i].set(0.0))])
+        pictures = resample([shown.replace(weights=shown.weights.at[:, i].set(0.0))])
         influence.append(float((1 - (_seen(run, pictures) * whole).sum(axis=1)).mean()))
         without.append(images.to_uint8(pictures[0]))
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
@@ -99,5 +99,5 @@ def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.
 
 def _seen(run: Run, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
     """Unit embeddings of pictures in [−1, 1]."""
-    seen = run.eye.look([Image.fromarray(x) for x in images.to_uint8(pictures)])
+    seen = run.encoder.encode([Image.fromarray(x) for x in images.to_uint8(pictures)])
     return seen / np.linalg.norm(seen, axis=1, keepdims=True)

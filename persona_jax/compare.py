@@ -22,7 +22,7 @@ import PIL.Image
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from persona_jax import paint, runs, train
+from persona_jax import runs, train
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
@@ -32,7 +32,8 @@ from persona_jax.judges import open_judge
 from persona_jax.metrics import judging, networks, report
 from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
-from persona_jax.pipeline import open_pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import load_config, run_with_arguments
 
@@ -58,8 +59,8 @@ class World:
       photos: all of them.
       judge: who says how good pictures are.
       test, validation: whom to paint.
-      painters: compiled, by number of steps; all methods share one base.
-      looks: embeddings of the subjects' references, by the eye and the subjects' names.
+      samplers: compiled, by number of steps; all methods share one base.
+      looks: embeddings of the subjects' references, by the image encoder and the subjects' names.
     """
 
     out: Path
@@ -67,14 +68,14 @@ class World:
     judge: Judge
     test: Subjects
     validation: Subjects
-    painters: dict = dataclasses.field(default_factory=dict)
+    samplers: dict = dataclasses.field(default_factory=dict)
     looks: dict = dataclasses.field(default_factory=dict)
 
     def look(self, run: runs.Run, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
-        """What the run's eye sees in the references of each; looked at once."""
-        if run.eye is None:
+        """What the run's encoder sees in the references of each; looked at once."""
+        if run.encoder is None:
             return None
-        key = (run.eye.hash, *whom.names)
+        key = (run.encoder.hash, *whom.names)
         if key not in self.looks:
             self.looks[key] = runs.look_at(run, self.photos, whom)
         return self.looks[key]
@@ -300,21 +301,21 @@ def _verdict(
     Args:
       see: changes the references' embeddings.
       side_by_side: no aggregator; each photo makes tokens of its own.
-      named: see :func:`persona_jax.runs.paint_subjects`.
+      named: see :func:`persona_jax.runs.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
         return world.judge.pictures(whom, np.load(file))
     print(f"painting {label}", flush=True)
-    if knobs.steps not in world.painters:
-        world.painters[knobs.steps] = paint.make_painter(run.pipeline, steps=knobs.steps)
+    if knobs.steps not in world.samplers:
+        world.samplers[knobs.steps] = generation.make_sampler(run.pipeline, steps=knobs.steps)
     adapters = None
     if side_by_side:
         adapters = [run.adapter.replace(aggregator=EveryPhoto())]
-    compiled = world.painters[knobs.steps]
-    painter = runs.make_painter(run, knobs, painter=compiled, adapters=adapters)
+    compiled = world.samplers[knobs.steps]
+    sampler = runs.make_run_sampler(run, knobs, sampler=compiled, adapters=adapters)
     seen = see(world.look(run, whom))
-    pictures = runs.paint_subjects(run, painter, whom, seen, scale=knobs.scale, named=named)
+    pictures = runs.sample_subjects(run, sampler, whom, seen, scale=knobs.scale, named=named)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))

@@ -19,9 +19,9 @@ from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
-from persona_jax.eyes import Eye, open_eye
 from persona_jax.models.vae import AutoencoderKL
-from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import config_parser, run_with_arguments
 from persona_jax.runtime.mesh import local_sharding
@@ -36,7 +36,11 @@ def main(arguments: argparse.Namespace) -> None:
     photos, people = open_dataset(config.data)
     pipeline = open_pipeline(config)
     job = adapter_job(
-        photos, rows_of(photos, people.train), pipeline, open_eye(config, pipeline), config
+        photos,
+        rows_of(photos, people.train),
+        pipeline,
+        open_image_encoder(config, pipeline),
+        config,
     )
     job.work(part - 1, parts)
     missing = job.missing()
@@ -59,21 +63,21 @@ def numbers(part: str) -> tuple[int, int]:
 
 
 def adapter_job(
-    photos: Photos, rows: np.ndarray, pipeline: Pipeline, eye: Eye, config: ConfigDict
+    photos: Photos, rows: np.ndarray, pipeline: Pipeline, encoder: ImageEncoder, config: ConfigDict
 ) -> EncodingJob:
     """Latent moments, image embeddings and caption tokens of the chosen photos."""
     vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
 
     @jax.jit
-    def towers(vae_params, eye_params, pixels, seen):
+    def towers(vae_params, encoder_params, pixels, seen):
         moments = vae.module.apply({"params": vae_params}, pixels, method=AutoencoderKL.encode)
-        return {"moments": moments, "embeddings": eye.embed(eye_params, seen)}
+        return {"moments": moments, "embeddings": encoder.embed(encoder_params, seen)}
 
     def encode_images(pictures):
         pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
-        seen = [eye.preprocess(p) for p in pictures]
+        seen = [encoder.preprocess(p) for p in pictures]
         shared = jax.device_put((np.stack(pixels), np.stack(seen)), local_sharding(len(pictures)))
-        return towers(vae.params, eye.params, *shared)
+        return towers(vae.params, encoder.params, *shared)
 
     return EncodingJob(
         photos,
@@ -81,7 +85,7 @@ def adapter_job(
         encode_images=encode_images,
         encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
         cache_dir=buckets.local(config.data.data_dir) / "encoded",
-        key=f"train {vae.hash} {eye.hash} {pipeline.text_encoder.hash} {size} {crop}",
+        key=f"train {vae.hash} {encoder.hash} {pipeline.text_encoder.hash} {size} {crop}",
         mirrored=config.flip,
     )
 

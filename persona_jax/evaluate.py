@@ -53,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
     counts = counted(arguments.references, whom, config)
     run = runs.open_run(workdir)
     knobs = run.knobs(steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale)
-    pictures = paint(run, knobs, photos, whom, counts, arguments.seed)
+    pictures = generate(run, knobs, photos, whom, counts, arguments.seed)
 
     rows = {name: [judge.pictures(whom, found)] for name, found in pictures.items()}
     base, crop = run.pipeline, config.data.crop
@@ -103,7 +103,7 @@ def counted(wanted: Sequence[int], whom: Subjects, config: ConfigDict) -> list[i
     return sorted(set(wanted))
 
 
-def paint(
+def generate(
     run: runs.Run,
     knobs: runs.Knobs,
     photos: Photos,
@@ -113,16 +113,16 @@ def paint(
 ) -> Pictures:
     """What ``whom.pictures`` asks for, from so many photos each; from another person's; of anybody,
     where weights belong to people. The same noise for all."""
-    painter, seen = runs.make_painter(run, knobs), runs.look_at(run, photos, whom)
+    sampler, seen = runs.make_run_sampler(run, knobs), runs.look_at(run, photos, whom)
 
-    def painted(seen: np.ndarray | None, **changes) -> np.ndarray:
+    def sampled(seen: np.ndarray | None, **changes) -> np.ndarray:
         changes |= {"scale": knobs.scale, "seed": seed}
-        return runs.paint_subjects(run, painter, whom, seen, **changes)
+        return runs.sample_subjects(run, sampler, whom, seen, **changes)
 
     if seen is None:
-        return {from_(counts[0]): painted(None), ANYBODY: painted(None, named=False)}
-    out = {from_(count): painted(seen, shown=count) for count in counts}
-    return out | {ANOTHER: painted(np.roll(seen, 1, axis=0))}
+        return {from_(counts[0]): sampled(None), ANYBODY: sampled(None, named=False)}
+    out = {from_(count): sampled(seen, shown=count) for count in counts}
+    return out | {ANOTHER: sampled(np.roll(seen, 1, axis=0))}
 
 
 def write_pictures(

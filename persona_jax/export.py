@@ -31,7 +31,7 @@ from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
 from persona_jax.models import adapter
-from persona_jax.pipeline import save as save_pipeline
+from persona_jax.pipelines.pipeline import save as save_pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -69,15 +69,15 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
     run = runs.open_run(workdir, weights=arguments.weights)
     trained = read_fingerprint(workdir / "checkpoints")
     same_base(workdir, trained.get("unet"), run.pipeline.unet.hash)
-    same_base(workdir, trained.get("eye"), run.eye.hash, "image encoder")
+    same_base(workdir, trained.get("eye"), run.encoder.hash, "image encoder")
     config, dtype = run.pipeline.unet.module.config, DTYPES[arguments.dtype]
     learnt = run.adapter
     save_ip_adapter(learnt.params, config, folder / "ip_adapter.safetensors", dtype)
     if arguments.bin:
         save_ip_adapter_bin(folder / "ip_adapter.safetensors", folder / "ip_adapter.bin")
-    save_aggregator(learnt.aggregator, learnt.params["aggregator"], run.eye.dim, folder)
+    save_aggregator(learnt.aggregator, learnt.params["aggregator"], run.encoder.dim, folder)
     if arguments.photos:
-        seen = run.eye.look([images.load_photo(path) for path in arguments.photos])
+        seen = run.encoder.encode([images.load_photo(path) for path in arguments.photos])
         params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
         image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
         both = np.stack([adapter.unconditional(image, learnt.blank), image])

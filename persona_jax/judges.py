@@ -11,10 +11,10 @@ from PIL import Image
 from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
-from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
 from persona_jax.metrics import faces, fidelity, judging, networks, reading
-from persona_jax.pipeline import embed_captions, open_pipeline
+from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
+from persona_jax.pipelines.pipeline import embed_captions, open_pipeline
 from persona_jax.runtime import buckets
 
 BATCH = 32
@@ -52,20 +52,20 @@ def _face_judge(
     config: ConfigDict, photos: Photos, more: dict[str, networks.Network]
 ) -> faces.FaceJudge:
     pipeline = open_pipeline(config)
-    eye = config.image_encoder
-    if eye.kind == "dlib":
+    own = config.image_encoder
+    if own.kind == "dlib":
         raise UserError(
             "image_encoder.kind=dlib: pictures are judged by dlib's network; what it conditions it "
             "cannot judge"
         )
-    settings = ConfigDict({"image_encoder": eye.to_dict(), "data": {"crop": 1.0}})
+    settings = ConfigDict({"image_encoder": own.to_dict(), "data": {"crop": 1.0}})
     # Pictures are the central part of photos: the face fills more of them.
-    centre = [0.5 + (place - 0.5) / config.data.crop for place in eye.face_centre]
+    centre = [0.5 + (place - 0.5) / config.data.crop for place in own.face_centre]
     settings.image_encoder.update(
-        {"kind": "dlib", "path": "", "sha256": "", "face_side": eye.face_side / config.data.crop}
+        {"kind": "dlib", "path": "", "sha256": "", "face_side": own.face_side / config.data.crop}
     )
     settings.image_encoder.face_centre = tuple(centre)
-    raw = _embedding(open_eye(settings, pipeline))
+    raw = _embedding(open_image_encoder(settings, pipeline))
     many = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
     shown = judging.photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)
     mean = raw(shown).mean(axis=0)
@@ -79,17 +79,17 @@ def _face_judge(
         photos,
         config.data.crop,
         face=face,
-        words=_embedding(open_eye(settings, pipeline)),
+        words=_embedding(open_image_encoder(settings, pipeline)),
         texts=lambda captions: _unit(embed_captions(folder, captions)),
         find=_detector(),
         networks={"dlib": networks.by_faces(face)} | more,
     )
 
 
-def _embedding(eye: Eye) -> faces.Embed:
+def _embedding(encoder: ImageEncoder) -> faces.Embed:
     def embed(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
         shown = [Image.fromarray(p) for p in images.to_uint8(pictures)]
-        parts = [eye.look(shown[i : i + BATCH]) for i in range(0, len(shown), BATCH)]
+        parts = [encoder.encode(shown[i : i + BATCH]) for i in range(0, len(shown), BATCH)]
         return _unit(np.concatenate(parts))
 
     return embed

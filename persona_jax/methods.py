@@ -31,7 +31,7 @@ from persona_jax.models.aggregators import (
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.run_folder import read_config
 from persona_jax.training.state import StepFn, make_step
@@ -129,9 +129,9 @@ def start_from(workdir: Path, fresh: Mapping) -> dict:
     return out
 
 
-def frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dict:
-    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and the eye's
-    `blank` (:class:`persona_jax.eyes.Eye`)."""
+def adapter_frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dict:
+    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and the image
+    encoder's `blank` (:class:`persona_jax.pipelines.image_encoders.ImageEncoder`)."""
     empty, _ = pipeline.tokenize([""])
     return {
         "unet": pipeline.unet.params,
@@ -166,7 +166,7 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
     """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch (design §1).
 
     The batch is what :func:`persona_jax.data.loader.batches` gives; the frozen tree is
-    :func:`frozen_params`'.
+    :func:`adapter_frozen_params`'.
     """
     unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
     schedule = pipeline.schedule

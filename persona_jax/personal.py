@@ -29,7 +29,7 @@ from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
-from persona_jax.pipeline import Pipeline, load
+from persona_jax.pipelines.pipeline import Pipeline, load
 from persona_jax.runtime import buckets
 from persona_jax.training.state import LossFn, StepFn, make_optimizer, make_step
 
@@ -193,7 +193,7 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
     return mean
 
 
-def frozen_params(config: ConfigDict, pipeline: Pipeline) -> dict:
+def person_frozen_params(config: ConfigDict, pipeline: Pipeline) -> dict:
     """The frozen tree of :func:`loss`."""
     kept = set(TOWERS) - set(trained(config))
     return {name: getattr(pipeline, name).params for name in sorted(kept)}

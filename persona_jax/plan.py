@@ -21,7 +21,7 @@ import jax
 from ml_collections import ConfigDict
 
 from persona_jax.errors import UserError
-from persona_jax.pipeline import dtype_on
+from persona_jax.pipelines.pipeline import dtype_on
 from persona_jax.planning import abstract, chips, compiled
 from persona_jax.planning.chips import GIB, Chip, Roofline
 from persona_jax.planning.compiled import Compiled
@@ -255,7 +255,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--batch_per_chip", type=int, help="in place of config.batch_size, which is of all chips"
     )
-    flags.add_argument("--sampler", action="store_true", help="the painter, not the training step")
+    flags.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     flags.add_argument("--quick", action="store_true", help="compile once: no largest batch")
     flags.add_argument("--cache", help="folder of what was compiled; data.data_dir/plans if not")
     return flags

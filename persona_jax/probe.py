@@ -23,7 +23,7 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from persona_jax import methods, pipeline
+from persona_jax import methods
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
@@ -31,9 +31,10 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
-from persona_jax.eyes import Eye, open_eye
 from persona_jax.metrics.intervals import bootstrap
 from persona_jax.models.aggregators import Aggregator
+from persona_jax.pipelines import pipeline
+from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_config
 
@@ -53,16 +54,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
         raise UserError(
             f"probe: nobody knows the true traits of {config.data.dataset} people; use portraits"
         )
-    # The eye alone: a base whose UNet is yet to be trained is what this is for.
+    # The encoder alone: a base whose UNet is yet to be trained is what this is for.
     wanted = ("image_encoder",) if config.image_encoder.kind == "clip" else ()
     path = config.image_encoder.path or None
     parts = pipeline.load(config.pipeline, only=wanted, image_encoder=path if wanted else None)
-    eye = open_eye(config, parts)
+    encoder = open_image_encoder(config, parts)
     data, identity, scene = {}, photos.truth("identity"), photos.truth("scene")
     for group in ("train", "validation"):
         chosen = getattr(people, group)
         rows = rows_of(photos, chosen)
-        encodings = embed(photos, rows, eye, config)
+        encodings = embed(photos, rows, encoder, config)
         sets = photos_of(encodings.people, chosen)
         embeddings = np.array(encodings.arrays["embeddings"])
         data[group] = embeddings, identity[rows], sets
@@ -132,18 +133,18 @@ def photos_that_show(
     return look
 
 
-def embed(photos: Photos, rows: np.ndarray, eye: Eye, config: ConfigDict) -> Encodings:
+def embed(photos: Photos, rows: np.ndarray, encoder: ImageEncoder, config: ConfigDict) -> Encodings:
     """Image embeddings of the chosen photos ``[P, 1, D]``, computed once."""
-    look = jax.jit(eye.embed)
+    look = jax.jit(encoder.embed)
     job = EncodingJob(
         photos,
         rows,
         encode_images=lambda pictures: {
-            "embeddings": look(eye.params, np.stack([eye.preprocess(p) for p in pictures]))
+            "embeddings": look(encoder.params, np.stack([encoder.preprocess(p) for p in pictures]))
         },
         encode_captions=lambda captions: {},
         cache_dir=buckets.local(config.data.data_dir) / "encoded",
-        key=f"probe {eye.hash}",
+        key=f"probe {encoder.hash}",
         mirrored=False,
     )
     return encode(job)

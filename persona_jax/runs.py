@@ -9,9 +9,8 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from persona_jax import methods, paint, personal, tuning
+from persona_jax import methods, personal, tuning
 from persona_jax.data.photos import Photos
-from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
 from persona_jax.interop.checkpoints import load_params
@@ -20,7 +19,9 @@ from persona_jax.metrics.judging import Subjects
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
-from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runtime.run_folder import read_config
 
 
@@ -49,14 +50,14 @@ class Run:
       workdir: of the run.
       config: as it was run.
       pipeline: the frozen base.
-      eye: what the adapter looks at photos with; None where there is none.
+      encoder: what the adapter looks at photos with; None where there is none.
       adapter: None where weights belong to people.
     """
 
     workdir: Path
     config: ConfigDict
     pipeline: Pipeline
-    eye: Eye | None = None
+    encoder: ImageEncoder | None = None
     adapter: Adapter | None = None
 
     @property
@@ -88,7 +89,7 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
 
     Args:
       workdir: of a run of persona_jax.train.
-      crop: central part of a photo that the eye looks at; None: as in training.
+      crop: central part of a photo that the image encoder looks at; None: as in training.
       weights: of an adapter, "ema" or "params"; None: the running average, where there is one.
 
     Raises:
@@ -101,9 +102,12 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
     if config.method in personal.METHODS:
         return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    params, eye = load_params(workdir / "checkpoints", which), open_eye(config, pipeline)
-    learnt = Adapter(methods.make_aggregator(config.aggregator), params, eye.blank)
-    return Run(workdir, config, pipeline, eye, learnt)
+    params, encoder = (
+        load_params(workdir / "checkpoints", which),
+        open_image_encoder(config, pipeline),
+    )
+    learnt = Adapter(methods.make_aggregator(config.aggregator), params, encoder.blank)
+    return Run(workdir, config, pipeline, encoder, learnt)
 
 
 def open_base(base: str) -> Run:
@@ -138,7 +142,7 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
       path: the file or folder.
       base: what it is for, as in ``config.pipeline``.
       image_encoder: where the base has none.
-      crop: central part of a photo that the eye looks at.
+      crop: central part of a photo that the image encoder looks at.
 
     Raises:
       UserError: files that are missing or do not fit.
@@ -154,18 +158,22 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
         patches = tower is not None and plus_dim(file) == tower.module.config.hidden_size
         kind = "plus" if patches else "every"
     config.aggregator = ConfigDict({"kind": kind})
-    eye = open_eye(config, pipeline)
-    aggregator, learnt = load_aggregator(path, eye.dim) if path.is_dir() else (EveryPhoto(kind), {})
+    encoder = open_image_encoder(config, pipeline)
+    aggregator, learnt = (
+        load_aggregator(path, encoder.dim) if path.is_dir() else (EveryPhoto(kind), {})
+    )
     kernels = text_kernels(unet.params, unet.module.config)
-    params = load_ip_adapter(file, unet.module.config, kernels, eye.dim) | {"aggregator": learnt}
-    return Run(path, config, pipeline, eye, Adapter(aggregator, params, eye.blank))
+    params = load_ip_adapter(file, unet.module.config, kernels, encoder.dim) | {
+        "aggregator": learnt
+    }
+    return Run(path, config, pipeline, encoder, Adapter(aggregator, params, encoder.blank))
 
 
-def make_painter(
+def make_run_sampler(
     run: Run,
     knobs: Knobs,
     batch_size: int = 32,
-    painter: paint.Painter | None = None,
+    sampler: generation.Sampler | None = None,
     *,
     adapters: Sequence[Adapter] | None = None,
     towers: Mapping | None = None,
@@ -177,22 +185,22 @@ def make_painter(
       run: what to paint with.
       knobs: how.
       batch_size: pictures at a time.
-      painter: :func:`persona_jax.paint.make_painter`'s, of another run on the same base, to
-        compile less.
+      sampler: :func:`persona_jax.pipelines.generation.make_sampler`'s, of another run on the same
+        base, to compile less.
       adapters: in place of the run's one.
       towers: in place of the base's, by name.
     """
-    painter = painter or paint.make_painter(run.pipeline, steps=knobs.steps)
-    frozen = paint.frozen_params(run.pipeline) | dict(towers or {})
+    sampler = sampler or generation.make_sampler(run.pipeline, steps=knobs.steps)
+    frozen = generation.sampler_params(run.pipeline) | dict(towers or {})
     if adapters is None:
         adapters = [run.adapter] if run.adapter else []
 
-    def paint_people(
+    def sample_people(
         prompts: Sequence[str],
         keys: Key[Array, " P"],
         *,
         names: Sequence[str] | None = None,
-        references: Sequence[paint.References] = (),
+        references: Sequence[generation.References] = (),
         negative_prompt: str = "",
     ) -> Float[np.ndarray, "P H W 3"]:
         """P pictures in [−1, 1]: of the people that references tell of, or of people by name; of
@@ -207,7 +215,7 @@ def make_painter(
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
         negative, _ = run.pipeline.tokenize([negative_prompt])
-        request = paint.Request(
+        request = generation.Request(
             keys=keys,
             ids=jnp.asarray(ids),
             negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
@@ -217,31 +225,32 @@ def make_painter(
         )
         if names is None:
             shown = adapters if references else ()
-            return paint.in_batches(painter, frozen, shown, request, batch_size)
+            return generation.in_batches(sampler, frozen, shown, request, batch_size)
         out: dict[int, np.ndarray] = {}
         for name in dict.fromkeys(names):
             rows = np.flatnonzero(np.asarray(names) == name)
             own = tuning.load(run.workdir, name, run.pipeline, run.config)
             size = min(batch_size, len(rows))
-            some = paint.some_of(request, rows)
-            pictures = paint.in_batches(painter, frozen | own, (), some, size)
+            some = generation.some_of(request, rows)
+            pictures = generation.in_batches(sampler, frozen | own, (), some, size)
             out |= dict(zip(rows.tolist(), pictures, strict=True))
         return np.stack([out[i] for i in range(len(names))])
 
-    return paint_people
+    return sample_people
 
 
 def look_at(run: Run, photos: Photos, whom: Subjects) -> Float[np.ndarray, "P N *D"] | None:
-    """What the run's eye sees in the references of each; None where weights belong to people."""
-    if run.eye is None:
+    """What the run's encoder sees in the references of each; None where weights belong to
+    people."""
+    if run.encoder is None:
         return None
     sets = [[photos.image(row) for row in rows] for rows in whom.references.tolist()]
-    return np.stack([run.eye.look(set_) for set_ in sets])
+    return np.stack([run.encoder.encode(set_) for set_ in sets])
 
 
-def paint_subjects(
+def sample_subjects(
     run: Run,
-    painter: Callable[..., Float[np.ndarray, "Q H W 3"]],
+    sampler: Callable[..., Float[np.ndarray, "Q H W 3"]],
     whom: Subjects,
     seen: Float[np.ndarray, "P N *D"] | None = None,
     *,
@@ -254,7 +263,7 @@ def paint_subjects(
 
     Args:
       run: where weights belong to people, it must know these.
-      painter: :func:`make_painter`'s.
+      sampler: :func:`make_run_sampler`'s.
       whom: the people.
       seen: their references' embeddings, for adapters; None: text alone.
       scale: λ of an adapter.
@@ -264,13 +273,13 @@ def paint_subjects(
       seed: of the noise.
     """
     who, prompts = map(list, zip(*whom.pictures, strict=True))
-    keys = paint.picture_keys(seed, len(prompts))
+    keys = generation.picture_keys(seed, len(prompts))
     if run.personal:
         wanted = [run.prompt(prompt) for prompt in prompts] if named else prompts
-        return painter(wanted, keys, names=[whom.names[i] for i in who])
+        return sampler(wanted, keys, names=[whom.names[i] for i in who])
     if seen is None:
-        return painter(prompts, keys)
+        return sampler(prompts, keys)
     counts = np.arange(seen.shape[1]) < (seen.shape[1] if shown is None else shown)
     weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
-    references = paint.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
-    return painter(prompts, keys, references=[references])
+    references = generation.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
+    return sampler(prompts, keys, references=[references])

@@ -22,13 +22,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from persona_jax import attribution, paint, personal, runs
+from persona_jax import attribution, personal, runs
 from persona_jax import shown as sets
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.models import lora
+from persona_jax.pipelines import generation
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -52,33 +53,34 @@ def main(arguments: argparse.Namespace) -> None:
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    eyes = opened * (len(shown) if len(opened) == 1 else 1)
-    painter = runs.make_painter(
+    run_of_set = opened * (len(shown) if len(opened) == 1 else 1)
+    sampler = runs.make_run_sampler(
         run,
         knobs,
         min(num, arguments.batch_size),
-        adapters=[one.adapter for one in eyes] if shown else [],
+        adapters=[one.adapter for one in run_of_set] if shown else [],
         towers=with_loras(run, arguments),
     )
 
     references = [
-        sets.references(eye, one, knobs.scale, num) for eye, one in zip(eyes, shown, strict=True)
+        sets.references(owner, one, knobs.scale, num)
+        for owner, one in zip(run_of_set, shown, strict=True)
     ]
 
-    def paint_all(references: Sequence[paint.References]) -> np.ndarray:
-        return painter(
+    def sample_all(references: Sequence[generation.References]) -> np.ndarray:
+        return sampler(
             [prompt] * num,
-            paint.picture_keys(arguments.seed, num),
+            generation.picture_keys(arguments.seed, num),
             names=[arguments.person] * num if run.personal else None,
             references=references,
             negative_prompt=arguments.negative_prompt,
         )
 
-    painted = paint_all(references)
+    painted = sample_all(references)
     pictures = list(images.to_uint8(painted))
     found = None
     if arguments.attribution:
-        found = attribution.attribute(run, references[0], painted, paint_all)
+        found = attribution.attribute(run, references[0], painted, sample_all)
 
     record = {
         "runs": [str(one.workdir.absolute()) for one in opened],
@@ -96,7 +98,7 @@ def main(arguments: argparse.Namespace) -> None:
         **dataclasses.asdict(knobs),
         "attribution": found and found.record(),
     }
-    photos = [sets.squares(eye, one) for eye, one in zip(eyes, shown, strict=True)]
+    photos = [sets.squares(owner, one) for owner, one in zip(run_of_set, shown, strict=True)]
     write(out, pictures, photos, record, run.pipeline.image_size)
     beside = "the photos beside them" if shown else "all"
     print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
@@ -168,7 +170,7 @@ def open_runs(arguments: argparse.Namespace) -> list[runs.Run]:
 
 def with_loras(run: runs.Run, arguments: argparse.Namespace) -> dict:
     """The towers that LoRA files change."""
-    towers = paint.frozen_params(run.pipeline)
+    towers = generation.sampler_params(run.pipeline)
     factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
     for file, factor in zip(arguments.lora, factors, strict=True):
         for name, update in load_lora(buckets.local(file), towers).items():

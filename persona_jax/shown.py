@@ -9,9 +9,9 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from persona_jax import paint, scales
 from persona_jax.data import images
 from persona_jax.errors import UserError
+from persona_jax.pipelines import generation, scales
 from persona_jax.runs import Run
 
 
@@ -22,7 +22,7 @@ class Set:
     Attributes:
       photos, negative: files; of the person, and of what to move away from.
       weights: one a photo.
-      scale: λ as it is written (:func:`persona_jax.scales.read_scale`); None: the run's.
+      scale: λ as it is written (:func:`persona_jax.pipelines.scales.read_scale`); None: the run's.
       mask: a picture, white where the person is to be; None: everywhere.
       window: from which share of the steps on, and up to which; None: in all.
     """
@@ -81,11 +81,11 @@ def _window(start: float, end: float) -> tuple[float, float]:
     return start, end
 
 
-def references(run: Run, shown: Set, default: float, num: int) -> paint.References:
+def references(run: Run, shown: Set, default: float, num: int) -> generation.References:
     """A set as `num` pictures are painted from it.
 
     Args:
-      run: whose eye looks.
+      run: whose encoder looks.
       shown: the set.
       default: λ, where the set has none.
       num: B.
@@ -104,7 +104,7 @@ def references(run: Run, shown: Set, default: float, num: int) -> paint.Referenc
         slots = max(len(seen), len(away))
         negative = tuple(repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
         seen, own = _filled(seen, slots), _filled(own, slots)
-    return paint.References(
+    return generation.References(
         repeat(seen, num),
         repeat(own, num),
         scales.combine(scale, places),
@@ -114,7 +114,7 @@ def references(run: Run, shown: Set, default: float, num: int) -> paint.Referenc
 
 
 def _look(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
-    return run.eye.look([images.load_photo(file) for file in files])
+    return run.encoder.encode([images.load_photo(file) for file in files])
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -127,7 +127,7 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
 
 
 def squares(run: Run, shown: Set) -> list[Image.Image]:
-    """The photos as the eye sees them, central parts."""
+    """The photos as the image encoder sees them, central parts."""
     crop = run.config.data.crop
     return [images.centre_crop(images.load_photo(file), crop) for file in shown.photos]
 

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax import paint, pipeline, runs
+from persona_jax import runs
 from persona_jax.errors import UserError
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import UNPOOLED
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines import generation, pipeline
+from persona_jax.pipelines.pipeline import Pipeline
 
 PROMPT, STEPS, GUIDANCE = "a photo of a person", 10, 3.0
 SETS = (1, 3, 9)
@@ -55,13 +56,13 @@ def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
             image = torch_aggregator.load(folder / "aggregator.json")(seen)
         return torch.cat([torch.zeros_like(image), image])[:, None]
 
-    ours, worst = our_painter(run.pipeline), 0.0
-    shape = (1, max(SETS), *(() if blank is None else blank.shape[:1]), run.eye.dim)
+    ours, worst = our_sampler(run.pipeline), 0.0
+    shape = (1, max(SETS), *(() if blank is None else blank.shape[:1]), run.encoder.dim)
     seen = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for count in SETS:
         both = their_embeds(torch.from_numpy(seen[:, :count]))
         weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
-        found = ours([run.adapter], [paint.References(jnp.asarray(seen), weights)])
+        found = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
         theirs = stock_latents(stock, run.pipeline, ip_adapter_image_embeds=[both])
         worst = max(worst, apart(found, theirs))
     return accepted(worst)
@@ -76,7 +77,7 @@ def lora_difference(run: runs.Run, towers: Mapping, folder: Path, base: Path) ->
         raise UserError(
             f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
         ) from error
-    ours = our_painter(run.pipeline, towers)()
+    ours = our_sampler(run.pipeline, towers)()
     return accepted(apart(ours, stock_latents(stock, run.pipeline)))
 
 
@@ -84,7 +85,7 @@ def base_difference(folder: Path) -> float:
     """Of a pipeline folder, opened by both."""
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
-    ours = our_painter(parts)()
+    ours = our_sampler(parts)()
     return accepted(apart(ours, stock_latents(open_stock(folder), parts)))
 
 
@@ -108,22 +109,22 @@ def noise_for(parts: Pipeline) -> Float[np.ndarray, "1 h w C"]:
     return np.random.default_rng(0).standard_normal((1, *parts.latent_shape), np.float32)
 
 
-def our_painter(
+def our_sampler(
     parts: Pipeline, towers: Mapping | None = None
 ) -> Callable[..., Float[np.ndarray, "1 h w C"]]:
     """(adapters, references of each) → the last latents; compiled once.
 
     towers: in the place of the pipeline's.
     """
-    painter = jax.jit(paint.make_latent_painter(parts, steps=STEPS))
-    frozen = paint.frozen_params(parts) | dict(towers or {})
+    sampler = jax.jit(generation.make_latent_sampler(parts, steps=STEPS))
+    frozen = generation.sampler_params(parts) | dict(towers or {})
     ids, negative_ids = (jnp.asarray(parts.tokenize([text])[0]) for text in (PROMPT, ""))
 
     def latents(
-        adapters: Sequence[Adapter] = (), references: Sequence[paint.References] = ()
+        adapters: Sequence[Adapter] = (), references: Sequence[generation.References] = ()
     ) -> np.ndarray:
-        request = paint.Request(
-            keys=paint.picture_keys(0, 1),
+        request = generation.Request(
+            keys=generation.picture_keys(0, 1),
             ids=ids,
             negative_ids=negative_ids,
             references=tuple(references),
@@ -131,7 +132,7 @@ def our_painter(
             noise=jnp.asarray(noise_for(parts)),
         )
         with jax.default_matmul_precision("highest"):
-            return np.asarray(painter(frozen, tuple(adapters), request))
+            return np.asarray(sampler(frozen, tuple(adapters), request))
 
     return latents
 

@@ -17,7 +17,7 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from persona_jax import methods, paint, personal, tuning
+from persona_jax import methods, personal, tuning
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import encode
@@ -25,10 +25,11 @@ from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.encode import adapter_job
-from persona_jax.eyes import Eye, open_eye
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.adapter import Adapter
-from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runtime.command_line import run_with_config
 from persona_jax.runtime.mesh import initialize_distributed, make_mesh, place, shard_params, to_host
 from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
@@ -49,11 +50,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
 
     photos, people = open_dataset(config.data)
     pipeline = open_pipeline(config)
-    eye = open_eye(config, pipeline)
+    encoder = open_image_encoder(config, pipeline)
 
     def batches_from(start: int):
         encodings = encode(
-            adapter_job(photos, rows_of(photos, people.train), pipeline, eye, config)
+            adapter_job(photos, rows_of(photos, people.train), pipeline, encoder, config)
         )
         return batches(
             encodings.arrays,
@@ -68,9 +69,9 @@ def main(config: ConfigDict, workdir: Path) -> None:
             process_count=jax.process_count(),
         )
 
-    trainable = methods.init_adapter(config, pipeline, eye.dim)
+    trainable = methods.init_adapter(config, pipeline, encoder.dim)
     optimizer, ema = make_optimizer(config.optimizer), bool(config.optimizer.ema_decay)
-    frozen = methods.frozen_params(pipeline, eye.blank)
+    frozen = methods.adapter_frozen_params(pipeline, encoder.blank)
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
     state = fit(
@@ -83,14 +84,16 @@ def main(config: ConfigDict, workdir: Path) -> None:
         mesh=mesh,
         save_every=config.save_every,
         log_every=config.log_every,
-        callbacks=[(config.grid_every, grid_drawer(config, workdir, photos, people, pipeline, eye))]
+        callbacks=[
+            (config.grid_every, grid_drawer(config, workdir, photos, people, pipeline, encoder))
+        ]
         if config.grid.people
         else [],
         fingerprint={
             "method": config.method,
             "aggregator": config.aggregator.to_dict(),
             "unet": pipeline.unet.hash,
-            "eye": eye.hash,
+            "eye": encoder.hash,
         },
     )
     if jax.process_index() == 0:
@@ -122,7 +125,7 @@ def grid_drawer(
     photos: Photos,
     people: People,
     pipeline: Pipeline,
-    eye: Eye,
+    encoder: ImageEncoder,
 ):
     """A callback that paints people not trained on beside their references and target.
 
@@ -133,16 +136,16 @@ def grid_drawer(
     rows = [found[:n] for found in photos_of(photos.people, shown)]
     targets = [photos.image(found[-1]) for found in rows]
     references = [[photos.image(row) for row in found[:-1]] for found in rows]
-    embeddings, weights = as_set([eye.look(set_) for set_ in references], n - 1)
+    embeddings, weights = as_set([encoder.encode(set_) for set_ in references], n - 1)
     prompts = [photos.captions[found[-1]] for found in rows]
     ids, _ = pipeline.tokenize([p for p in prompts for _ in range(grid.samples)])
     empty, _ = pipeline.tokenize([""])
-    request = paint.Request(
-        keys=paint.picture_keys(config.seed, len(ids)),
+    request = generation.Request(
+        keys=generation.picture_keys(config.seed, len(ids)),
         ids=jnp.asarray(ids),
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
         references=(
-            paint.References(
+            generation.References(
                 jnp.repeat(embeddings, grid.samples, axis=0),
                 jnp.repeat(weights, grid.samples, axis=0),
                 config.sampling.scale,
@@ -151,9 +154,9 @@ def grid_drawer(
         guidance=config.sampling.guidance,
         eta=config.sampling.eta,
     )
-    painter = paint.make_painter(pipeline, steps=config.sampling.steps)
+    sampler = generation.make_sampler(pipeline, steps=config.sampling.steps)
     aggregator = methods.make_aggregator(config.aggregator)
-    frozen = paint.frozen_params(pipeline)
+    frozen = generation.sampler_params(pipeline)
     size, crop = pipeline.image_size, config.data.crop
 
     def square(photo) -> np.ndarray:
@@ -161,8 +164,8 @@ def grid_drawer(
 
     def draw(step: int, state) -> None:
         params = to_host(state.params if state.ema is None else state.ema)
-        learnt = Adapter(aggregator, params, eye.blank)
-        painted = images.to_uint8(np.asarray(painter(frozen, (learnt,), request)))
+        learnt = Adapter(aggregator, params, encoder.blank)
+        painted = images.to_uint8(np.asarray(sampler(frozen, (learnt,), request)))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
             for set_, target, pictures in zip(

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from persona_jax import paint, personal
+from persona_jax import personal
 from persona_jax.data import encodings, images
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.photos import Photos
@@ -22,7 +22,8 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
-from persona_jax.pipeline import Pipeline, open_pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.mesh import (
     first_process,
@@ -67,7 +68,7 @@ def learn_people(config: ConfigDict, workdir: Path) -> None:
     at_once = config.people.at_once
     optimizer = personal.make_people_optimizer(config)
     step_fn = personal.people_step(config, pipeline, optimizer, mesh)
-    frozen = personal.frozen_params(config, pipeline)
+    frozen = personal.person_frozen_params(config, pipeline)
     placed = place(frozen, shard_params(mesh, frozen))
     data = {"moments": moments, "tokens": tokens, **prior}
     for start in range(0, len(people), at_once):
@@ -200,16 +201,16 @@ def class_pictures(
 
 def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
     print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
-    painter = paint.make_latent_painter(pipeline, steps=config.prior.steps)
+    sampler = generation.make_latent_sampler(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
-    request = paint.Request(
-        keys=paint.picture_keys(config.seed, len(ids)),
+    request = generation.Request(
+        keys=generation.picture_keys(config.seed, len(ids)),
         ids=jnp.asarray(ids),
         negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
         guidance=config.prior.guidance,
     )
-    painter = jax.jit(paint.shared_out(painter))
-    return paint.in_batches(painter, paint.frozen_params(pipeline), (), request)
+    sampler = jax.jit(generation.split_among_devices(sampler))
+    return generation.in_batches(sampler, generation.sampler_params(pipeline), (), request)
 
 
 def _write_whole(file: Path, array: np.ndarray) -> None:

@@ -227,8 +227,8 @@ assert not bad, bad
 def test_overfits_one_batch(world):
     """The whole adapter learns one fixed batch: loss far below that of the start."""
     from persona_jax import methods
-    from persona_jax.eyes import open_eye
-    from persona_jax.pipeline import open_pipeline
+    from persona_jax.pipelines.image_encoders import open_image_encoder
+    from persona_jax.pipelines.pipeline import open_pipeline
     from persona_jax.training.state import make_optimizer
 
     people, data_dir, pipeline, _ = world
@@ -236,7 +236,7 @@ def test_overfits_one_batch(world):
     config.drop.update({"image": 0.0, "text": 0.0, "both": 0.0})
     config.optimizer.update({"learning_rate": 1e-2, "warmup_steps": 0, "weight_decay": 0.0})
     parts = open_pipeline(config)
-    dim = open_eye(config, parts).dim
+    dim = open_image_encoder(config, parts).dim
     draw = np.random.default_rng(0)
     batch = {
         "moments": draw.normal(size=(8, 8, 8, 8)).astype(np.float32),
@@ -246,7 +246,7 @@ def test_overfits_one_batch(world):
         "index": np.arange(8, dtype=np.int32),
     }
     loss_fn, optimizer = methods.adapter_loss(config, parts), make_optimizer(config.optimizer)
-    params, frozen = methods.init_adapter(config, parts, dim), methods.frozen_params(parts)
+    params, frozen = methods.init_adapter(config, parts, dim), methods.adapter_frozen_params(parts)
 
     @jax.jit
     def step(params, state, frozen, batch):
@@ -267,7 +267,7 @@ def test_overfits_one_batch(world):
 
 def test_a_step_is_the_same_on_every_mesh(world):
     from persona_jax import methods
-    from persona_jax.pipeline import open_pipeline
+    from persona_jax.pipelines.pipeline import open_pipeline
     from persona_jax.runtime.mesh import make_mesh, place, put_batch, shard_params
     from persona_jax.training.state import init_state, make_optimizer, make_step
 
@@ -281,7 +281,7 @@ def test_a_step_is_the_same_on_every_mesh(world):
         "mask": (draw.random((8, 3)) < 0.7).astype(np.float32),
         "index": np.arange(8, dtype=np.int32),
     }
-    optimizer, frozen = make_optimizer(config.optimizer), methods.frozen_params(parts)
+    optimizer, frozen = make_optimizer(config.optimizer), methods.adapter_frozen_params(parts)
     rules = [("image_proj.proj.kernel", jax.sharding.PartitionSpec(None, "fsdp"))]
 
     def after_one_step(mesh):

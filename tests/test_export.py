@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 from world import adapter_config, config_of, shaken, write_adapter, write_people
 
 import persona_jax.stock
-from persona_jax import export, paint, personal, runs, sample, tuning
+from persona_jax import export, personal, runs, sample, tuning
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.pipeline import open_pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import write_run_files
 
@@ -69,13 +70,13 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
 
     run = runs.open_run(world / name)
     assert run.pipeline.unet.hash in (out / "README.md").read_text()
-    seen = run.eye.look([Image.open(photo) for photo in photos])
+    seen = run.encoder.encode([Image.open(photo) for photo in photos])
     learnt = run.adapter
     image = learnt.aggregator.apply(
         learnt.params["aggregator"], jnp.asarray(seen)[None], jnp.ones((1, 3))
     )
     both = load_file(out / "image_embeds.safetensors")["image_embeds"]
-    assert both.shape == (2, 1, run.eye.dim)
+    assert both.shape == (2, 1, run.encoder.dim)
     np.testing.assert_array_equal(both[0], 0)
     np.testing.assert_allclose(both[1], image, rtol=1e-5, atol=1e-6)
 
@@ -112,8 +113,10 @@ def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     run = runs.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     assert run.adapter.aggregator.kind == "plus"
     photos = [Image.open(world / f"people/person_0/{i}.png") for i in range(2)]
-    ours = persona_jax.stock.our_painter(run.pipeline)
-    references = paint.References(jnp.asarray(run.eye.look(photos))[None], jnp.ones((1, 2)))
+    ours = persona_jax.stock.our_sampler(run.pipeline)
+    references = generation.References(
+        jnp.asarray(run.encoder.encode(photos))[None], jnp.ones((1, 2))
+    )
     pipe = persona_jax.stock.open_stock(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
@@ -142,9 +145,9 @@ def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     """Several photos under one softmax."""
     run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = runs.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
-    seen = run.eye.look([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
-    ours = persona_jax.stock.our_painter(run.pipeline)
-    references = paint.References(jnp.asarray(seen)[None], jnp.ones((1, 3)))
+    seen = run.encoder.encode([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
+    ours = persona_jax.stock.our_sampler(run.pipeline)
+    references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)))
     pipe = persona_jax.stock.open_stock(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None

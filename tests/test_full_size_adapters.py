@@ -16,11 +16,11 @@ import torch
 from models.test_full_size import TEXT, UNET
 
 import persona_jax.stock
-from persona_jax import paint, pipeline
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import text_kernels
+from persona_jax.pipelines import generation, pipeline
 
 pytestmark = pytest.mark.slow
 DIM = 1024
@@ -76,8 +76,8 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
         again = load_ip_adapter(file, config, kernels, DIM)
         adapters.append(adapter.Adapter(aggregator, again | {"aggregator": {}}))
     photos = [stock.normal(1, n, DIM, seed=n) for n in (9, 5)]
-    shown = [paint.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
-    ours = persona_jax.stock.our_painter(loaded)
+    shown = [generation.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
+    ours = persona_jax.stock.our_sampler(loaded)
     off = [x.replace(scale=0.0) for x in shown]
     found = [
         ours(adapters, [shown[0], off[1]]),

@@ -17,7 +17,7 @@ from persona_jax import personal, plan
 from persona_jax.errors import UserError
 from persona_jax.models.attention import attention
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.pipeline import open_pipeline
+from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.planning import abstract, chips, compiled, published
 from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled

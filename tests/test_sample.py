@@ -15,7 +15,7 @@ from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.models import lora
-from persona_jax.pipeline import open_pipeline
+from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
 

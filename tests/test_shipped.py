@@ -9,13 +9,14 @@ from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from safetensors.numpy import load_file
 from world import config_of
 
-from persona_jax import methods, paint, pipeline
+from persona_jax import methods
 from persona_jax.base.ship import MOST_BYTES
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.metrics import reading
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import Aggregator
+from persona_jax.pipelines import generation, pipeline
 
 TINY = folders.SHIPPED["tiny"]
 PROMPT = "a photo of a smiling person wearing a red hat on a green background"
@@ -33,16 +34,16 @@ def noise():
 
 
 def ours(parts, noise, adapters=(), references=()) -> jax.Array:
-    request = paint.Request(
-        keys=paint.picture_keys(0, 1),
+    request = generation.Request(
+        keys=generation.picture_keys(0, 1),
         ids=jnp.asarray(parts.tokenize([PROMPT])[0]),
         negative_ids=jnp.asarray(parts.tokenize([""])[0]),
         references=references,
         guidance=GUIDANCE,
         noise=jnp.asarray(noise),
     )
-    painter = paint.make_painter(parts, steps=STEPS)
-    return painter(paint.frozen_params(parts), adapters, request)
+    sampler = generation.make_sampler(parts, steps=STEPS)
+    return sampler(generation.sampler_params(parts), adapters, request)
 
 
 def theirs(noise, embedding=None) -> np.ndarray:
@@ -88,7 +89,7 @@ def test_stock_diffusers_reads_its_adapter(shipped, noise):
     embedding = stock.normal(1, 256)
     config = config_of("ip")
     params = methods.init_adapter(config, shipped, 256)
-    references = paint.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
+    references = generation.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
     learnt = Adapter(Aggregator("first"), params)
     painted = ours(shipped, noise, (learnt,), (references,))
     assert stock.relative(painted, theirs(noise, embedding)) < 2e-3

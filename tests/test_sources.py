@@ -11,12 +11,12 @@ import torch
 from PIL import Image
 
 import persona_jax.stock
-from persona_jax import paint, pipeline, scales
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import save_ip_adapter
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import cross_attention_layers, text_kernels
+from persona_jax.pipelines import generation, pipeline, scales
 
 DIM, TEXT = stock.TINY_VISION["projection_dim"], 16
 AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(world):
-    return persona_jax.stock.our_painter(world[1])
+    return persona_jax.stock.our_sampler(world[1])
 
 
 @pytest.fixture(scope="module")
@@ -62,8 +62,8 @@ def seen(n: int, seed: int) -> np.ndarray:
     return stock.normal(1, n, DIM, seed=seed)
 
 
-def shown(photos: np.ndarray, **more) -> paint.References:
-    return paint.References(jnp.asarray(photos), jnp.ones(photos.shape[:2]), **more)
+def shown(photos: np.ndarray, **more) -> generation.References:
+    return generation.References(jnp.asarray(photos), jnp.ones(photos.shape[:2]), **more)
 
 
 def plain_embeds(photos: np.ndarray, away: np.ndarray | None = None) -> torch.Tensor:
@@ -188,24 +188,24 @@ def test_regions_share_out_the_picture_at_every_layer(world):
 def test_four_people_at_once_are_four_alone(world):
     """Row b of a batch sees its own references only."""
     loaded, adapters = world[1], world[2]
-    painter = jax.jit(paint.make_latent_painter(loaded, steps=4))
-    frozen = paint.frozen_params(loaded)
+    sampler = jax.jit(generation.make_latent_sampler(loaded, steps=4))
+    frozen = generation.sampler_params(loaded)
     photos = [stock.normal(4, 3, DIM, seed=seed) for seed in (1, 2)]
     weights = np.array([[1, 1, 1], [1, 0, 0], [0, 2, 1], [1, 1, 0]], np.float32)
     ids, negative = (np.repeat(loaded.tokenize([t])[0], 4, axis=0) for t in ("a photo", ""))
-    request = paint.Request(
-        keys=paint.picture_keys(0, 4),
+    request = generation.Request(
+        keys=generation.picture_keys(0, 4),
         ids=jnp.asarray(ids),
         negative_ids=jnp.asarray(negative),
         references=tuple(
-            paint.References(jnp.asarray(x), jnp.asarray(weights), scale)
+            generation.References(jnp.asarray(x), jnp.asarray(weights), scale)
             for x, scale in zip(photos, (0.8, jnp.linspace(0.2, 1, 4)[:, None]), strict=True)
         ),
         guidance=3.0,
     )
-    together = painter(frozen, tuple(adapters), request)
+    together = sampler(frozen, tuple(adapters), request)
     for i in range(4):
-        alone = painter(frozen, tuple(adapters), paint.some_of(request, np.array([i])))
+        alone = sampler(frozen, tuple(adapters), generation.some_of(request, np.array([i])))
         assert stock.relative(alone[0], together[i]) < 1e-5
     assert stock.relative(together[0], together[1]) > 0.05
 

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from world import config_of, shrink_adapter, shrink_base, use_people
 
-from persona_jax import evaluate, methods, pipeline, pretrain, probe, train
+from persona_jax import evaluate, methods, pretrain, probe, train
 from persona_jax.base import ship
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.metrics import reading
+from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
 

@@ -14,8 +14,9 @@ from PIL import Image
 from safetensors.numpy import load_file
 from world import ROOT, config_of, use_people, write_people
 
-from persona_jax import personal, pipeline, sample, train, tuning
+from persona_jax import personal, sample, train, tuning
 from persona_jax.errors import UserError
+from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
 

@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
 from persona_jax import methods
-from persona_jax.eyes import open_eye
 from persona_jax.interop.checkpoints import Checkpoints
-from persona_jax.pipeline import open_pipeline
+from persona_jax.pipelines.image_encoders import open_image_encoder
+from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runtime.run_folder import write_run_files
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -139,10 +139,10 @@ def shaken(tree, seed: int):
 def write_adapter(config, workdir) -> None:
     """A run's folder, as after a training that has left random parameters."""
     parts = open_pipeline(config)
-    eye = open_eye(config, parts)
-    params = methods.init_adapter(config, parts, eye.dim)
+    encoder = open_image_encoder(config, parts)
+    params = methods.init_adapter(config, parts, encoder.dim)
     state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
     write_run_files(workdir, config)
-    trained = {"unet": parts.unet.hash, "eye": eye.hash}
+    trained = {"unet": parts.unet.hash, "eye": encoder.hash}
     with Checkpoints(workdir / "checkpoints", fingerprint=trained) as checkpoints:
         checkpoints.save(1, state)

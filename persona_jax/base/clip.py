@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from persona_jax import pipeline
 from persona_jax.base import contrastive
 from persona_jax.base.caption_sampling import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.base.stage import (
@@ -26,6 +25,7 @@ from persona_jax.interop import folders, tensors
 from persona_jax.metrics.verification import verification
 from persona_jax.models import towers
 from persona_jax.models.layers import normalise
+from persona_jax.pipelines import pipeline
 from persona_jax.runtime.mesh import first_process
 
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from persona_jax import paint, pipeline
 from persona_jax.data import images
 from persona_jax.metrics import fidelity, reading
+from persona_jax.pipelines import generation as paint
+from persona_jax.pipelines import pipeline
 
 
 def score_prompts(workdir: Path, config: ConfigDict) -> dict:
@@ -27,8 +28,8 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
         negative_ids=jnp.repeat(jnp.asarray(empty), len(scene), axis=0),
         guidance=settings.grid_guidance,
     )
-    painter = paint.make_painter(parts, steps=settings.grid_steps)
-    pictures = paint.in_batches(painter, paint.frozen_params(parts), (), request)
+    painter = paint.make_sampler(parts, steps=settings.grid_steps)
+    pictures = paint.in_batches(painter, paint.sampler_params(parts), (), request)
     rows = images.to_uint8(pictures[:32])
     images.grid([list(rows[i : i + 8]) for i in range(0, len(rows), 8)]).save(
         workdir / "prompts.png"

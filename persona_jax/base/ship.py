@@ -12,13 +12,13 @@ from typing import Any
 import jax
 import numpy as np
 
-from persona_jax import pipeline
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.folders import Tower
 from persona_jax.interop.ip_adapter import save_ip_adapter
 from persona_jax.metrics import reading
 from persona_jax.models.towers import TOWERS
+from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 

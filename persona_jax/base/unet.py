@@ -9,7 +9,6 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from persona_jax import paint, pipeline
 from persona_jax.base.caption_sampling import captions_of, draw_caption, odds_of
 from persona_jax.base.stage import fit_stage, save_tower
 from persona_jax.data import images
@@ -23,6 +22,8 @@ from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL, draw_latents
+from persona_jax.pipelines import generation as paint
+from persona_jax.pipelines import pipeline
 from persona_jax.runtime import buckets
 from persona_jax.runtime.mesh import to_host
 
@@ -87,7 +88,7 @@ def train_unet(config: ConfigDict, workdir: Path, mesh: Mesh, photos: Photos, ro
             }
 
     parts = dataclasses.replace(parts, unet=folders.Tower(module, {}, settings))
-    painter = paint.make_painter(parts, steps=unet_config.grid_steps)
+    painter = paint.make_sampler(parts, steps=unet_config.grid_steps)
     ids, _ = parts.tokenize([prompt for prompt in PROMPTS for _ in range(SAMPLES)])
     request = paint.Request(
         # The same noise for every prompt, so that the rows differ by the prompt alone.

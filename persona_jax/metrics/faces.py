@@ -31,8 +31,8 @@ class FaceJudge:
     Attributes:
       real: the photos.
       crop: central part of them that pictures show.
-      face: the scoring eye. All its embeddings have much in common, whatever is on a picture: the
-        cosine is taken of what is left without the mean of many photos.
+      face: the scoring encoder. All its embeddings have much in common, whatever is on a picture:
+        the cosine is taken of what is left without the mean of many photos.
       words: the picture tower of the pair.
       texts: captions → unit embeddings in the space of `words`.
       find: whether a face is found on a picture.

@@ -13,16 +13,17 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from persona_jax import methods, paint, personal
+from persona_jax import methods, personal
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
-from persona_jax.eyes import KINDS, Eye
 from persona_jax.interop import folders
 from persona_jax.interop.folders import Tower
 from persona_jax.models import face_resnet, facenet
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.image_encoders import KINDS, ImageEncoder
+from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.planning import published
 from persona_jax.runtime import buckets
 from persona_jax.runtime.compilation import compiler_options
@@ -52,17 +53,17 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
         )
     if config.method in personal.METHODS:
         return people_step(config, mesh, dtype)
-    pipeline, eye = open_abstract(config, dtype), abstract_eye(config)
-    trainable = adapter_shapes(config, pipeline, eye)
+    pipeline, encoder = open_abstract(config, dtype), abstract_image_encoder(config)
+    trainable = adapter_shapes(config, pipeline, encoder)
     optimizer = make_optimizer(config.optimizer)
     ema = bool(config.optimizer.ema_decay)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer, ema=ema), trainable)
-    frozen = shapes(methods.frozen_params(pipeline, eye.blank))
+    frozen = shapes(methods.adapter_frozen_params(pipeline, encoder.blank))
     step = methods.adapter_step(config, pipeline, optimizer, mesh)
     return step, (
         at(state, shard_params(mesh, state)),
         at(frozen, shard_params(mesh, frozen)),
-        at(batch_shapes(config, pipeline, eye), batch_sharding(mesh)),
+        at(batch_shapes(config, pipeline, encoder), batch_sharding(mesh)),
     )
 
 
@@ -83,7 +84,7 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     learnt = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
     optimizer = personal.make_people_optimizer(config)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), learnt)
-    frozen = shapes(personal.frozen_params(config, pipeline))
+    frozen = shapes(personal.person_frozen_params(config, pipeline))
     count, (h, w, channels) = config.batch_size, pipeline.latent_shape
     length, of = pipeline.tokenizer.model_max_length, jax.ShapeDtypeStruct
     batch = {
@@ -101,8 +102,8 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
 
 def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
-    """The painter of :mod:`persona_jax.paint` for ``config.batch_size`` pictures of ``n - 1``
-    references each, shared out among the devices, and its arguments.
+    """The sampler of :mod:`persona_jax.pipelines.generation` for ``config.batch_size`` pictures of
+    ``n - 1`` references each, shared out among the devices, and its arguments.
 
     Raises:
       UserError: as :func:`training_step`; a config without an adapter.
@@ -111,19 +112,19 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
         raise UserError(
             f"--sampler: config.method={config.method} has no adapter; give configs/sa.py"
         )
-    pipeline, eye = open_abstract(config, dtype), abstract_eye(config)
+    pipeline, encoder = open_abstract(config, dtype), abstract_image_encoder(config)
     if config.batch_size % mesh.size:
         raise UserError(
             f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
             f"{mesh.size} chips; or give --batch_per_chip"
         )
-    painter = paint.make_pixel_painter(pipeline, steps=config.sampling.steps)
-    painter = paint.shared_out(painter, mesh)
+    sampler = generation.make_pixel_sampler(pipeline, steps=config.sampling.steps)
+    sampler = generation.split_among_devices(sampler, mesh)
     aggregator = methods.make_aggregator(config.aggregator)
 
     def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, knobs: Any) -> jax.Array:
-        references = paint.References(batch["embeddings"], batch["mask"], knobs["scale"])
-        request = paint.Request(
+        references = generation.References(batch["embeddings"], batch["mask"], knobs["scale"])
+        request = generation.Request(
             keys=jax.vmap(jax.random.key)(batch["index"]),
             ids=batch["tokens"],
             negative_ids=batch["tokens"],
@@ -131,15 +132,15 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             guidance=knobs["guidance"],
             eta=knobs["eta"],
         )
-        return painter(frozen, (Adapter(aggregator, learnt, blank),), request)
+        return sampler(frozen, (Adapter(aggregator, learnt, blank),), request)
 
-    frozen, learnt = paint.frozen_params(pipeline), adapter_shapes(config, pipeline, eye)
+    frozen, learnt = generation.sampler_params(pipeline), adapter_shapes(config, pipeline, encoder)
     number = jax.ShapeDtypeStruct((), jnp.float32)
     return jax.jit(paint_batch, compiler_options=compiler_options(mesh)), (
         at(frozen, shard_params(mesh, frozen)),
         at(learnt, shard_params(mesh, learnt)),
-        at(eye.blank, replicated(mesh)),
-        at(batch_shapes(config, pipeline, eye), batch_sharding(mesh)),
+        at(encoder.blank, replicated(mesh)),
+        at(batch_shapes(config, pipeline, encoder), batch_sharding(mesh)),
         at(dict.fromkeys(("scale", "guidance", "eta"), number), replicated(mesh)),
     )
 
@@ -184,8 +185,8 @@ def abstract_tower(name: str, config: Mapping[str, Any], dtype: DTypeLike) -> To
     return Tower(module, cast, config)
 
 
-def abstract_eye(config: ConfigDict) -> Eye:
-    """The eye of a config as far as training sees it: the shape of what it gives.
+def abstract_image_encoder(config: ConfigDict) -> ImageEncoder:
+    """The encoder of a config as far as training sees it: the shape of what it gives.
 
     Raises:
       UserError: an unknown kind, or a tower whose sizes are not known.
@@ -200,7 +201,7 @@ def abstract_eye(config: ConfigDict) -> Eye:
         if config.aggregator.kind == "plus":
             dim, patches = sizes.hidden_size, 1 + (sizes.image_size // sizes.patch_size) ** 2
             blank = jax.ShapeDtypeStruct((patches, dim), jnp.float32)
-    return Eye(dim, lambda photo: photo, lambda params, pixels: pixels, {}, "", blank)
+    return ImageEncoder(dim, lambda photo: photo, lambda params, pixels: pixels, {}, "", blank)
 
 
 def image_encoder_config(config: ConfigDict) -> Mapping[str, Any]:
@@ -248,13 +249,13 @@ def local_folder(path: str) -> Path | None:
     return None
 
 
-def adapter_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> Any:
+def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> Any:
     """The trainable tree as shapes; where it starts from makes no difference to them."""
     fresh = without_start(config)
 
     def make(params: Any) -> Any:
         unet = dataclasses.replace(pipeline.unet, params=params)
-        return methods.init_adapter(fresh, dataclasses.replace(pipeline, unet=unet), eye.dim)
+        return methods.init_adapter(fresh, dataclasses.replace(pipeline, unet=unet), encoder.dim)
 
     return jax.eval_shape(make, pipeline.unet.params)
 
@@ -267,16 +268,16 @@ def without_start(config: ConfigDict) -> ConfigDict:
     return fresh
 
 
-def batch_shapes(config: ConfigDict, pipeline: Pipeline, eye: Eye) -> dict:
+def batch_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> dict:
     """The batch that :func:`persona_jax.data.loader.batches` gives, as shapes."""
     count, slots = config.batch_size, config.references.n - 1
     h, w, channels = pipeline.latent_shape
-    patches = () if eye.blank is None else eye.blank.shape[:1]
+    patches = () if encoder.blank is None else encoder.blank.shape[:1]
     of = jax.ShapeDtypeStruct
     return {
         "moments": of((count, h, w, 2 * channels), jnp.float32),
         "tokens": of((count, pipeline.tokenizer.model_max_length), jnp.int32),
-        "embeddings": of((count, slots, *patches, eye.dim), jnp.float32),
+        "embeddings": of((count, slots, *patches, encoder.dim), jnp.float32),
         "mask": of((count, slots), jnp.float32),
         "index": of((count,), jnp.int32),
     }

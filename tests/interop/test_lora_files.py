@@ -12,10 +12,10 @@ from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.numpy import load_file, save_file
 
 import persona_jax.stock
-from persona_jax import paint, pipeline
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.models import lora
+from persona_jax.pipelines import generation, pipeline
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE = [*ATTENTION, "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]
@@ -68,11 +68,11 @@ def test_the_base_with_it_is_what_peft_makes(
 ):
     file, pipe = write_lora(base, tmp_path, targets, text, alpha, metadata)
     expected = persona_jax.stock.stock_latents(pipe, loaded)
-    frozen = paint.frozen_params(loaded)
+    frozen = generation.sampler_params(loaded)
     updates = load_lora(file, frozen)
     assert set(updates) == ({"unet", "text_encoder"} if text else {"unet"})
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = persona_jax.stock.our_painter(loaded, towers)()
+    found = persona_jax.stock.our_sampler(loaded, towers)()
     assert persona_jax.stock.apart(found, expected) < 1e-3
     plain = persona_jax.stock.stock_latents(persona_jax.stock.open_stock(base), loaded)
     assert persona_jax.stock.apart(plain, expected) > 1e-2
@@ -85,9 +85,9 @@ def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
     expected = persona_jax.stock.stock_latents(pipe, loaded)
-    frozen = paint.frozen_params(loaded)
+    frozen = generation.sampler_params(loaded)
     half = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"], 0.5)}
-    found = persona_jax.stock.our_painter(loaded, half)()
+    found = persona_jax.stock.our_sampler(loaded, half)()
     assert persona_jax.stock.apart(found, expected) < 1e-3
 
 
@@ -116,7 +116,7 @@ def test_older_layouts_are_the_same_file(base, loaded, tmp_path, pairs):
     file, _ = write_lora(base, tmp_path, ATTENTION, text=False, alpha=3.0, metadata=False)
     old = tmp_path / "old.safetensors"
     save_file(renamed(load_file(file), *pairs), old)
-    frozen = paint.frozen_params(loaded)
+    frozen = generation.sampler_params(loaded)
     one, other = load_lora(file, frozen), load_lora(old, frozen)
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
@@ -125,7 +125,7 @@ def test_alpha_beside_the_tensors_counts(base, loaded, tmp_path):
     file, _ = write_lora(base, tmp_path, ATTENTION, text=False, alpha=3.0, metadata=False)
     tensors = load_file(file) | {f"{KEY}.alpha": np.array(1.5, np.float32)}
     save_file(tensors, tmp_path / "alpha.safetensors")
-    frozen = paint.frozen_params(loaded)
+    frozen = generation.sampler_params(loaded)
     one, other = (load_lora(f, frozen)["unet"] for f in (file, tmp_path / "alpha.safetensors"))
     name = KEY.removeprefix("unet.")
     np.testing.assert_allclose(other[name]["lora_B"]["kernel"], one[name]["lora_B"]["kernel"] / 2)
@@ -153,7 +153,7 @@ def test_files_that_do_not_fit(loaded, tmp_path, tensors, words):
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file)
     with pytest.raises(UserError, match=words) as error:
-        load_lora(file, paint.frozen_params(loaded))
+        load_lora(file, generation.sampler_params(loaded))
     assert "\n" not in str(error.value)
 
 
@@ -165,11 +165,11 @@ def test_settings_that_ask_for_more(loaded, tmp_path, metadata, words):
     file = tmp_path / "lora.safetensors"
     save_file(GOOD, file, metadata={"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=words):
-        load_lora(file, paint.frozen_params(loaded))
+        load_lora(file, generation.sampler_params(loaded))
 
 
 def test_no_file_and_no_tensors(loaded, tmp_path):
     (tmp_path / "a.safetensors").write_bytes(b"")
     for name, words in (("none.safetensors", "no such file"), ("a.safetensors", "not a readable")):
         with pytest.raises(UserError, match=words):
-            load_lora(tmp_path / name, paint.frozen_params(loaded))
+            load_lora(tmp_path / name, generation.sampler_params(loaded))

@@ -27,7 +27,7 @@ def config_for(folder, tmp_path, people: int):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A judge whose eye knows colours and whose words are all the same, and three people."""
+    """A judge whose encoder knows colours and whose words are all the same, and three people."""
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     photos, groups = open_dataset(config.data)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from persona_jax import pipeline
 from persona_jax.models import lora
 from persona_jax.models.unet import cross_attention_layers
+from persona_jax.pipelines import pipeline
 
 
 @pytest.fixture(scope="module")

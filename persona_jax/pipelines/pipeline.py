@@ -190,11 +190,11 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
     """The pipeline that a method's config names, its frozen weights cast once (see
     :func:`dtype_on`); the image encoder only where the method reads with it."""
     dtype = dtype_on(config, jax.default_backend())
-    own_eye = "image_encoder" in config and config.image_encoder.kind == "clip"
+    own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
     return load(
         config.pipeline,
-        only=TOWERS if own_eye else [tower for tower in TOWERS if tower != "image_encoder"],
-        image_encoder=config.image_encoder.path if own_eye else None,
+        only=TOWERS if own_encoder else [tower for tower in TOWERS if tower != "image_encoder"],
+        image_encoder=config.image_encoder.path if own_encoder else None,
         dtype=dtype,
         param_dtype=dtype,
     )

@@ -17,7 +17,7 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime.compilation import compiler_options
 from persona_jax.runtime.mesh import local_sharding, replicated, traced_for
 
@@ -116,12 +116,12 @@ def in_window(source: Source, window: tuple | None, done: Array) -> Source:
     return source.replace(scale=jax.tree.map(lambda scale: scale * counts, source.scale))
 
 
-Painter = Callable[[Mapping, Sequence[Adapter], Request], Array]
+Sampler = Callable[[Mapping, Sequence[Adapter], Request], Array]
 """(frozen params, adapters, request) → pictures or latents; ``request.references`` has one entry
 for each adapter."""
 
 
-def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
     """Paints scaled latents ``[B, h, w, C]``; not jitted.
 
     The unconditional half sees the negative prompt and the zero embedding, as stock IP-Adapter's.
@@ -131,7 +131,7 @@ def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
     shape = pipeline.latent_shape
     all_steps = jnp.asarray(sampling_steps(schedule, steps)[0])
 
-    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
+    def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         kernels = text_kernels(frozen["unet"], unet.config)
         ids = jnp.concatenate([request.negative_ids, request.ids])
         text = text_source(text_encoder, frozen["text_encoder"], kernels, ids)
@@ -152,36 +152,36 @@ def make_latent_painter(pipeline: Pipeline, *, steps: int) -> Painter:
         denoise = guide(denoise_both, request.guidance)
         return ddim(denoise, schedule, noise, steps=steps, eta=request.eta, keys=request.keys)
 
-    return paint
+    return sample
 
 
-def shared_out(painter: Painter, mesh: Mesh | None = None) -> Painter:
-    """The painter whose pictures are shared out among the devices of a mesh, or of this process
-    (:func:`painting_mesh`); each device paints its own and sends nothing."""
+def split_among_devices(sampler: Sampler, mesh: Mesh | None = None) -> Sampler:
+    """The sampler whose pictures are shared out among the devices of a mesh, or of this process
+    (:func:`sampling_mesh`); each device paints its own and sends nothing."""
 
-    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
-        where = mesh or painting_mesh(frozen, len(request.keys))
+    def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
+        where = mesh or sampling_mesh(frozen, len(request.keys))
         if where.size == 1:
             with traced_for(where):
-                return painter(frozen, adapters, request)
+                return sampler(frozen, adapters, request)
         whole, share = PartitionSpec(), PartitionSpec(where.axis_names)
         parts, structure = jax.tree.flatten(request)
 
-        def paint_share(frozen: Mapping, adapters: Sequence[Adapter], parts: list) -> Array:
-            return painter(frozen, adapters, jax.tree.unflatten(structure, parts))
+        def sample_share(frozen: Mapping, adapters: Sequence[Adapter], parts: list) -> Array:
+            return sampler(frozen, adapters, jax.tree.unflatten(structure, parts))
 
         return jax.shard_map(
-            paint_share,
+            sample_share,
             mesh=where,
             in_specs=(whole, whole, [share if x else whole for x in of_each_picture(request)]),
             out_specs=share,
             check_vma=False,  # kernels do not say how what they give varies
         )(frozen, adapters, parts)
 
-    return paint
+    return sample
 
 
-def painting_mesh(frozen: Mapping, count: int) -> Mesh:
+def sampling_mesh(frozen: Mapping, count: int) -> Mesh:
     """As many devices of this process as divide `count` pictures. One, where they are cores of a
     CPU and the weights are large: each would have its own copy, and large products keep all cores
     busy as it is."""
@@ -202,34 +202,35 @@ def of_each_picture(request: Request) -> list[bool]:
     return [each(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(request)]
 
 
-def make_pixel_painter(pipeline: Pipeline, *, steps: int) -> Painter:
+def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
     """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; not jitted.
 
     `frozen` has ``unet``, ``text_encoder`` and ``vae``.
     """
-    paint_latents = make_latent_painter(pipeline, steps=steps)
+    sample_latents = make_latent_sampler(pipeline, steps=steps)
     vae = pipeline.vae.module
 
-    def paint(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
-        latents = paint_latents(frozen, adapters, request)
+    def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
+        latents = sample_latents(frozen, adapters, request)
         pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
         return jnp.clip(pixels, -1.0, 1.0)
 
-    return paint
+    return sample
 
 
-def make_painter(pipeline: Pipeline, *, steps: int) -> Painter:
-    """Paints pictures (:func:`make_pixel_painter`); jitted, and shared out (:func:`shared_out`).
+def make_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
+    """Paints pictures (:func:`make_pixel_sampler`); jitted, and shared out
+    (:func:`split_among_devices`).
 
     New prompts, seeds, photos, scale, guidance or η do not recompile; another number of pictures,
     of reference slots or of `steps` does, and so does another kind of adapter.
     """
-    painter = shared_out(make_pixel_painter(pipeline, steps=steps))
-    return jax.jit(painter, compiler_options=compiler_options())
+    sampler = split_among_devices(make_pixel_sampler(pipeline, steps=steps))
+    return jax.jit(sampler, compiler_options=compiler_options())
 
 
 def in_batches(
-    painter: Painter,
+    sampler: Sampler,
     frozen: Mapping,
     adapters: Sequence[Adapter],
     request: Request,
@@ -238,11 +239,11 @@ def in_batches(
     """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
     count, parts = len(request.keys), []
     # Once, not for every batch.
-    everywhere = replicated(painting_mesh(frozen, size))
+    everywhere = replicated(sampling_mesh(frozen, size))
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     for start in range(0, count, size):
         part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
-        parts.append(np.asarray(painter(frozen, adapters, part)))
+        parts.append(np.asarray(sampler(frozen, adapters, part)))
     return np.concatenate(parts)[:count]
 
 
@@ -254,8 +255,8 @@ def some_of(request: Request, rows: np.ndarray) -> Request:
     return jax.tree.unflatten(structure, some)
 
 
-def frozen_params(pipeline: Pipeline) -> dict:
-    """The frozen tree that a painter takes."""
+def sampler_params(pipeline: Pipeline) -> dict:
+    """The frozen tree that a sampler takes."""
     return {name: getattr(pipeline, name).params for name in ("unet", "text_encoder", "vae")}
 
 

@@ -15,8 +15,8 @@ import torch
 import transformers
 from safetensors.numpy import load_file
 
-from persona_jax import pipeline
 from persona_jax.errors import UserError
+from persona_jax.pipelines import pipeline
 
 PROMPTS = ["a photo of a smiling woman", "an angry man"]
 SIDE = 16
@@ -94,7 +94,7 @@ def test_the_tokenizer_is_saved_for_old_and_new_readers(theirs, ours, tmp_path, 
 
 
 def test_a_pipeline_without_eye(theirs, tmp_path):
-    """As Stable Diffusion 1.5 on the hub; the eye may come from another folder."""
+    """As Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
     bare = shutil.copytree(theirs, tmp_path / "bare")
     shutil.rmtree(bare / "image_encoder")
     shutil.rmtree(bare / "feature_extractor")
@@ -109,10 +109,10 @@ def test_a_pipeline_without_eye(theirs, tmp_path):
     assert opened.image_encoder is None
     assert opened.feature_extractor is None
 
-    eye = pipeline.load(str(theirs), only=["image_encoder"]).image_encoder
+    encoder = pipeline.load(str(theirs), only=["image_encoder"]).image_encoder
     for place in (theirs, theirs / "image_encoder"):
         other = pipeline.load(str(bare), only=["image_encoder"], image_encoder=str(place))
-        assert other.image_encoder.hash == eye.hash
+        assert other.image_encoder.hash == encoder.hash
 
 
 def test_only_what_is_asked_for_is_loaded(theirs):
@@ -173,7 +173,7 @@ def test_what_is_missing_is_named(gone, named, copy):
 
 def test_loading_and_tokenizing_leave_torch_alone(theirs):
     script = (
-        "import sys; from persona_jax import paint, pipeline; "
+        "import sys; from persona_jax.pipelines import generation, pipeline; "
         f"pipeline.load({str(theirs)!r}).tokenize(['a man']); "
         "print([m for m in ('torch', 'diffusers', 'tensorflow') if m in sys.modules])"
     )

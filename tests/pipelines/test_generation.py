@@ -7,12 +7,12 @@ import pytest
 import stock
 import torch
 
-from persona_jax import paint, pipeline
 from persona_jax.diffusion.sampler import picture_noise
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source
 from persona_jax.models.unet import cross_attention_layers, text_kernels
+from persona_jax.pipelines import generation, pipeline
 from persona_jax.runtime.mesh import make_mesh
 
 STEPS, SIDE, B = 10, 16, 2
@@ -39,7 +39,7 @@ def loaded(folder):
 
 @pytest.fixture(scope="module")
 def frozen(loaded):
-    return paint.frozen_params(loaded)
+    return generation.sampler_params(loaded)
 
 
 @pytest.fixture(scope="module")
@@ -54,27 +54,29 @@ def learnt(loaded):
 
 
 @pytest.fixture(scope="module")
-def painter(loaded):
+def sampler(loaded):
     """One for all tests, so that each kind of request is compiled once."""
-    return paint.make_painter(loaded, steps=STEPS)
+    return generation.make_sampler(loaded, steps=STEPS)
 
 
 def ids(loaded, prompts) -> jax.Array:
     return jnp.asarray(loaded.tokenize(prompts)[0])
 
 
-def request(loaded, prompts=PROMPTS, negative=NEGATIVE, seed=0, first=0, **more) -> paint.Request:
-    return paint.Request(
-        keys=paint.picture_keys(seed, len(prompts), first),
+def request(
+    loaded, prompts=PROMPTS, negative=NEGATIVE, seed=0, first=0, **more
+) -> generation.Request:
+    return generation.Request(
+        keys=generation.picture_keys(seed, len(prompts), first),
         ids=ids(loaded, prompts),
         negative_ids=ids(loaded, negative),
         **more,
     )
 
 
-def references(scale=1.0, weights=((1, 1, 0), (1, 2, 1)), seed=1) -> paint.References:
+def references(scale=1.0, weights=((1, 1, 0), (1, 2, 1)), seed=1) -> generation.References:
     embeddings = jax.random.normal(jax.random.key(seed), (B, 3, DIM))
-    return paint.References(embeddings, jnp.array(weights, jnp.float32), scale)
+    return generation.References(embeddings, jnp.array(weights, jnp.float32), scale)
 
 
 def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) -> torch.Tensor:
@@ -94,10 +96,10 @@ def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) 
 def test_guided_ddim_is_stocks(folder, loaded, frozen):
     """10 steps from the same noise."""
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
-    latent_painter = jax.jit(paint.make_latent_painter(loaded, steps=STEPS))
+    latent_sampler = jax.jit(generation.make_latent_sampler(loaded, steps=STEPS))
 
     def latents(prompts=PROMPTS, guidance=7.5):
-        return latent_painter(frozen, (), request(loaded, prompts, guidance=guidance, noise=noise))
+        return latent_sampler(frozen, (), request(loaded, prompts, guidance=guidance, noise=noise))
 
     ours = latents()
     assert stock.relative(ours, stock.nhwc(stock_images(folder, noise, 7.5, "latent"))) < 1e-3
@@ -111,8 +113,10 @@ def test_v_prediction_is_stocks(tmp_path):
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     loaded = pipeline.load(str(tmp_path), only=towers)
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
-    painter = jax.jit(paint.make_latent_painter(loaded, steps=STEPS))
-    latents = painter(paint.frozen_params(loaded), (), request(loaded, guidance=3.0, noise=noise))
+    sampler = jax.jit(generation.make_latent_sampler(loaded, steps=STEPS))
+    latents = sampler(
+        generation.sampler_params(loaded), (), request(loaded, guidance=3.0, noise=noise)
+    )
     expected = stock_images(tmp_path, noise, 3.0, "latent")
     assert stock.relative(latents, stock.nhwc(expected)) < 1e-3
 
@@ -142,7 +146,7 @@ def stock_adapter(params, loaded) -> dict:
     }
 
 
-def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, painter):
+def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
     """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
     noise = jnp.asarray(stock.normal(B, 8, 8, 4))
     wanted = references(scale=0.7)
@@ -171,7 +175,7 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
 
     def pictures(wanted):
         asked = request(loaded, guidance=4.0, noise=noise, references=(wanted,))
-        return painter(frozen, (learnt,), asked)
+        return sampler(frozen, (learnt,), asked)
 
     assert stock.relative(pictures(wanted), 2 * expected - 1) < 1e-3
     without = stock_images(folder, noise, 4.0, "np")
@@ -179,17 +183,17 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
     # λ = 0 is no adapter at all; no photo of any weight is the zero embedding, which says a thing.
     assert stock.relative(pictures(references(scale=0.0)), 2 * without - 1) < 1e-3
     empty = pictures(references(0.7, weights=((0, 0, 0), (0, 0, 0))))
-    zeros = paint.References(jnp.zeros((B, 3, DIM)), jnp.ones((B, 3)), 0.7)
+    zeros = generation.References(jnp.zeros((B, 3, DIM)), jnp.ones((B, 3)), 0.7)
     np.testing.assert_array_equal(empty, pictures(zeros))
     assert stock.relative(empty, 2 * without - 1) > 1e-3
 
 
-def test_one_program_for_all_that_may_change(loaded, frozen, learnt, painter):
+def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
     """Prompts, seeds, guidance, η, λ, photos and weights; each does change the pictures."""
-    before = painter._cache_size()
+    before = sampler._cache_size()
 
     def pictures(prompts=PROMPTS, negative=NEGATIVE, seed=0, guidance=5.0, eta=0.0, **photos):
-        return painter(
+        return sampler(
             frozen,
             (learnt,),
             request(
@@ -216,24 +220,24 @@ def test_one_program_for_all_that_may_change(loaded, frozen, learnt, painter):
     ):
         assert stock.relative(pictures(**change), first) > 1e-4, change
     np.testing.assert_array_equal(pictures(), first)
-    assert painter._cache_size() == before + 1
+    assert sampler._cache_size() == before + 1
 
 
-def test_a_picture_is_its_keys(loaded, frozen, learnt, painter):
+def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
     """Picture i does not change when more are asked for, or when it is asked for alone."""
     embeddings = references().embeddings[:1]
 
     def pictures(count, first=0):
         prompts, negative = [PROMPTS[0]] * count, [""] * count
-        same = paint.References(jnp.repeat(embeddings, count, axis=0), jnp.ones((count, 3)))
+        same = generation.References(jnp.repeat(embeddings, count, axis=0), jnp.ones((count, 3)))
         asked = request(loaded, prompts, negative, 3, first, eta=0.5, references=(same,))
-        return painter(frozen, (learnt,), asked)
+        return sampler(frozen, (learnt,), asked)
 
     two = pictures(2)
     np.testing.assert_array_equal(pictures(2), two)
     # What is drawn is the same to the bit. What is computed from it may round otherwise in another
     # row of the batch: some processors' matrix products do.
-    keys, later = paint.picture_keys(3, 2), paint.picture_keys(3, 2, 1)
+    keys, later = generation.picture_keys(3, 2), generation.picture_keys(3, 2, 1)
     for step in range(3):
         drawn, again = (picture_noise(k, step, loaded.latent_shape) for k in (keys, later))
         np.testing.assert_array_equal(again[0], drawn[1])
@@ -245,20 +249,20 @@ def test_a_picture_is_its_keys(loaded, frozen, learnt, painter):
 def test_scale_may_differ_by_picture_and_by_layer(loaded, frozen, learnt):
     """Of both halves of guidance alike; what it does to the attention, test_adapter shows."""
     layers = cross_attention_layers(loaded.unet.module.config)
-    latent_painter = paint.make_latent_painter(loaded, steps=STEPS)
+    latent_sampler = generation.make_latent_sampler(loaded, steps=STEPS)
     for scale in (jnp.ones((B, 1)), dict.fromkeys(layers, 0.5), dict.fromkeys(layers, jnp.ones(1))):
         asked = request(loaded, references=(references(scale),))
-        assert jax.eval_shape(latent_painter, frozen, (learnt,), asked).shape == (B, 8, 8, 4)
-    halves = paint.for_both_halves(jnp.array([[0.0], [0.8]]))
+        assert jax.eval_shape(latent_sampler, frozen, (learnt,), asked).shape == (B, 8, 8, 4)
+    halves = generation.for_both_halves(jnp.array([[0.0], [0.8]]))
     assert halves[:, 0].tolist() == pytest.approx([0.0, 0.8, 0.0, 0.8])
-    assert paint.for_both_halves(jnp.ones((1, 4))).shape == (1, 4)
-    assert paint.for_both_halves(0.5) == 0.5
+    assert generation.for_both_halves(jnp.ones((1, 4))).shape == (1, 4)
+    assert generation.for_both_halves(0.5) == 0.5
 
 
 def test_text_source_is_what_the_unet_attends_to(loaded, frozen):
     unet = loaded.unet
     kernels = text_kernels(unet.params, unet.module.config)
-    source = paint.text_source(
+    source = generation.text_source(
         loaded.text_encoder.module, frozen["text_encoder"], kernels, ids(loaded, PROMPTS)
     )
     assert isinstance(source, Source)
@@ -272,7 +276,7 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
     count, side = 4, loaded.latent_shape[0]
     draw = jax.random.uniform(jax.random.key(8), (count, side * side))
     layers = cross_attention_layers(loaded.unet.module.config)
-    shown = paint.References(
+    shown = generation.References(
         jax.random.normal(jax.random.key(7), (count, 3, DIM)),
         jnp.ones((count, 3)),
         {
@@ -285,20 +289,24 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
     )
     noise = jax.random.normal(jax.random.key(9), (count, *loaded.latent_shape))
     asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,), eta=0.5, noise=noise)
-    alone = jax.jit(paint.shared_out(paint.make_latent_painter(loaded, steps=STEPS), ONE))
-    all_ = jax.jit(paint.shared_out(paint.make_latent_painter(loaded, steps=STEPS)))
-    expected, found = (painter(frozen, (learnt,), asked) for painter in (alone, all_))
+    alone = jax.jit(
+        generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS), ONE)
+    )
+    all_ = jax.jit(
+        generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS))
+    )
+    expected, found = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
     assert len(expected.sharding.device_set) == 1
     assert len(found.sharding.device_set) == count
     assert stock.relative(found, np.asarray(expected)) < 1e-4
 
 
 def test_what_is_of_each_picture(loaded):
-    shown = paint.References(
+    shown = generation.References(
         jnp.zeros((4, 3, DIM)), jnp.ones((4, 3)), {"a": jnp.zeros((1, 4)), "b": jnp.zeros((4, 4))}
     )
     asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,))
-    some = paint.some_of(asked, np.array([3, 0]))
+    some = generation.some_of(asked, np.array([3, 0]))
     assert len(some.keys) == len(some.ids) == len(some.references[0].embeddings) == 2
     assert some.references[0].scale["a"].shape == (1, 4)
     assert some.references[0].scale["b"].shape == (2, 4)

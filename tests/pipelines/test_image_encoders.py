@@ -1,4 +1,4 @@
-"""Which eye a config gets, and what is said where it cannot be had."""
+"""Which encoder a config gets, and what is said where it cannot be had."""
 
 import re
 
@@ -10,11 +10,11 @@ from world import SHARED, config_of
 
 from persona_jax.data import outside
 from persona_jax.errors import UserError
-from persona_jax.eyes import open_eye
 from persona_jax.interop import face_weights
 from persona_jax.interop.tensors import save_tree
 from persona_jax.models.facenet import FaceNet
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines.image_encoders import open_image_encoder
+from persona_jax.pipelines.pipeline import Pipeline
 
 
 def dlib_config(**changes):
@@ -25,14 +25,14 @@ def dlib_config(**changes):
 
 @pytest.fixture
 def no_pipeline():
-    """dlib's eye needs nothing of a pipeline."""
+    """dlib's encoder needs nothing of a pipeline."""
     return object.__new__(Pipeline)
 
 
 def test_weights_that_are_not_installed(monkeypatch, no_pipeline):
     monkeypatch.setattr(face_weights, "installed_face_weights", lambda: None)
     with pytest.raises(UserError, match="pip install face_recognition_models"):
-        open_eye(dlib_config(), no_pipeline)
+        open_image_encoder(dlib_config(), no_pipeline)
 
 
 def test_strange_weights_are_named_by_their_hash(tmp_path, no_pipeline):
@@ -40,15 +40,15 @@ def test_strange_weights_are_named_by_their_hash(tmp_path, no_pipeline):
     file.write_bytes(b"something else")
     digest = face_weights.face_weights_hash(file)
     with pytest.raises(UserError, match=digest):
-        open_eye(dlib_config(path=str(file)), no_pipeline)
+        open_image_encoder(dlib_config(path=str(file)), no_pipeline)
     # Trusted, they are still read strictly.
     with pytest.raises(UserError, match=r"other\.dat"):
-        open_eye(dlib_config(path=str(file), sha256=digest), no_pipeline)
+        open_image_encoder(dlib_config(path=str(file), sha256=digest), no_pipeline)
 
 
 def test_unknown_kind(no_pipeline):
     with pytest.raises(UserError, match="'eagle'"):
-        open_eye(dlib_config(kind="eagle"), no_pipeline)
+        open_image_encoder(dlib_config(kind="eagle"), no_pipeline)
 
 
 def test_dlib_looks(no_pipeline):
@@ -56,10 +56,10 @@ def test_dlib_looks(no_pipeline):
     if face_weights.installed_face_weights() is None and not folder.is_dir():
         pytest.skip("neither face_recognition_models nor ../shared/weights is here")
     found = face_weights.installed_face_weights()
-    eye = open_eye(dlib_config(path="" if found else str(folder)), no_pipeline)
+    encoder = open_image_encoder(dlib_config(path="" if found else str(folder)), no_pipeline)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
-    seen = eye.look([Image.fromarray(p) for p in pixels])
-    assert seen.shape == (2, eye.dim)
+    seen = encoder.encode([Image.fromarray(p) for p in pixels])
+    assert seen.shape == (2, encoder.dim)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
 
 
@@ -68,7 +68,7 @@ def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
     config.data.data_dir = str(tmp_path)
     monkeypatch.setattr(outside, "_fetch", lambda url, path: path.write_bytes(b"sorry"))
     with pytest.raises(UserError, match=r"vggface2.pt.*image_encoder.path=FILE"):
-        open_eye(config, no_pipeline)
+        open_image_encoder(config, no_pipeline)
 
     file = tmp_path / "net.safetensors"
     blank = np.zeros((1, 160, 160, 3), np.float32)
@@ -76,10 +76,10 @@ def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
     save_tree(params["params"], file)
     config.image_encoder.path = str(file)
     with pytest.raises(UserError, match=r"none of the known files of FaceNet") as error:
-        open_eye(config, no_pipeline)
+        open_image_encoder(config, no_pipeline)
     config.image_encoder.sha256 = re.search(r"sha256=(\w{64})", str(error.value))[1]
-    eye = open_eye(config, no_pipeline)
+    encoder = open_image_encoder(config, no_pipeline)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
-    seen = eye.look([Image.fromarray(p) for p in pixels])
+    seen = encoder.encode([Image.fromarray(p) for p in pixels])
     assert seen.shape == (2, 512)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)

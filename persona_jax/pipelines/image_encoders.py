@@ -1,4 +1,4 @@
-"""Γ_image: the frozen eye that turns a photo into an embedding.
+"""Γ_image: the frozen encoder that turns a photo into an embedding.
 
 ``clip`` is the pipeline's own image encoder; ``dlib`` and ``facenet`` are face recognition
 networks, which know faces and nothing else.
@@ -21,14 +21,14 @@ from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
 from persona_jax.models import face_resnet, facenet
 from persona_jax.models.layers import normalise
-from persona_jax.pipeline import Pipeline
+from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import buckets
 
 KINDS = ("clip", "dlib", "facenet")
 
 
 @dataclasses.dataclass(frozen=True)
-class Eye:
+class ImageEncoder:
     """An image encoder with everything from the photo to the embedding.
 
     Attributes:
@@ -47,15 +47,15 @@ class Eye:
     hash: str
     blank: Float[Array, "L D"] | None = None
 
-    def look(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P ..."]:
+    def encode(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P ..."]:
         """Embeddings of photos, float32 ``[P, D]``, or their patches ``[P, L, D]``; not for many at
         a time."""
         pixels = np.stack([self.preprocess(photo) for photo in photos])
         return np.asarray(jax.jit(self.embed)(self.params, pixels), np.float32)
 
 
-def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
-    """The eye that a config's ``image_encoder`` names; for an IP-Adapter-Plus
+def open_image_encoder(config: ConfigDict, pipeline: Pipeline) -> ImageEncoder:
+    """The encoder that a config's ``image_encoder`` names; for an IP-Adapter-Plus
     (``aggregator.kind=plus``) it gives each photo's patches, as the tower has them before its last
     layer.
 
@@ -65,17 +65,19 @@ def open_eye(config: ConfigDict, pipeline: Pipeline) -> Eye:
     kind, crop = config.image_encoder.kind, config.data.crop
     patches = config.get("aggregator", {}).get("kind") == "plus"
     if kind == "clip":
-        return _clip_eye(pipeline, crop, patches)
+        return _clip_encoder(pipeline, crop, patches)
     if patches:
         raise UserError(f"aggregator.kind=plus: it reads CLIP's patches, and {kind} gives none")
     if kind == "dlib":
-        return _dlib_eye(config.image_encoder)
+        return _dlib_encoder(config.image_encoder)
     if kind == "facenet":
-        return _facenet_eye(config.image_encoder, buckets.local(config.data.data_dir) / "weights")
+        return _facenet_encoder(
+            config.image_encoder, buckets.local(config.data.data_dir) / "weights"
+        )
     raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
 
 
-def _clip_eye(pipeline: Pipeline, crop: float, patches: bool) -> Eye:
+def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncoder:
     tower, settings = pipeline.image_encoder, pipeline.feature_extractor
     if tower is None or settings is None:
         raise UserError(
@@ -92,14 +94,14 @@ def _clip_eye(pipeline: Pipeline, crop: float, patches: bool) -> Eye:
 
     sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"
     if not patches:
-        return Eye(sizes.projection_dim, preprocess, embed, tower.params, digest)
+        return ImageEncoder(sizes.projection_dim, preprocess, embed, tower.params, digest)
     nothing = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
     blank = jax.jit(embed)(tower.params, nothing)[0]
     digest += " patches"
-    return Eye(sizes.hidden_size, preprocess, embed, tower.params, digest, blank)
+    return ImageEncoder(sizes.hidden_size, preprocess, embed, tower.params, digest, blank)
 
 
-def _dlib_eye(config: ConfigDict) -> Eye:
+def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
     centre, side = config.face_centre, config.face_side
     path = config.path or face_weights.installed_face_weights()
     if path is None:
@@ -116,7 +118,7 @@ def _dlib_eye(config: ConfigDict) -> Eye:
             f"{path}: sha256 {digest} is none of the known weights; get them again, or if "
             f"you trust them, add --config.image_encoder.sha256={digest}"
         )
-    return Eye(
+    return ImageEncoder(
         dim=face_resnet.DIM,
         preprocess=lambda photo: face_weights.face_crop(photo, centre, side),
         embed=_embed_by(face_resnet.FaceResNet(), face_resnet.DIM),
@@ -125,7 +127,7 @@ def _dlib_eye(config: ConfigDict) -> Eye:
     )
 
 
-def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
+def _facenet_encoder(config: ConfigDict, folder: Path) -> ImageEncoder:
     asset, flag = "facenet_vggface2", "--config.image_encoder.sha256"
     if config.path:
         file = buckets.local(config.path)
@@ -138,7 +140,7 @@ def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
     def preprocess(photo: Image.Image) -> np.ndarray:
         return (face_weights.face_crop(photo, centre, side, size) - 127.5) / 128.0
 
-    return Eye(
+    return ImageEncoder(
         dim=facenet.DIM,
         preprocess=preprocess,
         embed=_embed_by(facenet.FaceNet(), facenet.DIM),
@@ -148,7 +150,7 @@ def _facenet_eye(config: ConfigDict, folder: Path) -> Eye:
 
 
 def _embed_by(network: nn.Module, dim: int) -> Callable[[Mapping, Array], Array]:
-    """Embeddings at the scale of other eyes: of mean square 1, since only direction carries."""
+    """Embeddings at the scale of other encoders: of mean square 1, since only direction carries."""
 
     def embed(params: Mapping, pixels: Array) -> Array:
         # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
