@@ -27,10 +27,10 @@ from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
+from persona_jax.evaluation import evaluators, networks, report
+from persona_jax.evaluation.builder import build_evaluator
+from persona_jax.evaluation.evaluators import EvaluationResult, Evaluator, Subjects
 from persona_jax.interop.checkpoints import newest_step
-from persona_jax.judges import open_judge
-from persona_jax.metrics import judging, networks, report
-from persona_jax.metrics.judging import Judge, Subjects, Verdict
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
@@ -57,28 +57,31 @@ class World:
     Attributes:
       out: where everything goes.
       photos: all of them.
-      judge: who says how good pictures are.
+      evaluator: who says how good pictures are.
       test, validation: whom to paint.
       samplers: compiled, by number of steps; all methods share one base.
-      looks: embeddings of the subjects' references, by the image encoder and the subjects' names.
+      embeddings: embeddings of the subjects' references, by the image encoder and the subjects'
+        names.
     """
 
     out: Path
     photos: Photos
-    judge: Judge
+    evaluator: Evaluator
     test: Subjects
     validation: Subjects
     samplers: dict = dataclasses.field(default_factory=dict)
-    looks: dict = dataclasses.field(default_factory=dict)
+    embeddings: dict = dataclasses.field(default_factory=dict)
 
-    def look(self, run: runs.Run, whom: Subjects) -> Float[np.ndarray, "P N D"] | None:
+    def encode_references(
+        self, run: runs.Run, subjects: Subjects
+    ) -> Float[np.ndarray, "P N D"] | None:
         """What the run's encoder sees in the references of each; looked at once."""
         if run.encoder is None:
             return None
-        key = (run.encoder.hash, *whom.names)
-        if key not in self.looks:
-            self.looks[key] = runs.look_at(run, self.photos, whom)
-        return self.looks[key]
+        key = (run.encoder.hash, *subjects.names)
+        if key not in self.embeddings:
+            self.embeddings[key] = runs.encode_references(run, self.photos, subjects)
+        return self.embeddings[key]
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -95,22 +98,22 @@ def main(arguments: argparse.Namespace) -> None:
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
     photos, groups = open_dataset(data.data)
-    people = judging.how_many(arguments.people, groups.test)
-    judge = open_judge(data, photos, people, arguments)
+    people = evaluators.how_many(arguments.people, groups.test)
+    evaluator = build_evaluator(data, photos, people, arguments)
     world = World(
         out,
         photos,
-        judge,
-        judging.subjects(judge, photos, groups.test, people, data, judging.AGAIN),
-        judging.subjects(judge, photos, groups.validation, CHOOSERS["adapter"], data),
+        evaluator,
+        evaluators.choose_subjects(evaluator, photos, groups.test, people, data, evaluators.AGAIN),
+        evaluators.choose_subjects(evaluator, photos, groups.validation, CHOOSERS["adapter"], data),
     )
     _same_settings(out, arguments)
-    rows: dict[str, list[Verdict]] = {}
+    rows: dict[str, list[EvaluationResult]] = {}
     for name, config in configs.items():
         # What is learnt by heart is a training for each person anyway: people are seeds too.
         for seed in range(arguments.seeds if name in ADAPTERS else 1):
-            for row, verdict in _method(world, name, config, seed).items():
-                rows.setdefault(row, []).append(verdict)
+            for row, result in _method(world, name, config, seed).items():
+                rows.setdefault(row, []).append(result)
     roll = {"see": lambda seen: np.roll(seen, 1, axis=0)}
     for seed in range(arguments.seeds):
         another = _control(world, "sa", data, seed, "another", **roll)
@@ -120,12 +123,12 @@ def main(arguments: argparse.Namespace) -> None:
             rows.setdefault("ip, all photos side by side", []).append(together)
     rows["text alone"] = [_control(world, "sa", data, 0, "text", see=lambda seen: None)]
     size = open_pipeline(data).image_size
-    first, real = judging.real_photos(judge, photos, world.test, size, data.data.crop)
+    first, real = evaluators.real_photos(evaluator, photos, world.test, size, data.data.crop)
     rows |= {"real photos": [first]}
     rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
     _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
     caption = (
-        f"{people} people, {arguments.seeds} trainings of each adapter; judged by {judge.name}"
+        f"{people} people, {arguments.seeds} trainings of each adapter; judged by {evaluator.name}"
     )
     table = report.table(rows, real, versus="sa", fid=arguments.fid)
     report.write(out, table, caption, ["grid.png"])
@@ -143,7 +146,7 @@ def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
     return load_config(f"{folder / file}.py:{arguments.preset}", changes)
 
 
-def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str, Verdict]:
+def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str, EvaluationResult]:
     """The verdict on a method trained from one seed, its choices made; of people learnt by heart
     also what has become of everybody else."""
     if name in ADAPTERS:
@@ -155,10 +158,10 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str,
         _learnt_by_heart(workdir, config, **changes, **length)
     run = runs.open_run(workdir)
     knobs = _choose_knobs(world, name, run, seed)
-    out = {name: _verdict(world, f"{name}-{seed}", run, world.test, knobs)}
+    out = {name: _evaluate(world, f"{name}-{seed}", run, world.test, knobs)}
     if run.personal:
         label = f"{name}-{seed}-anybody"
-        anybody = _verdict(world, label, run, world.test, knobs, named=False)
+        anybody = _evaluate(world, label, run, world.test, knobs, named=False)
         out[f"{name}, anybody by the same weights"] = anybody
     return out
 
@@ -215,15 +218,15 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
     def loss(choice: Mapping[str, float | int]) -> float:
         run = _on_validation(world, name, config, **choice)
         label = run.workdir.name
-        own = world.judge.loss(_verdict(world, label, run, few, knobs))
+        own = world.evaluator.loss(_evaluate(world, label, run, few, knobs))
         label = f"{label}-anybody"
-        anybody = world.judge.loss(_verdict(world, label, run, few, knobs, named=False))
+        anybody = world.evaluator.loss(_evaluate(world, label, run, few, knobs, named=False))
         return own + max(0.0, untouched() - anybody)
 
     @functools.cache
     def untouched() -> float:
         base = runs.open_base(config.pipeline)
-        return world.judge.loss(_verdict(world, f"{name}-choice-base", base, few, knobs))
+        return world.evaluator.loss(_evaluate(world, f"{name}-choice-base", base, few, knobs))
 
     def measure() -> dict[str, float | int]:
         start = {"learning_rate": rate, "steps": most}
@@ -259,12 +262,12 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
     if run.personal:  # the choice of the training has left validation people
         chosen = run.config.optimizer
         run = _on_validation(world, name, run.config, chosen.learning_rate, chosen.steps)
-    whom = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
+    subjects = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
 
     def loss(changes: Mapping[str, float]) -> float:
         words = "-".join(f"{k}{v:g}" for k, v in changes.items())
         label = f"{name}-{seed}-choice-{words}"
-        return world.judge.loss(_verdict(world, label, run, whom, run.knobs(**changes)))
+        return world.evaluator.loss(_evaluate(world, label, run, subjects, run.knobs(**changes)))
 
     def measure() -> dict[str, float]:
         tried = [{"guidance": g} for g in GUIDANCE]
@@ -278,24 +281,24 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
 
 def _control(
     world: World, name: str, config: ConfigDict, seed: int, label: str, **changes
-) -> Verdict:
-    """An adapter under the same choices, with other references, or none (see :func:`_verdict`)."""
+) -> EvaluationResult:
+    """An adapter under the same choices, with other references, or none (see :func:`_evaluate`)."""
     run = runs.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
     knobs = _choose_knobs(world, name, run, seed)
-    return _verdict(world, f"{name}-{seed}-{label}", run, world.test, knobs, **changes)
+    return _evaluate(world, f"{name}-{seed}-{label}", run, world.test, knobs, **changes)
 
 
-def _verdict(
+def _evaluate(
     world: World,
     label: str,
     run: runs.Run,
-    whom: Subjects,
+    subjects: Subjects,
     knobs: runs.Knobs,
     *,
     see: Callable[[np.ndarray], np.ndarray | None] = lambda seen: seen,
     side_by_side: bool = False,
     named: bool = True,
-) -> Verdict:
+) -> EvaluationResult:
     """The verdict on a run's pictures of people; pictures are kept and painted once.
 
     Args:
@@ -305,7 +308,7 @@ def _verdict(
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
-        return world.judge.pictures(whom, np.load(file))
+        return world.evaluator.pictures(subjects, np.load(file))
     print(f"painting {label}", flush=True)
     if knobs.steps not in world.samplers:
         world.samplers[knobs.steps] = generation.make_sampler(run.pipeline, steps=knobs.steps)
@@ -314,35 +317,35 @@ def _verdict(
         adapters = [run.adapter.replace(aggregator=EveryPhoto())]
     compiled = world.samplers[knobs.steps]
     sampler = runs.make_run_sampler(run, knobs, sampler=compiled, adapters=adapters)
-    seen = see(world.look(run, whom))
-    pictures = runs.sample_subjects(run, sampler, whom, seen, scale=knobs.scale, named=named)
+    seen = see(world.encode_references(run, subjects))
+    pictures = runs.sample_subjects(run, sampler, subjects, seen, scale=knobs.scale, named=named)
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))
     beside.rename(file)
-    return world.judge.pictures(whom, np.load(file))
+    return world.evaluator.pictures(subjects, np.load(file))
 
 
-def _through_the_vae(world: World, config: ConfigDict) -> Verdict:
+def _through_the_vae(world: World, config: ConfigDict) -> EvaluationResult:
     """The held-out photos as the base's VAE gives them back."""
     base, rows = open_pipeline(config), world.test.held_out
-    real = judging.photos_as_pictures(world.photos, rows, base.image_size, config.data.crop)
+    real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, config.data.crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
     parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)
-    return world.judge.photos(world.test, rows, restored)
+    return world.evaluator.photos(world.test, rows, restored)
 
 
 def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
     """The first people: three of their photos and the held-out one, then what each method made of
     them, plainly and as on the held-out photo."""
-    whom, cells = world.test, []
+    subjects, cells = world.test, []
     painted = {name: np.load(world.out / f"pictures/{name}-0.npy") for name in names}
     size = painted["sa"].shape[1]
     for i in range(SHOWN):
-        rows = [*whom.references[i, :3], whom.held_out[i]]
-        photos = judging.photos_as_pictures(world.photos, np.asarray(rows), size, crop)
-        pictures = [p[j] for p in painted.values() for j in (i, len(whom.names) + i)]
+        rows = [*subjects.references[i, :3], subjects.held_out[i]]
+        photos = evaluators.photos_as_pictures(world.photos, np.asarray(rows), size, crop)
+        pictures = [p[j] for p in painted.values() for j in (i, len(subjects.names) + i)]
         cells.append([images.to_uint8(x) for x in (*photos, *np.float32(pictures))])
     titles = ["photos", "", "", "held out", *(t for name in names for t in (name, ""))]
     return images.grid(cells, titles=titles)

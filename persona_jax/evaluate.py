@@ -21,13 +21,13 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax import judges, personal, runs
+from persona_jax import personal, runs
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
-from persona_jax.metrics import judging, networks, plots, report
-from persona_jax.metrics.judging import Subjects
+from persona_jax.evaluation import builder, evaluators, networks, plots, report
+from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -47,29 +47,31 @@ def main(arguments: argparse.Namespace) -> None:
     config = read_config(workdir)
     photos, groups = open_dataset(config.data)
     group = known_to(config, workdir, getattr(groups, arguments.group))
-    people = judging.how_many(arguments.people, group)
-    judge = judges.open_judge(config, photos, people, arguments)
-    whom = judging.subjects(judge, photos, group, people, config, judging.AGAIN)
-    counts = counted(arguments.references, whom, config)
+    people = evaluators.how_many(arguments.people, group)
+    evaluator = builder.build_evaluator(config, photos, people, arguments)
+    subjects = evaluators.choose_subjects(
+        evaluator, photos, group, people, config, evaluators.AGAIN
+    )
+    counts = counted(arguments.references, subjects, config)
     run = runs.open_run(workdir)
     knobs = run.knobs(steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale)
-    pictures = generate(run, knobs, photos, whom, counts, arguments.seed)
+    pictures = generate(run, knobs, photos, subjects, counts, arguments.seed)
 
-    rows = {name: [judge.pictures(whom, found)] for name, found in pictures.items()}
+    rows = {name: [evaluator.pictures(subjects, found)] for name, found in pictures.items()}
     base, crop = run.pipeline, config.data.crop
-    real, features = judging.real_photos(judge, photos, whom, base.image_size, crop)
+    real, features = evaluators.real_photos(evaluator, photos, subjects, base.image_size, crop)
     table = report.table(rows | {REAL: [real]}, features, from_(max(counts)), arguments.fid)
-    found = {"people": len(whom.names), "group": arguments.group, "judge": judge.name}
-    found |= {**dataclasses.asdict(knobs), "prompt": run.prompt(judge.plain), "rows": table}
+    found = {"people": len(subjects.names), "group": arguments.group, "judge": evaluator.name}
+    found |= {**dataclasses.asdict(knobs), "prompt": run.prompt(evaluator.plain), "rows": table}
     for count in counts:
-        if details := judge.details(whom, pictures[from_(count)], count):
+        if details := evaluator.details(subjects, pictures[from_(count)], count):
             found.setdefault("details", {})[count] = details
     out = workdir / "evaluation"
-    write_pictures(out, photos, whom, pictures, crop, pictures[from_(max(counts))])
-    (out / "curve.svg").write_text(curve(table, counts, judge.likeness))
+    write_pictures(out, photos, subjects, pictures, crop, pictures[from_(max(counts))])
+    (out / "curve.svg").write_text(curve(table, counts, evaluator.likeness))
     text = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
     (out / "report.json").write_text(text + "\n")
-    caption = f"{len(whom.names)} {arguments.group} people; judged by {judge.name}"
+    caption = f"{len(subjects.names)} {arguments.group} people; judged by {evaluator.name}"
     report.write(out, table, caption, ["curve.svg", "grid.png"])
 
 
@@ -86,13 +88,13 @@ def known_to(config: ConfigDict, workdir: Path, group: Sequence[str]) -> list[st
     return [name for name in group if name in learnt]
 
 
-def counted(wanted: Sequence[int], whom: Subjects, config: ConfigDict) -> list[int]:
+def counted(wanted: Sequence[int], subjects: Subjects, config: ConfigDict) -> list[int]:
     """From how many photos people are to be painted.
 
     Raises:
       UserError: more than there are, or fewer than one.
     """
-    most = whom.references.shape[1]
+    most = subjects.references.shape[1]
     if config.method in personal.METHODS:
         return [most]
     if min(wanted) < 1 or max(wanted) > most:
@@ -107,17 +109,17 @@ def generate(
     run: runs.Run,
     knobs: runs.Knobs,
     photos: Photos,
-    whom: Subjects,
+    subjects: Subjects,
     counts: Sequence[int],
     seed: int,
 ) -> Pictures:
-    """What ``whom.pictures`` asks for, from so many photos each; from another person's; of anybody,
-    where weights belong to people. The same noise for all."""
-    sampler, seen = runs.make_run_sampler(run, knobs), runs.look_at(run, photos, whom)
+    """What ``subjects.pictures`` asks for, from so many photos each; from another person's; of
+    anybody, where weights belong to people. The same noise for all."""
+    sampler, seen = runs.make_run_sampler(run, knobs), runs.encode_references(run, photos, subjects)
 
     def sampled(seen: np.ndarray | None, **changes) -> np.ndarray:
         changes |= {"scale": knobs.scale, "seed": seed}
-        return runs.sample_subjects(run, sampler, whom, seen, **changes)
+        return runs.sample_subjects(run, sampler, subjects, seen, **changes)
 
     if seen is None:
         return {from_(counts[0]): sampled(None), ANYBODY: sampled(None, named=False)}
@@ -126,7 +128,7 @@ def generate(
 
 
 def write_pictures(
-    out: Path, photos: Photos, whom: Subjects, pictures: Pictures, crop: float, best: np.ndarray
+    out: Path, photos: Photos, subjects: Subjects, pictures: Pictures, crop: float, best: np.ndarray
 ) -> None:
     """Single pictures, and a grid of the first people: their references and the held-out photo,
     then a plain picture of each kind, and of the best kind one as on that photo."""
@@ -136,13 +138,13 @@ def write_pictures(
         folder.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(found):
             Image.fromarray(images.to_uint8(picture)).save(folder / f"{i:04d}.png")
-    size, count, cells = best.shape[1], len(whom.names), []
+    size, count, cells = best.shape[1], len(subjects.names), []
     for i in range(min(SHOWN, count)):
-        rows = np.array([*whom.references[i], whom.held_out[i]])
-        real = judging.photos_as_pictures(photos, rows, size, crop)
+        rows = np.array([*subjects.references[i], subjects.held_out[i]])
+        real = evaluators.photos_as_pictures(photos, rows, size, crop)
         plain = [found[i] for found in pictures.values()]
         cells.append([images.to_uint8(x) for x in (*real, *plain, best[count + i])])
-    blank = [""] * (whom.references.shape[1] - 1)
+    blank = [""] * (subjects.references.shape[1] - 1)
     titles = ["references", *blank, "held out", *titles, "as on"]
     images.grid(cells, titles=titles).save(out / "grid.png")
 

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from persona_jax.base.caption_sampling import captions_of
 from persona_jax.base.clip import score_clip, train_clip
 from persona_jax.base.prompts import score_prompts
-from persona_jax.base.reader import score_reader, train_reader
 from persona_jax.base.stage import read_pictures
+from persona_jax.base.trait_training import score_trait_classifier, train_trait_classifier
 from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
 from persona_jax.data.dataset import open_dataset, rows_of
@@ -62,8 +62,8 @@ def make_base(config: ConfigDict, workdir: Path) -> None:
     print(json.dumps(report), flush=True)
     train_unet(config, workdir, mesh, photos, rows)
     if "reader" in config:
-        train_reader(config, workdir, mesh)
-        report |= {"reader": score_reader(workdir / "reader")}
+        train_trait_classifier(config, workdir, mesh)
+        report |= {"reader": score_trait_classifier(workdir / "reader")}
         report |= {"prompts": score_prompts(workdir, config)}
     text = json.dumps(report, indent=2) + "\n"
     first_process(lambda: (workdir / "report.json").write_text(text))

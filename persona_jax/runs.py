@@ -11,11 +11,11 @@ from ml_collections import ConfigDict
 
 from persona_jax import methods, personal, tuning
 from persona_jax.data.photos import Photos
+from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
-from persona_jax.metrics.judging import Subjects
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
@@ -239,19 +239,21 @@ def make_run_sampler(
     return sample_people
 
 
-def look_at(run: Run, photos: Photos, whom: Subjects) -> Float[np.ndarray, "P N *D"] | None:
+def encode_references(
+    run: Run, photos: Photos, subjects: Subjects
+) -> Float[np.ndarray, "P N *D"] | None:
     """What the run's encoder sees in the references of each; None where weights belong to
     people."""
     if run.encoder is None:
         return None
-    sets = [[photos.image(row) for row in rows] for rows in whom.references.tolist()]
+    sets = [[photos.image(row) for row in rows] for rows in subjects.references.tolist()]
     return np.stack([run.encoder.encode(set_) for set_ in sets])
 
 
 def sample_subjects(
     run: Run,
     sampler: Callable[..., Float[np.ndarray, "Q H W 3"]],
-    whom: Subjects,
+    subjects: Subjects,
     seen: Float[np.ndarray, "P N *D"] | None = None,
     *,
     scale: float = 1.0,
@@ -264,7 +266,7 @@ def sample_subjects(
     Args:
       run: where weights belong to people, it must know these.
       sampler: :func:`make_run_sampler`'s.
-      whom: the people.
+      subjects: the people.
       seen: their references' embeddings, for adapters; None: text alone.
       scale: λ of an adapter.
       shown: how many of the references count; None: all.
@@ -272,11 +274,11 @@ def sample_subjects(
         they are, and ask for anybody.
       seed: of the noise.
     """
-    who, prompts = map(list, zip(*whom.pictures, strict=True))
+    who, prompts = map(list, zip(*subjects.pictures, strict=True))
     keys = generation.picture_keys(seed, len(prompts))
     if run.personal:
         wanted = [run.prompt(prompt) for prompt in prompts] if named else prompts
-        return sampler(wanted, keys, names=[whom.names[i] for i in who])
+        return sampler(wanted, keys, names=[subjects.names[i] for i in who])
     if seen is None:
         return sampler(prompts, keys)
     counts = np.arange(seen.shape[1]) < (seen.shape[1] if shown is None else shown)

@@ -18,9 +18,9 @@ from jaxtyping import Float
 from persona_jax.data import images
 from persona_jax.data.photos import SUFFIXES
 from persona_jax.errors import UserError
+from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
+from persona_jax.evaluation.networks import Network, NetworkOutput
 from persona_jax.interop import folders
-from persona_jax.metrics import networks, reading, references, report
-from persona_jax.metrics.networks import Look, Network
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 
@@ -31,21 +31,23 @@ AT_ONCE = 512
 def main(arguments: argparse.Namespace) -> None:
     """Folders → looks → a table of one row."""
     against, row = buckets.local(arguments.against), {}
-    known = references.load(against) if against.suffix == ".npz" else {}
+    known = reference_statistics.load(against) if against.suffix == ".npz" else {}
     seen_by = open_networks(arguments)
     pictures = buckets.local(arguments.pictures)
-    looks = {name: look_at(pictures, network) for name, network in seen_by.items()}
+    outputs = {name: run_network(pictures, network) for name, network in seen_by.items()}
     real = {}
     for name, network in seen_by.items():
         if known and name not in known:
             print(f"{against}: no statistics by {name}; there are: {', '.join(known)}")
             continue
-        real[name] = known.get(name) or references.of(look_at(against, network).features)
-        row |= report.realism([looks[name]], real[name], name, arguments.fid, arguments.splits)
+        real[name] = known.get(name) or reference_statistics.of(
+            run_network(against, network).features
+        )
+        row |= report.realism([outputs[name]], real[name], name, arguments.fid, arguments.splits)
     if not row:
         raise UserError(f"{against}: statistics by none of {', '.join(seen_by)}")
     if arguments.save:
-        references.save(buckets.local(arguments.save), real)
+        reference_statistics.save(buckets.local(arguments.save), real)
     print(report.markdown({arguments.pictures: row}))
 
 
@@ -57,21 +59,25 @@ def open_networks(arguments: argparse.Namespace) -> dict[str, Network]:
     """
     found = {}
     if arguments.pipeline:
-        reader = reading.load_reader(folders.find(arguments.pipeline).parent / "reader")
-        found["the reader"] = networks.by_reader(reader)
+        classifier = trait_classifier.load_trait_classifier(
+            folders.find(arguments.pipeline).parent / "reader"
+        )
+        found["the reader"] = networks.from_trait_classifier(classifier)
     if arguments.inception is not None:
         folder = buckets.local(arguments.data_dir) / "weights"
-        found |= networks.inception(arguments.inception, arguments.inception_sha256, folder)
+        found |= networks.inception_networks(
+            arguments.inception, arguments.inception_sha256, folder
+        )
     if not found:
         raise UserError("name who looks: --inception, or --pipeline of a base of drawn people")
     return found
 
 
-def look_at(folder: Path, network: Network) -> Look:
+def run_network(folder: Path, network: Network) -> NetworkOutput:
     """A network's look at all pictures of a folder."""
     parts = [network(part) for part in read_pictures(folder)]
     classes = None if parts[0].classes is None else np.concatenate([p.classes for p in parts])
-    return Look(np.concatenate([part.features for part in parts]), classes)
+    return NetworkOutput(np.concatenate([part.features for part in parts]), classes)
 
 
 def read_pictures(folder: Path) -> Iterator[Float[np.ndarray, "_ h w 3"]]:

@@ -10,8 +10,8 @@ from PIL import Image
 from world import config_of, shrink_adapter
 
 from persona_jax import compare
-from persona_jax.metrics import judging, reading
-from persona_jax.models import reader as model
+from persona_jax.evaluation import evaluators, trait_classifier
+from persona_jax.models import trait_network as model
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import write_run_files
 
@@ -21,9 +21,9 @@ def small_configs(tmp_path_factory):
     """A folder of configs, each a few steps on a random base of 16 pixels."""
     folder = tmp_path_factory.mktemp("world")
     stock.write_pipeline(folder / "base/pipeline")
-    params = model.initialise(model.Reader(reading.HEADS), jax.random.key(0), 16)
-    reader = reading.Reader(params, np.ones(27, np.float32), 16)
-    reading.save_reader(reader, folder / "base/reader")
+    params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
+    classifier = trait_classifier.TraitClassifier(params, np.ones(27, np.float32), 16)
+    trait_classifier.save_trait_classifier(classifier, folder / "base/reader")
     for name in ("ip", "sa", "dreambooth"):
         config = config_of(name, "tiny")
         config.data.data_dir = str(folder / "data")
@@ -58,7 +58,7 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     monkeypatch.setattr(compare, "GUIDANCE", (2.0, 3.0))
     monkeypatch.setattr(compare, "SCALES", (0.5,))
     monkeypatch.setattr(compare, "DOUBLINGS", 0)
-    monkeypatch.setattr(judging, "AGAIN", 3)
+    monkeypatch.setattr(evaluators, "AGAIN", 3)
     monkeypatch.setattr(compare, "SHOWN", 2)
     flags = ["--out", str(tmp_path), "--configs", str(small_configs)]
     flags += ["--methods", *methods]

@@ -7,7 +7,7 @@ import stock
 from world import adapter_config, write_adapter, write_people
 
 from persona_jax import evaluate
-from persona_jax.metrics import faces, networks
+from persona_jax.evaluation import faces, networks
 from persona_jax.runtime.command_line import run_with_arguments
 
 
@@ -18,15 +18,15 @@ def test_real_people_are_evaluated_by_their_faces(tmp_path, monkeypatch, capsys)
         flat = pictures.reshape(len(pictures), -1)
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
-    def judge(config, photos, people, arguments):
-        return faces.FaceJudge(
+    def evaluator(config, photos, people, arguments):
+        return faces.FaceEvaluator(
             photos,
             crop=config.data.crop,
             face=colours,
             words=lambda pictures: np.ones((len(pictures), 1)),
             texts=lambda captions: np.full((len(captions), 1), 0.5),
             find=lambda picture: True,
-            networks={"colours": networks.by_faces(colours)},
+            networks={"colours": networks.from_face_encoder(colours)},
         )
 
     workdir = tmp_path / "sa"
@@ -35,7 +35,7 @@ def test_real_people_are_evaluated_by_their_faces(tmp_path, monkeypatch, capsys)
     config = adapter_config("sa", tmp_path / "people", tmp_path / "data", tmp_path / "base")
     config.aggregator.pooling_heads, config.data.test_people = 3, 2
     write_adapter(config, workdir)
-    monkeypatch.setattr(evaluate.judges, "open_judge", judge)
+    monkeypatch.setattr(evaluate.builder, "build_evaluator", evaluator)
     argv = ["evaluate", "--workdir", str(workdir), "--references", "3", "1"]
     run_with_arguments(evaluate.parser(), evaluate.main, argv)
     report = json.loads((workdir / "evaluation/report.json").read_text())

@@ -13,9 +13,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from persona_jax import score
+from persona_jax.evaluation import networks, reference_statistics, trait_classifier
 from persona_jax.interop.tensors import torch_name, torch_shape
-from persona_jax.metrics import distributions, networks, reading, references
-from persona_jax.models import reader as model
+from persona_jax.metrics import distributions
+from persona_jax.models import trait_network as model
 from persona_jax.models.inception import SIDE, InceptionV3
 from persona_jax.runtime.command_line import run_with_arguments
 
@@ -25,8 +26,11 @@ def world(tmp_path_factory):
     """A base with a random reader, and two folders of pictures."""
     folder = tmp_path_factory.mktemp("score")
     stock.write_pipeline(folder / "base/pipeline")
-    params = model.initialise(model.Reader(reading.HEADS), jax.random.key(0), 16)
-    reading.save_reader(reading.Reader(params, np.ones(27, np.float32), 16), folder / "base/reader")
+    params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
+    trait_classifier.save_trait_classifier(
+        trait_classifier.TraitClassifier(params, np.ones(27, np.float32), 16),
+        folder / "base/reader",
+    )
     for name, count, low in (("painted", 24, 0), ("real", 30, 90)):
         (folder / name / "within").mkdir(parents=True)
         random = np.random.default_rng(count)
@@ -50,10 +54,12 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     flags = ["--pipeline", str(world / "base/pipeline"), "--fid", "--splits", "3"]
     run_score(world, *flags, "--save", str(tmp_path / "real.npz"))
     found = row_of(capsys.readouterr().out)
-    network = networks.by_reader(reading.load_reader(world / "base/reader"))
-    one, other = (score.look_at(world / name, network) for name in ("painted", "real"))
+    network = networks.from_trait_classifier(
+        trait_classifier.load_trait_classifier(world / "base/reader")
+    )
+    one, other = (score.run_network(world / name, network) for name in ("painted", "real"))
     assert one.features.shape == (24, 256)
-    moments = [distributions.moments(look.features) for look in (one, other)]
+    moments = [distributions.moments(output.features) for output in (one, other)]
     kid, _ = distributions.kernel_distance(one.features, other.features, seed=0)
     # A row of a table has four digits.
     wanted = {
@@ -77,7 +83,7 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
 def test_a_file_of_pytorch_fid_is_the_legacy_networks(tmp_path):
     random = np.random.default_rng(0).normal(size=(40, 8))
     np.savez(tmp_path / "fid.npz", mu=random.mean(axis=0), sigma=np.cov(random.T))
-    (name, found), *rest = references.load(tmp_path / "fid.npz").items()
+    (name, found), *rest = reference_statistics.load(tmp_path / "fid.npz").items()
     assert (name, rest, found.features, found.count) == ("Inception, legacy", [], None, None)
     own = distributions.moments(random + 1)
     assert distributions.frechet_distance(own, found) == pytest.approx(8.0)

@@ -12,8 +12,8 @@ from world import config_of
 from persona_jax import methods
 from persona_jax.base.ship import MOST_BYTES
 from persona_jax.errors import UserError
+from persona_jax.evaluation import trait_classifier
 from persona_jax.interop import folders
-from persona_jax.metrics import reading
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.pipelines import generation, pipeline
@@ -114,6 +114,6 @@ def test_its_adapter_is_refused_on_another_pipeline(shipped):
 
 
 def test_its_reader_reads_every_trait():
-    reader = reading.load_reader(TINY / "reader")
-    assert reader.size == 64
-    assert reader.spread.max() < 0.29
+    classifier = trait_classifier.load_trait_classifier(TINY / "reader")
+    assert classifier.size == 64
+    assert classifier.spread.max() < 0.29

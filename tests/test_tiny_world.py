@@ -11,8 +11,8 @@ from world import config_of, shrink_adapter, shrink_base, use_people
 from persona_jax import evaluate, methods, pretrain, probe, train
 from persona_jax.base import ship
 from persona_jax.errors import UserError
+from persona_jax.evaluation import trait_classifier
 from persona_jax.interop.checkpoints import load_params
-from persona_jax.metrics import reading
 from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
@@ -141,7 +141,7 @@ def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
         assert_close(getattr(packed, tower).params, getattr(whole, tower).params)
     both = [parts.tokenize(["a red hat"])[0] for parts in (whole, packed)]
     np.testing.assert_array_equal(*both)
-    reading.load_reader(tmp_path / "out" / "reader")
+    trait_classifier.load_trait_classifier(tmp_path / "out" / "reader")
 
     # A set method goes on from the packed adapter.
     config = adapter_config(data, tmp_path / "out")

@@ -6,7 +6,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from persona_jax.data import images
-from persona_jax.metrics import fidelity, reading
+from persona_jax.evaluation import fidelity
+from persona_jax.evaluation import trait_classifier as reading
 from persona_jax.pipelines import generation as paint
 from persona_jax.pipelines import pipeline
 
@@ -15,7 +16,7 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
     """Paints from text alone, with guidance, and counts what was asked for and is there.
 
     Leaves ``prompts.png`` in `workdir`: the first 32 pictures; their prompts are those of
-    :func:`persona_jax.metrics.fidelity.draw_wishes`.
+    :func:`persona_jax.evaluation.fidelity.draw_wishes`.
     """
     settings = config.unet
     parts = pipeline.load(str(workdir / "pipeline"), only=("unet", "vae", "text_encoder"))
@@ -34,5 +35,5 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
     images.grid([list(rows[i : i + 8]) for i in range(0, len(rows), 8)]).save(
         workdir / "prompts.png"
     )
-    readings = reading.load_reader(workdir / "reader").read(pictures)
+    readings = reading.load_trait_classifier(workdir / "reader").read(pictures)
     return {"pictures": len(scene), **fidelity.prompt_fidelity(readings, scene)}

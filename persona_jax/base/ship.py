@@ -13,10 +13,10 @@ import jax
 import numpy as np
 
 from persona_jax.errors import UserError
+from persona_jax.evaluation import trait_classifier as reading
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.folders import Tower
 from persona_jax.interop.ip_adapter import save_ip_adapter
-from persona_jax.metrics import reading
 from persona_jax.models.towers import TOWERS
 from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
@@ -35,8 +35,8 @@ def main(arguments: argparse.Namespace) -> None:
     halves = {name: half(getattr(parts, name)) for name in TOWERS}
     pipeline.save(dataclasses.replace(parts, **halves), out / "pipeline")
     shutil.copy(base / "pipeline/text_projection.safetensors", out / "pipeline")
-    reader = reading.load_reader(base / "reader")
-    reading.save_reader(
+    reader = reading.load_trait_classifier(base / "reader")
+    reading.save_trait_classifier(
         dataclasses.replace(reader, params=to_float16(reader.params)), out / "reader"
     )
     learnt = load_params(run / "checkpoints", "ema" if config.optimizer.ema_decay else "params")

@@ -8,10 +8,10 @@ import torch
 from jax.sharding import Mesh
 
 from persona_jax.errors import UserError
+from persona_jax.evaluation.trait_classifier import HEADS
 from persona_jax.metrics.distributions import frechet_distance, moments
 from persona_jax.metrics.features import inception_pass, make_pass, resize_clean, resize_legacy
-from persona_jax.metrics.reading import HEADS
-from persona_jax.models import reader
+from persona_jax.models import trait_network
 
 
 def mesh_of(count):
@@ -21,8 +21,8 @@ def mesh_of(count):
 
 
 def test_the_number_of_devices_changes_nothing():
-    module = reader.Reader(HEADS)
-    params = reader.initialise(module, jax.random.key(0), 64)
+    module = trait_network.TraitNetwork(HEADS)
+    params = trait_network.initialise(module, jax.random.key(0), 64)
     random = np.random.default_rng(0)
     one, other = (random.normal(size=(n, 64, 64, 3)).astype(np.float32) for n in (101, 90))
 

@@ -18,8 +18,8 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
-from persona_jax.metrics import fidelity, reading
-from persona_jax.metrics.networks import Look, Network
+from persona_jax.evaluation import fidelity, trait_classifier
+from persona_jax.evaluation.networks import Network, NetworkOutput
 
 AGAIN = 32
 """How many people are painted plainly once more."""
@@ -69,23 +69,23 @@ class Subjects:
 
 
 @dataclasses.dataclass(frozen=True)
-class Verdict:
+class EvaluationResult:
     """What a judge says of one picture set.
 
     Attributes:
       scores: by the column's title, for each person ``[P]``; the first one leads. An arrow says
         which way is better.
-      looks: what each of the judge's networks makes of the pictures as on the held-out photos.
+      outputs: what each of the judge's networks makes of the pictures as on the held-out photos.
       diversity: mean distance between the features of two plain pictures of a person, by the first
         network; None where there is one of each.
     """
 
     scores: dict[str, Float[np.ndarray, " P"]]
-    looks: dict[str, Look]
+    outputs: dict[str, NetworkOutput]
     diversity: float | None = None
 
 
-def apart(
+def feature_distance(
     network: Network, pictures: Float[np.ndarray, "P S S 3"], again: Float[np.ndarray, "A S S 3"]
 ) -> float | None:
     """Mean distance between the features of the first A pictures and of others of the same."""
@@ -96,7 +96,7 @@ def apart(
 
 
 @runtime_checkable
-class Judge(Protocol):
+class Evaluator(Protocol):
     """Who gives verdicts.
 
     Attributes:
@@ -113,30 +113,34 @@ class Judge(Protocol):
     networks: Mapping[str, Network]
     likeness: str
 
-    def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
-        """The verdict on what ``whom.pictures`` asks for, in [−1, 1]."""
+    def pictures(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"]
+    ) -> EvaluationResult:
+        """The verdict on what ``subjects.pictures`` asks for, in [−1, 1]."""
 
     def photos(
-        self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
-    ) -> Verdict:
+        self, subjects: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
+    ) -> EvaluationResult:
         """The verdict on a photo of each person.
 
         rows: which photos they are, or are pictures of.
         """
 
-    def loss(self, found: Verdict) -> float:
+    def loss(self, found: EvaluationResult) -> float:
         """What choices minimise."""
 
-    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+    def details(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int
+    ) -> dict:
         """What else there is to say of pictures painted from the first `shown` references."""
 
 
 @dataclasses.dataclass(frozen=True)
-class TraitJudge:
-    """Reads drawn people's traits and scenes, whose truth is known (see :class:`Judge`).
+class TraitEvaluator:
+    """Reads drawn people's traits and scenes, whose truth is known (see :class:`Evaluator`).
 
     Attributes:
-      reader: what reads them.
+      classifier: what reads them.
       identity, scene: the truth about all photos, by row ``[N, 27]`` and ``[N, 31]``.
       networks: its own and more.
       among: people are named in groups of so many.
@@ -144,7 +148,7 @@ class TraitJudge:
       plain: the first prompt.
     """
 
-    reader: reading.Reader
+    classifier: trait_classifier.TraitClassifier
     identity: Float[np.ndarray, "N K"]
     scene: Float[np.ndarray, "N J"]
     networks: Mapping[str, Network]
@@ -157,45 +161,49 @@ class TraitJudge:
         """Naming the right one."""
         return f"named, of {self.among} ↑"
 
-    def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
+    def pictures(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"]
+    ) -> EvaluationResult:
         """Traits of the plain pictures, where all of them show; the prompt's share of the rest."""
-        plain, asked, again = whom.split(pictures)
+        plain, asked, again = subjects.split(pictures)
         seen = np.ones((len(plain), len(traits.IDENTITY)))
-        found = self._verdict(plain, seen, asked, whom.held_out)
+        found = self._evaluate(plain, seen, asked, subjects.held_out)
         own = next(iter(self.networks.values()))
-        return dataclasses.replace(found, diversity=apart(own, plain, again))
+        return dataclasses.replace(found, diversity=feature_distance(own, plain, again))
 
     def photos(
-        self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
-    ) -> Verdict:
+        self, subjects: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
+    ) -> EvaluationResult:
         """Of traits, those that show count."""
         seen = 1 - traits.hidden_traits(self.scene[rows])
-        return self._verdict(photos, seen, photos, rows)
+        return self._evaluate(photos, seen, photos, rows)
 
-    def loss(self, found: Verdict) -> float:
+    def loss(self, found: EvaluationResult) -> float:
         """The error of the person, guessing being 1, and of the prompt."""
         error, _, prompt = found.scores.values()
         return float(error.mean() / 12**-0.5 + 1 - prompt.mean())
 
-    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+    def details(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int
+    ) -> dict:
         """Errors of the plain pictures by trait, and by how many references hide the trait."""
-        plain, _, _ = whom.split(pictures)
-        read, truth = self.reader.read(plain).identity, self.identity[whom.held_out]
-        hidden = traits.hidden_traits(self.scene)[whom.references[:, :shown]].sum(axis=1)
+        plain, _, _ = subjects.split(pictures)
+        read, truth = self.classifier.read(plain).identity, self.identity[subjects.held_out]
+        hidden = traits.hidden_traits(self.scene)[subjects.references[:, :shown]].sum(axis=1)
         return {
             "by_trait": fidelity.error_by_trait(read, truth),
             "by_hiding": fidelity.error_by_hiding(read, truth, hidden),
         }
 
-    def _verdict(self, plain, seen, asked, rows) -> Verdict:
-        read = self.reader.read(plain).identity
+    def _evaluate(self, plain, seen, asked, rows) -> EvaluationResult:
+        read = self.classifier.read(plain).identity
         identity = self.identity[rows]
         squared = ((read - identity) ** 2 * seen).sum(axis=1)
-        return Verdict(
+        return EvaluationResult(
             {
                 "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
-                self.likeness: fidelity.named(self.reader, read, identity, self.among),
-                "prompt ↑": fidelity.scene_fidelity(self.reader.read(asked), self.scene[rows]),
+                self.likeness: fidelity.named(self.classifier, read, identity, self.among),
+                "prompt ↑": fidelity.scene_fidelity(self.classifier.read(asked), self.scene[rows]),
             },
             {name: network(asked) for name, network in self.networks.items()},
         )
@@ -210,8 +218,8 @@ def how_many(wanted: int | None, group: Sequence[str]) -> int:
     return count - count % fidelity.AMONG if count > fidelity.AMONG else count
 
 
-def subjects(
-    judge: Judge,
+def choose_subjects(
+    evaluator: Evaluator,
     photos: Photos,
     group: Sequence[str],
     count: int,
@@ -223,9 +231,9 @@ def subjects(
     Raises:
       UserError: too few of them, or too few photos of one.
     """
-    if not 1 < count <= len(group) or count % judge.among:
+    if not 1 < count <= len(group) or count % evaluator.among:
         raise UserError(
-            f"{count} people: a multiple of {judge.among}, 2 to {len(group)}, is needed"
+            f"{count} people: a multiple of {evaluator.among}, 2 to {len(group)}, is needed"
         )
     names, n = list(group[:count]), config.references.n
     sets = photos_of(photos.people, names)
@@ -236,7 +244,7 @@ def subjects(
         names=names,
         references=rows[:, :-1],
         held_out=rows[:, -1],
-        prompts=[judge.plain] * count + [photos.captions[row] for row in rows[:, -1]],
+        prompts=[evaluator.plain] * count + [photos.captions[row] for row in rows[:, -1]],
         again=min(again, count),
     )
 
@@ -250,13 +258,13 @@ def photos_as_pictures(
 
 
 def real_photos(
-    judge: Judge, photos: Photos, whom: Subjects, size: int, crop: float
-) -> tuple[Verdict, dict[str, Float[np.ndarray, "P F"]]]:
+    evaluator: Evaluator, photos: Photos, subjects: Subjects, size: int, crop: float
+) -> tuple[EvaluationResult, dict[str, Float[np.ndarray, "P F"]]]:
     """The verdict on each person's first photo, and every network's features of the held-out ones,
     which all pictures are held against."""
     first, held_out = (
         photos_as_pictures(photos, rows, size, crop)
-        for rows in (whom.references[:, 0], whom.held_out)
+        for rows in (subjects.references[:, 0], subjects.held_out)
     )
-    against = {name: network(held_out).features for name, network in judge.networks.items()}
-    return judge.photos(whom, whom.references[:, 0], first), against
+    against = {name: network(held_out).features for name, network in evaluator.networks.items()}
+    return evaluator.photos(subjects, subjects.references[:, 0], first), against

@@ -5,7 +5,7 @@ from jaxtyping import Float
 
 from persona_jax.data.portraits import descriptions as words
 from persona_jax.data.portraits import traits
-from persona_jax.metrics import reading
+from persona_jax.evaluation import trait_classifier as reading
 
 AMONG = 32
 """How many people a picture's person is picked from."""
@@ -91,7 +91,7 @@ def error_by_trait(
 
 
 def named(
-    reader: reading.Reader,
+    reader: reading.TraitClassifier,
     identity: Float[np.ndarray, "P K"],
     truth: Float[np.ndarray, "P K"],
     among: int = AMONG,

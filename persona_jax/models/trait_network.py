@@ -9,7 +9,7 @@ from persona_jax.models.layers import group_norm
 Heads = tuple[tuple[str, int], ...]
 
 
-class Reader(nn.Module):
+class TraitNetwork(nn.Module):
     """Strided residual convolutions, one dense layer of features, a linear head per question.
 
     Places matter (where is the mole?), so the last map is flattened, not pooled.
@@ -39,6 +39,6 @@ class Reader(nn.Module):
         return features, {n: nn.Dense(k, name=f"head_{n}")(features) for n, k in self.heads}
 
 
-def initialise(module: Reader, key: Array, size: int) -> dict:
+def initialise(module: TraitNetwork, key: Array, size: int) -> dict:
     """Random float32 parameters for pictures of `size` pixels."""
     return module.init(key, jnp.zeros((1, size, size, 3)))["params"]

@@ -16,15 +16,15 @@ from persona_jax.data.portraits import traits
 from persona_jax.data.portraits.builder import Settings, draw
 from persona_jax.data.portraits.render import render
 from persona_jax.diffusion.loss import example_keys
-from persona_jax.metrics import reading
-from persona_jax.models import reader as model
+from persona_jax.evaluation import trait_classifier as reading
+from persona_jax.models import trait_network as model
 from persona_jax.runtime.mesh import first_process
 
 
-def train_reader(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
+def train_trait_classifier(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
     """Trains and scores the reader; writes it to ``workdir/reader``."""
     settings, size = config.reader, config.image_size
-    module = model.Reader(reading.HEADS)
+    module = model.TraitNetwork(reading.HEADS)
 
     def loss(params: Mapping, frozen: Mapping, batch: Mapping, step: Array):
         keys = example_keys(config.seed, step, batch["index"])
@@ -50,16 +50,16 @@ def train_reader(config: ConfigDict, workdir: Path, mesh: Mesh) -> None:
         {},
         batches_from,
     )
-    reader = reading.Reader(learnt, np.ones(len(traits.IDENTITY), np.float32), size)
+    reader = reading.TraitClassifier(learnt, np.ones(len(traits.IDENTITY), np.float32), size)
     identity, scene, answers = read_unseen(reader, people=settings.unseen)
     error = (answers.identity - identity)[:, None, :] ** 2
     seen = 1 - traits.hidden_traits(scene)[:, None, :]
     spread = np.sqrt((error * seen).sum(axis=(0, 1)) / seen.sum(axis=(0, 1)))
-    finished = reading.Reader(learnt, spread.astype(np.float32), size)
-    first_process(lambda: reading.save_reader(finished, workdir / "reader"))
+    finished = reading.TraitClassifier(learnt, spread.astype(np.float32), size)
+    first_process(lambda: reading.save_trait_classifier(finished, workdir / "reader"))
 
 
-def score_reader(folder: Path, people: int = 512) -> dict:
+def score_trait_classifier(folder: Path, people: int = 512) -> dict:
     """How well the reader reads photos of people nobody else has seen.
 
     Returns:
@@ -67,7 +67,7 @@ def score_reader(folder: Path, people: int = 512) -> dict:
       "traits": the same of each; "named": share of plain photos that name the right one of 32;
       and the share of right answers to each question.
     """
-    reader = reading.load_reader(folder)
+    reader = reading.load_trait_classifier(folder)
     identity, scene, answers = read_unseen(reader, people)
     seen = 1 - traits.hidden_traits(scene)
     error = (answers.identity - identity) ** 2 * seen
@@ -129,7 +129,7 @@ def roughen(key: Array, picture: Float[Array, "S S 3"], most: float) -> Float[Ar
     return picture + strength * jax.random.normal(noise_key, picture.shape)
 
 
-def read_unseen(reader: reading.Reader, people: int) -> tuple:
+def read_unseen(reader: reading.TraitClassifier, people: int) -> tuple:
     """(identity, scene, readings) of one photo each of the `unseen` group's people."""
     photos = list(draw(Settings({"unseen": people}, photos=2)))[::2]
     identity = np.stack([photo["identity"] for photo in photos])

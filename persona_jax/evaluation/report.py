@@ -10,11 +10,12 @@ import numpy as np
 from jaxtyping import Float
 
 from persona_jax.errors import UserError
-from persona_jax.metrics import distributions, references
+from persona_jax.evaluation import reference_statistics
+from persona_jax.evaluation.evaluators import EvaluationResult
+from persona_jax.evaluation.networks import NetworkOutput
+from persona_jax.evaluation.reference_statistics import ReferenceStatistics
+from persona_jax.metrics import distributions
 from persona_jax.metrics.intervals import Mean, bootstrap
-from persona_jax.metrics.judging import Verdict
-from persona_jax.metrics.networks import Look
-from persona_jax.metrics.references import Reference
 
 Cell = Mean | float | str | None
 Table = dict[str, dict[str, Cell]]
@@ -37,7 +38,7 @@ compares with it."""
 
 
 def table(
-    rows: Mapping[str, Sequence[Verdict]],
+    rows: Mapping[str, Sequence[EvaluationResult]],
     real: Mapping[str, Float[np.ndarray, "P F"]],
     versus: str,
     fid: bool = False,
@@ -56,15 +57,15 @@ def table(
     first = next(iter(real.values()))
     unlike = np.mean([np.linalg.norm(first - np.roll(first, n, 0), axis=1) for n in (1, 2, 3)])
 
-    def stacked(found: Sequence[Verdict], title: str) -> Float[np.ndarray, "R P"]:
-        return np.stack([verdict.scores[title] for verdict in found])
+    def stacked(found: Sequence[EvaluationResult], title: str) -> Float[np.ndarray, "R P"]:
+        return np.stack([result.scores[title] for result in found])
 
     leading, *others = rows[versus][0].scores
-    against = {network: references.of(features) for network, features in real.items()}
+    against = {network: reference_statistics.of(features) for network, features in real.items()}
     base, out = stacked(rows[versus], leading), {}
     for name, found in rows.items():
         scores = stacked(found, leading)
-        apart = [verdict.diversity for verdict in found]
+        apart = [result.diversity for result in found]
         out[name] = {
             leading: bootstrap(scores),
             # A row of one seed, photos for instance, is held against every seed.
@@ -73,20 +74,24 @@ def table(
             "diversity": None if None in apart else float(np.mean(apart) / unlike),
         }
         for network, reference in against.items():
-            looks = [verdict.looks[network] for verdict in found]
-            out[name] |= realism(looks, reference, network, fid)
+            outputs = [result.outputs[network] for result in found]
+            out[name] |= realism(outputs, reference, network, fid)
         if rows.keys() & PAPER.keys():
             out[name]["the paper's IS / FID"] = PAPER.get(name)
     return out
 
 
 def realism(
-    looks: Sequence[Look], real: Reference, network: str, fid: bool, most_splits: int | None = None
+    outputs: Sequence[NetworkOutput],
+    real: ReferenceStatistics,
+    network: str,
+    fid: bool,
+    most_splits: int | None = None,
 ) -> dict[str, Cell]:
     """KID, IS and FID by a network, which the columns name; means over seeds.
 
     Args:
-      looks: the network's, of one picture set a seed.
+      outputs: the network's, of one picture set a seed.
       real: what they are held against.
       network: its name.
       fid: see :func:`table`.
@@ -95,7 +100,7 @@ def realism(
     Raises:
       UserError: fewer pictures than splits, or other features than the reference's.
     """
-    out, features = {}, [look.features for look in looks]
+    out, features = {}, [output.features for output in outputs]
     if features[0].shape[1] != len(real.mean):
         raise UserError(
             f"{network}: {features[0].shape[1]} features, but the photos' statistics are of "
@@ -104,11 +109,12 @@ def realism(
     if real.features is not None:
         kid = [distributions.kernel_distance(x, real.features, seed=0)[0] for x in features]
         out[f"KID × 1000 ({network}) ↓"] = float(1000 * np.mean(kid))
-    if looks[0].classes is not None:
+    if outputs[0].classes is not None:
         splits = most_splits or min(10, len(features[0]))
         for uniform, word in ((False, ""), (True, ", uniform p(y)")):
             scores = [
-                distributions.inception_score(look.classes, 0, splits, uniform)[0] for look in looks
+                distributions.inception_score(output.classes, 0, splits, uniform)[0]
+                for output in outputs
             ]
             out[f"IS, {splits} splits{word} ({network}) ↑"] = float(np.mean(scores))
     fewest = min(len(features[0]), real.count or len(features[0]))

@@ -16,7 +16,7 @@ LEGACY = "Inception, legacy"
 
 
 @dataclasses.dataclass(frozen=True)
-class Reference:
+class ReferenceStatistics:
     """What one network makes of real photos.
 
     Attributes:
@@ -31,17 +31,17 @@ class Reference:
     features: Float[np.ndarray, "R F"] | None = None
 
 
-def of(features: Float[np.ndarray, "R F"]) -> Reference:
+def of(features: Float[np.ndarray, "R F"]) -> ReferenceStatistics:
     """The statistics of photos' features.
 
     Raises:
       UserError: fewer than two photos, or features that are not finite.
     """
     found = distributions.moments(features)
-    return Reference(found.mean, found.covariance, found.count, features)
+    return ReferenceStatistics(found.mean, found.covariance, found.count, features)
 
 
-def save(file: Path, references: Mapping[str, Reference]) -> None:
+def save(file: Path, references: Mapping[str, ReferenceStatistics]) -> None:
     """Writes an ``.npz`` of the references, by network; the name is the file's only when whole.
 
     Raises:
@@ -62,7 +62,7 @@ def save(file: Path, references: Mapping[str, Reference]) -> None:
         beside.unlink(missing_ok=True)
 
 
-def load(file: Path) -> dict[str, Reference]:
+def load(file: Path) -> dict[str, ReferenceStatistics]:
     """What :func:`save` wrote, by network; or a file of pytorch-fid's, ``mu`` and ``sigma`` alone.
 
     Raises:
@@ -83,7 +83,7 @@ def load(file: Path) -> dict[str, Reference]:
         if mean is None or covariance is None or covariance.shape != 2 * mean.shape:
             raise UserError(f"{file}: no statistics of pictures; expected mu [F] and sigma [F, F]")
         count = None if features is None else len(features)
-        out[network] = Reference(mean, covariance, count, features)
+        out[network] = ReferenceStatistics(mean, covariance, count, features)
     if not out:
         raise UserError(f"{file}: no statistics of pictures in it")
     return out

@@ -11,8 +11,8 @@ from PIL import Image
 from persona_jax.data import images
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
+from persona_jax.evaluation import evaluators, faces, fidelity, networks, trait_classifier
 from persona_jax.interop import folders
-from persona_jax.metrics import faces, fidelity, judging, networks, reading
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import embed_captions, open_pipeline
 from persona_jax.runtime import buckets
@@ -22,35 +22,37 @@ MANY = 256
 """Photos whose mean is taken."""
 
 
-def open_judge(
+def build_evaluator(
     config: ConfigDict, photos: Photos, people: int, arguments: argparse.Namespace
-) -> judging.Judge:
+) -> evaluators.Evaluator:
     """By the truth where it is known, by faces elsewhere.
 
     Args:
       config: of people and base.
       photos: the people's.
       people: how many are to be judged; of fewer than readers pick from, they pick from these.
-      arguments: :func:`persona_jax.metrics.networks.add_flags`'.
+      arguments: :func:`persona_jax.evaluation.networks.add_flags`'.
 
     Raises:
       UserError: the base has no reader or no CLIP pair, or weights are missing; says what to do.
     """
     more, folder = {}, buckets.local(config.data.data_dir) / "weights"
     if arguments.inception is not None:
-        more = networks.inception(arguments.inception, arguments.inception_sha256, folder)
+        more = networks.inception_networks(arguments.inception, arguments.inception_sha256, folder)
     if photos.has("identity"):
-        reader = reading.load_reader(folders.find(config.pipeline).parent / "reader")
-        seen_by = {"the reader": networks.by_reader(reader)} | more
+        classifier = trait_classifier.load_trait_classifier(
+            folders.find(config.pipeline).parent / "reader"
+        )
+        seen_by = {"the reader": networks.from_trait_classifier(classifier)} | more
         among = min(people, fidelity.AMONG)
         truth = photos.truth("identity"), photos.truth("scene")
-        return judging.TraitJudge(reader, *truth, seen_by, among)
-    return _face_judge(config, photos, more)
+        return evaluators.TraitEvaluator(classifier, *truth, seen_by, among)
+    return _face_evaluator(config, photos, more)
 
 
-def _face_judge(
+def _face_evaluator(
     config: ConfigDict, photos: Photos, more: dict[str, networks.Network]
-) -> faces.FaceJudge:
+) -> faces.FaceEvaluator:
     pipeline = open_pipeline(config)
     own = config.image_encoder
     if own.kind == "dlib":
@@ -67,7 +69,7 @@ def _face_judge(
     settings.image_encoder.face_centre = tuple(centre)
     raw = _embedding(open_image_encoder(settings, pipeline))
     many = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
-    shown = judging.photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)
+    shown = evaluators.photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)
     mean = raw(shown).mean(axis=0)
     settings.image_encoder.kind = "clip"
     folder = folders.find(config.pipeline)
@@ -75,14 +77,14 @@ def _face_judge(
     def face(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
         return _unit(raw(pictures) - mean)
 
-    return faces.FaceJudge(
+    return faces.FaceEvaluator(
         photos,
         config.data.crop,
         face=face,
         words=_embedding(open_image_encoder(settings, pipeline)),
         texts=lambda captions: _unit(embed_captions(folder, captions)),
         find=_detector(),
-        networks={"dlib": networks.by_faces(face)} | more,
+        networks={"dlib": networks.from_face_encoder(face)} | more,
     )
 
 

@@ -1,7 +1,7 @@
 """The networks whose features and classes say how real pictures look: FID, KID and IS by them.
 
-A network is a function from pictures in [−1, 1] to a :class:`Look`; whoever reports a figure names
-the network beside it.
+A network is a function from pictures in [−1, 1] to a :class:`NetworkOutput`; whoever reports a
+figure names the network beside it.
 """
 
 import argparse
@@ -13,15 +13,15 @@ import numpy as np
 from jaxtyping import Float
 
 from persona_jax.data import images, outside
+from persona_jax.evaluation.trait_classifier import TraitClassifier
 from persona_jax.interop import network_weights
 from persona_jax.metrics.features import inception_pass
-from persona_jax.metrics.reading import Reader
 from persona_jax.runtime import buckets
 from persona_jax.runtime.mesh import make_mesh
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class NetworkOutput:
     """What a network makes of P pictures.
 
     Attributes:
@@ -33,35 +33,35 @@ class Look:
     classes: Float[np.ndarray, "P C"] | None
 
 
-Network = Callable[[Float[np.ndarray, "P S S 3"]], Look]
+Network = Callable[[Float[np.ndarray, "P S S 3"]], NetworkOutput]
 
 
-def by_reader(reader: Reader) -> Network:
+def from_trait_classifier(classifier: TraitClassifier) -> Network:
     """The reader's penultimate layer, and expression × background as classes."""
 
-    def look(pictures: np.ndarray) -> Look:
-        found = reader.read(pictures)
-        return Look(found.features, found.logits)
+    def run(pictures: np.ndarray) -> NetworkOutput:
+        found = classifier.read(pictures)
+        return NetworkOutput(found.features, found.logits)
 
-    return look
+    return run
 
 
-def by_faces(embed: Callable[[np.ndarray], np.ndarray]) -> Network:
+def from_face_encoder(embed: Callable[[np.ndarray], np.ndarray]) -> Network:
     """An embedding of faces, brought to unit variance or so, as KID's kernel expects; no classes.
 
     embed: pictures in [−1, 1] → unit embeddings ``[P, D]``.
     """
 
-    def look(pictures: np.ndarray) -> Look:
+    def run(pictures: np.ndarray) -> NetworkOutput:
         faces = embed(pictures)
-        return Look(faces * faces.shape[1] ** 0.5, None)
+        return NetworkOutput(faces * faces.shape[1] ** 0.5, None)
 
-    return look
+    return run
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What :func:`inception` asks of a command line; ``inception`` is None where it is not asked
-    for."""
+    """What :func:`inception_networks` asks of a command line; ``inception`` is None where
+    it is not asked for."""
     parser.add_argument(
         "--inception",
         nargs="?",
@@ -71,7 +71,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--inception_sha256", help="of weights to accept beside the known ones")
 
 
-def inception(file: str, sha256: str | None, folder: Path) -> dict[str, Network]:
+def inception_networks(file: str, sha256: str | None, folder: Path) -> dict[str, Network]:
     """Inception v3 of 2015 behind both ways of enlarging pictures, "Inception, clean" and
     "Inception, legacy" (see :func:`persona_jax.metrics.features.inception_pass`).
 
@@ -93,7 +93,7 @@ def inception(file: str, sha256: str | None, folder: Path) -> dict[str, Network]
     mesh = make_mesh(data=-1, fsdp=1)
 
     def network(resize: str) -> Network:
-        look = inception_pass(params, mesh, resize)
-        return lambda pictures: Look(*look(images.to_uint8(pictures)))
+        run = inception_pass(params, mesh, resize)
+        return lambda pictures: NetworkOutput(*run(images.to_uint8(pictures)))
 
     return {f"Inception, {resize}": network(resize) for resize in ("clean", "legacy")}

@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from persona_jax.data.portraits.traits import COLOURS, EXPRESSIONS, IDENTITY, REGIONS, SCENE
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
-from persona_jax.models import reader as model
+from persona_jax.models import trait_network as model
 
 HEADS: model.Heads = (
     ("identity", len(IDENTITY)),
@@ -66,7 +66,7 @@ class Readings:
 
 
 @dataclasses.dataclass(frozen=True)
-class Reader:
+class TraitClassifier:
     """A trained reader.
 
     Attributes:
@@ -120,7 +120,7 @@ class Reader:
 
 @jax.jit
 def _answer(params: Mapping, pictures: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-    return model.Reader(HEADS).apply({"params": params}, pictures)
+    return model.TraitNetwork(HEADS).apply({"params": params}, pictures)
 
 
 def _first(count: int, tree: Any) -> Any:
@@ -137,7 +137,7 @@ def truth(scene: Float[np.ndarray, "P J"], name: str) -> Int[np.ndarray, " P"]:
     return np.rint(scene[:, SCENE.index(name)]).astype(np.int64)
 
 
-def save_reader(reader: Reader, folder: Path) -> None:
+def save_trait_classifier(reader: TraitClassifier, folder: Path) -> None:
     """Writes ``config.json`` and ``model.safetensors``."""
     config = {
         "size": reader.size,
@@ -149,8 +149,8 @@ def save_reader(reader: Reader, folder: Path) -> None:
     tensors.save_tree(reader.params, folder / "model.safetensors")
 
 
-def load_reader(folder: Path) -> Reader:
-    """Reads what :func:`save_reader` wrote.
+def load_trait_classifier(folder: Path) -> TraitClassifier:
+    """Reads what :func:`save_trait_classifier` wrote.
 
     Raises:
       UserError: no reader there, one with other questions, or tensors that do not fit.
@@ -164,8 +164,8 @@ def load_reader(folder: Path) -> Reader:
     known = {"heads": [list(head) for head in HEADS], "identity": list(IDENTITY)}
     if any(config.get(key) != value for key, value in known.items()):
         raise UserError(f"{folder}: a reader of other questions than this version asks; train anew")
-    module, size = model.Reader(HEADS), int(config["size"])
+    module, size = model.TraitNetwork(HEADS), int(config["size"])
     abstract = jax.eval_shape(lambda: model.initialise(module, jax.random.key(0), size))
     files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))
     params = tensors.load_tree(abstract, files, dtype=jnp.float32)
-    return Reader(params, np.asarray(config["spread"], np.float32), size)
+    return TraitClassifier(params, np.asarray(config["spread"], np.float32), size)

@@ -6,11 +6,11 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from persona_jax.base import reader as stage
+from persona_jax.base import trait_training as stage
 from persona_jax.data.portraits import traits
 from persona_jax.errors import UserError
-from persona_jax.metrics import reading
-from persona_jax.models import reader as model
+from persona_jax.evaluation import trait_classifier as reading
+from persona_jax.models import trait_network as model
 from persona_jax.runtime.mesh import make_mesh
 
 
@@ -29,21 +29,21 @@ def trained(tmp_path_factory):
             "reader": {"batch_size": 8, "noise": 0.1, "unseen": 16, "optimizer": optimizer},
         }
     )
-    stage.train_reader(config, workdir, make_mesh())
+    stage.train_trait_classifier(config, workdir, make_mesh())
     return workdir / "reader"
 
 
 def test_it_is_scored_on_people_it_has_not_seen(trained):
-    scores = stage.score_reader(trained, people=32)
+    scores = stage.score_trait_classifier(trained, people=32)
     assert set(scores["traits"]) == set(traits.IDENTITY)
     assert 0.1 < scores["identity"] < 2
     assert all(0 <= scores[name] <= 1 for name in ("named", "hides", "glasses", "expression"))
 
 
 def test_saving_keeps_every_answer(trained, tmp_path):
-    reader = reading.load_reader(trained)
-    reading.save_reader(reader, tmp_path / "again")
-    again = reading.load_reader(tmp_path / "again")
+    reader = reading.load_trait_classifier(trained)
+    reading.save_trait_classifier(reader, tmp_path / "again")
+    again = reading.load_trait_classifier(tmp_path / "again")
     pictures = np.random.default_rng(0).uniform(-1, 1, (5, 32, 32, 3)).astype(np.float32)
     one, other = reader.read(pictures), again.read(pictures, batch_size=4)
     np.testing.assert_allclose(one.identity, other.identity, atol=1e-5)
@@ -56,19 +56,19 @@ def test_a_reader_of_other_questions_is_refused(trained, tmp_path):
     config = tmp_path / "config.json"
     config.write_text((trained / "config.json").read_text().replace("beard", "wig"))
     with pytest.raises(UserError, match="other questions"):
-        reading.load_reader(tmp_path)
+        reading.load_trait_classifier(tmp_path)
 
 
 def test_pictures_of_another_size_are_refused(trained):
     with pytest.raises(UserError, match="32 pixels"):
-        reading.load_reader(trained).read(np.zeros((1, 64, 64, 3), np.float32))
+        reading.load_trait_classifier(trained).read(np.zeros((1, 64, 64, 3), np.float32))
 
 
 def test_it_names_the_nearest_where_it_reads_well():
     candidates = np.random.default_rng(0).random((8, len(traits.IDENTITY))).astype(np.float32)
     spread = np.full(len(traits.IDENTITY), 0.1, np.float32)
     spread[0] = 10.0  # a trait it cannot read must not decide
-    reader = reading.Reader({}, spread, 64)
+    reader = reading.TraitClassifier({}, spread, 64)
     off = candidates.copy()
     off[:, 0] += 5.0
     np.testing.assert_array_equal(reader.name(off, candidates), np.arange(8))
@@ -94,7 +94,7 @@ def test_it_is_not_blamed_for_what_is_hidden():
 
 def test_it_learns_the_background_in_a_few_steps():
     """From ln 8 to well below it: the heads and the flattened map are wired to the picture."""
-    module, size = model.Reader(reading.HEADS, widths=(8, 16), features=32), 32
+    module, size = model.TraitNetwork(reading.HEADS, widths=(8, 16), features=32), 32
     params = model.initialise(module, jax.random.key(0), size)
     rng = np.random.default_rng(0)
     identity = np.stack([traits.draw_identity(rng) for _ in range(64)])
@@ -121,4 +121,4 @@ def test_it_learns_the_background_in_a_few_steps():
 
 def test_a_base_without_a_reader(tmp_path):
     with pytest.raises(UserError, match=r"no reader there; .*persona_jax.pretrain"):
-        reading.load_reader(tmp_path / "reader")
+        reading.load_trait_classifier(tmp_path / "reader")

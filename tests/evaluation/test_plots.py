@@ -2,7 +2,7 @@
 
 import xml.etree.ElementTree as ElementTree
 
-from persona_jax.metrics import plots
+from persona_jax.evaluation import plots
 
 
 def test_points_are_in_proportion():

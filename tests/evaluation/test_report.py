@@ -3,15 +3,15 @@
 import numpy as np
 import pytest
 
-from persona_jax.metrics import references, report
-from persona_jax.metrics.networks import Look
+from persona_jax.evaluation import reference_statistics, report
+from persona_jax.evaluation.networks import NetworkOutput
 
 
 def row(count: int, photos: int, fid: bool) -> dict:
     random = np.random.default_rng(0)
-    look = Look(random.normal(size=(count, 8)), random.normal(size=(count, 5)))
-    real = references.of(random.normal(size=(photos, 8)))
-    return report.realism([look], real, "eye", fid)
+    output = NetworkOutput(random.normal(size=(count, 8)), random.normal(size=(count, 5)))
+    real = reference_statistics.of(random.normal(size=(photos, 8)))
+    return report.realism([output], real, "eye", fid)
 
 
 @pytest.mark.parametrize(("count", "photos"), [(8, 40), (40, 8)])

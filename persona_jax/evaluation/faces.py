@@ -9,8 +9,13 @@ from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.data.photos import Photos
-from persona_jax.metrics.judging import Subjects, Verdict, apart, photos_as_pictures
-from persona_jax.metrics.networks import Network
+from persona_jax.evaluation.evaluators import (
+    EvaluationResult,
+    Subjects,
+    feature_distance,
+    photos_as_pictures,
+)
+from persona_jax.evaluation.networks import Network
 
 DETECTED_AT = 256
 """Pixels that pictures are enlarged to for the detector, which misses faces below 80."""
@@ -20,10 +25,10 @@ Embed = Callable[[Float[np.ndarray, "P S S 3"]], Float[np.ndarray, "P D"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class FaceJudge:
+class FaceEvaluator:
     """dlib's face recognition network says how near a picture's face is to the person's photos,
     dlib's detector whether there is a face at all, and the base's own CLIP pair how near the
-    picture is to its prompt (see :class:`persona_jax.metrics.judging.Judge`).
+    picture is to its prompt (see :class:`persona_jax.evaluation.evaluators.Evaluator`).
 
     Pictures without a face keep their cosine: faces have their place in them, and are cut out there
     whatever is on them.
@@ -57,39 +62,45 @@ class FaceJudge:
     likeness: str = "face cosine to the references ↑"
     known: dict[int, Float[np.ndarray, " D"]] = dataclasses.field(default_factory=dict)
 
-    def pictures(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"]) -> Verdict:
+    def pictures(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"]
+    ) -> EvaluationResult:
         """Faces of the plain pictures, texts of the others."""
-        plain, asked, again = whom.split(pictures)
-        found = self._verdict(whom, plain, asked, whom.prompts[len(plain) :])
+        plain, asked, again = subjects.split(pictures)
+        found = self._evaluate(subjects, plain, asked, subjects.prompts[len(plain) :])
         own = next(iter(self.networks.values()))
-        return dataclasses.replace(found, diversity=apart(own, plain, again))
+        return dataclasses.replace(found, diversity=feature_distance(own, plain, again))
 
     def photos(
-        self, whom: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
-    ) -> Verdict:
+        self, subjects: Subjects, rows: Int[np.ndarray, " P"], photos: Float[np.ndarray, "P S S 3"]
+    ) -> EvaluationResult:
         """Of photos that are among the references, these are left out of them."""
-        return self._verdict(whom, photos, photos, [self.real.captions[row] for row in rows], rows)
+        return self._evaluate(
+            subjects, photos, photos, [self.real.captions[row] for row in rows], rows
+        )
 
-    def loss(self, found: Verdict) -> float:
+    def loss(self, found: EvaluationResult) -> float:
         """How far from the person, and from the prompt."""
         face, _, text = found.scores.values()
         return float(2 - face.mean() - text.mean())
 
-    def details(self, whom: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int) -> dict:
+    def details(
+        self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"], shown: int
+    ) -> dict:
         """Nothing."""
         return {}
 
-    def _verdict(self, whom, plain, asked, captions, left_out=None) -> Verdict:
+    def _evaluate(self, subjects, plain, asked, captions, left_out=None) -> EvaluationResult:
         size, face = plain.shape[1], self.face(plain)
-        new = np.setdiff1d(whom.references, list(self.known))
+        new = np.setdiff1d(subjects.references, list(self.known))
         seen = self.face(photos_as_pictures(self.real, new, size, self.crop)) if len(new) else ()
         self.known.update(zip(new.tolist(), seen, strict=True))
         cosines = np.empty(len(plain))
-        for i, rows in enumerate(whom.references.tolist()):
+        for i, rows in enumerate(subjects.references.tolist()):
             others = [row for row in rows if left_out is None or row != left_out[i]]
             cosines[i] = np.mean([self.known[row] @ face[i] for row in others])
         found = [self.find(Image.fromarray(picture)) for picture in images.to_uint8(plain)]
-        return Verdict(
+        return EvaluationResult(
             {
                 self.likeness: cosines,
                 "a face is found ↑": np.asarray(found, np.float64),

@@ -9,11 +9,10 @@ import pytest
 import stock
 from world import SHARED, config_of, use_people, write_people
 
-from persona_jax import judges
 from persona_jax.data.dataset import open_dataset
 from persona_jax.errors import UserError
+from persona_jax.evaluation import builder, evaluators, faces, networks
 from persona_jax.interop import face_weights
-from persona_jax.metrics import faces, judging, networks
 
 NO_FLAGS = argparse.Namespace(inception=None)
 
@@ -36,52 +35,52 @@ def drawn(tmp_path):
         flat = flat - flat.mean(axis=0) / len(flat)
         return flat / np.linalg.norm(flat, axis=1, keepdims=True)
 
-    judge = faces.FaceJudge(
+    evaluator = faces.FaceEvaluator(
         photos,
         crop=1.0,
         face=colours,
         words=lambda pictures: np.ones((len(pictures), 1)),
         texts=lambda captions: np.full((len(captions), 1), 0.5),
         find=lambda picture: picture.getpixel((0, 0)) != (0, 0, 0),
-        networks={"colours": networks.by_faces(colours)},
+        networks={"colours": networks.from_face_encoder(colours)},
     )
-    return judge, photos, judging.subjects(judge, photos, groups.test, 3, config)
+    return evaluator, photos, evaluators.choose_subjects(evaluator, photos, groups.test, 3, config)
 
 
 def test_pictures_are_held_against_the_references(drawn):
-    judge, photos, whom = drawn
-    own = judging.photos_as_pictures(photos, whom.held_out, 32)
+    evaluator, photos, subjects = drawn
+    own = evaluators.photos_as_pictures(photos, subjects.held_out, 32)
     own[0] = -1.0  # black: no face
-    found = judge.pictures(whom, np.concatenate([own, own]))
+    found = evaluator.pictures(subjects, np.concatenate([own, own]))
     face, there, text = found.scores.values()
     assert face.shape == there.shape == text.shape == (3,)
     np.testing.assert_array_equal(there, [0, 1, 1])
     np.testing.assert_array_equal(text, 0.5)
-    assert found.looks["colours"].classes is None
+    assert found.outputs["colours"].classes is None
     assert found.diversity is None
-    assert judge.loss(found) == pytest.approx(2 - face.mean() - 0.5)
+    assert evaluator.loss(found) == pytest.approx(2 - face.mean() - 0.5)
 
 
 def test_diversity_is_how_far_pictures_of_one_person_are_apart(drawn):
-    judge, photos, whom = drawn
-    whom = dataclasses.replace(whom, again=2)
-    own = judging.photos_as_pictures(photos, whom.held_out, 32)
-    assert [who for who, _ in whom.pictures] == [0, 1, 2, 0, 1, 2, 0, 1]
-    same = judge.pictures(whom, np.concatenate([own, own, own[:2]]))
-    other = judge.pictures(whom, np.concatenate([own, own, own[1:]]))
-    features = judge.networks["colours"](own).features
+    evaluator, photos, subjects = drawn
+    subjects = dataclasses.replace(subjects, again=2)
+    own = evaluators.photos_as_pictures(photos, subjects.held_out, 32)
+    assert [who for who, _ in subjects.pictures] == [0, 1, 2, 0, 1, 2, 0, 1]
+    same = evaluator.pictures(subjects, np.concatenate([own, own, own[:2]]))
+    other = evaluator.pictures(subjects, np.concatenate([own, own, own[1:]]))
+    features = evaluator.networks["colours"](own).features
     away = np.linalg.norm(features[:2] - features[1:], axis=1).mean()
     assert same.diversity < 0.2 * away
     assert other.diversity == pytest.approx(away, rel=0.2)
 
 
 def test_a_photo_is_not_held_against_itself(drawn):
-    judge, photos, whom = drawn
-    first = whom.references[:, 0]
-    pictures = judging.photos_as_pictures(photos, first, 32)
-    found = judge.photos(whom, first, pictures)
-    unseen = dataclasses.replace(whom, references=whom.references[:, 1:])
-    want = judge.photos(unseen, whom.held_out, pictures)
+    evaluator, photos, subjects = drawn
+    first = subjects.references[:, 0]
+    pictures = evaluators.photos_as_pictures(photos, first, 32)
+    found = evaluator.photos(subjects, first, pictures)
+    unseen = dataclasses.replace(subjects, references=subjects.references[:, 1:])
+    want = evaluator.photos(unseen, subjects.held_out, pictures)
     title = next(iter(found.scores))
     np.testing.assert_allclose(found.scores[title], want.scores[title], atol=1e-6)
 
@@ -91,7 +90,7 @@ def test_dlib_cannot_judge_what_it_conditions(tmp_path):
     stock.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
     with pytest.raises(UserError, match="cannot judge"):
-        judges.open_judge(config, open_dataset(config.data)[0], 3, NO_FLAGS)
+        builder.build_evaluator(config, open_dataset(config.data)[0], 3, NO_FLAGS)
 
 
 def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
@@ -117,15 +116,15 @@ def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
     stock.write_pipeline(tmp_path / "pipeline")
     config.pipeline = str(tmp_path / "pipeline")
     photos, groups = open_dataset(config.data)
-    monkeypatch.setattr(judges, "MANY", 64)
+    monkeypatch.setattr(builder, "MANY", 64)
     monkeypatch.setattr(
-        judges, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
+        builder, "embed_captions", lambda folder, captions: np.ones((len(captions), 12))
     )
-    judge = judges.open_judge(config, photos, 6, NO_FLAGS)
-    whom = judging.subjects(judge, photos, groups.test, 6, config)
-    pictures = judging.photos_as_pictures(photos, whom.held_out, 64, 0.6)
-    own, there, _ = judge.photos(whom, whom.held_out, pictures).scores.values()
-    swapped = dataclasses.replace(whom, references=np.roll(whom.references, 1, axis=0))
-    other = next(iter(judge.photos(swapped, whom.held_out, pictures).scores.values()))
+    evaluator = builder.build_evaluator(config, photos, 6, NO_FLAGS)
+    subjects = evaluators.choose_subjects(evaluator, photos, groups.test, 6, config)
+    pictures = evaluators.photos_as_pictures(photos, subjects.held_out, 64, 0.6)
+    own, there, _ = evaluator.photos(subjects, subjects.held_out, pictures).scores.values()
+    swapped = dataclasses.replace(subjects, references=np.roll(subjects.references, 1, axis=0))
+    other = next(iter(evaluator.photos(swapped, subjects.held_out, pictures).scores.values()))
     assert own.mean() > 0.4 > 0.2 > other.mean()
     assert there.mean() > 0.8
