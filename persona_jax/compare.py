@@ -22,7 +22,7 @@ import PIL.Image
 from jaxtyping import Float
 from ml_collections import ConfigDict
 
-from persona_jax import runs, train
+from persona_jax import train
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
@@ -34,6 +34,7 @@ from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
+from persona_jax.runs import finished_run
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import load_config, run_with_arguments
 
@@ -73,14 +74,14 @@ class World:
     embeddings: dict = dataclasses.field(default_factory=dict)
 
     def encode_references(
-        self, run: runs.Run, subjects: Subjects
+        self, run: finished_run.Run, subjects: Subjects
     ) -> Float[np.ndarray, "P N D"] | None:
         """What the run's encoder sees in the references of each; looked at once."""
         if run.encoder is None:
             return None
         key = (run.encoder.hash, *subjects.names)
         if key not in self.embeddings:
-            self.embeddings[key] = runs.encode_references(run, self.photos, subjects)
+            self.embeddings[key] = finished_run.encode_references(run, self.photos, subjects)
         return self.embeddings[key]
 
 
@@ -155,13 +156,13 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str,
         length = _choose_training(world, name, config)
         changes = {"group": "test", "count": len(world.test.names), "seed": seed}
         workdir = world.out / f"runs/{name}-{seed}"
-        _learnt_by_heart(workdir, config, **changes, **length)
-    run = runs.open_run(workdir)
-    knobs = _choose_knobs(world, name, run, seed)
-    out = {name: _evaluate(world, f"{name}-{seed}", run, world.test, knobs)}
+        _finetuned(workdir, config, **changes, **length)
+    run = finished_run.open_run(workdir)
+    settings = _choose_settings(world, name, run, seed)
+    out = {name: _evaluate(world, f"{name}-{seed}", run, world.test, settings)}
     if run.personal:
         label = f"{name}-{seed}-anybody"
-        anybody = _evaluate(world, label, run, world.test, knobs, named=False)
+        anybody = _evaluate(world, label, run, world.test, settings, named=False)
         out[f"{name}, anybody by the same weights"] = anybody
     return out
 
@@ -176,7 +177,7 @@ def _trained(workdir: Path, config: ConfigDict, seed: int) -> Path:
     return workdir
 
 
-def _learnt_by_heart(
+def _finetuned(
     workdir: Path,
     config: ConfigDict,
     *,
@@ -199,13 +200,13 @@ def _learnt_by_heart(
 
 def _on_validation(
     world: World, name: str, config: ConfigDict, learning_rate: float, steps: int
-) -> runs.Run:
+) -> finished_run.Run:
     """The first validation people, learnt so."""
     workdir = world.out / f"runs/{name}-choice-{learning_rate:g}-{steps}"
     count = len(world.validation.some(CHOOSERS["personal"]).names)
     changes = {"group": "validation", "count": count, "seed": 0}
     choice = {"learning_rate": learning_rate, "steps": steps}
-    return runs.open_run(_learnt_by_heart(workdir, config, **changes, **choice))
+    return finished_run.open_run(_finetuned(workdir, config, **changes, **choice))
 
 
 def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
@@ -213,20 +214,20 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
     else stays what the base paints: what is lost there counts against what the person gains."""
     few = world.validation.some(CHOOSERS["personal"])
     most, rate = config.optimizer.steps, config.optimizer.learning_rate
-    knobs = runs.Knobs(**config.sampling, scale=1.0)
+    settings = finished_run.SamplingSettings(**config.sampling, scale=1.0)
 
     def loss(choice: Mapping[str, float | int]) -> float:
         run = _on_validation(world, name, config, **choice)
         label = run.workdir.name
-        own = world.evaluator.loss(_evaluate(world, label, run, few, knobs))
+        own = world.evaluator.loss(_evaluate(world, label, run, few, settings))
         label = f"{label}-anybody"
-        anybody = world.evaluator.loss(_evaluate(world, label, run, few, knobs, named=False))
+        anybody = world.evaluator.loss(_evaluate(world, label, run, few, settings, named=False))
         return own + max(0.0, untouched() - anybody)
 
     @functools.cache
     def untouched() -> float:
-        base = runs.open_base(config.pipeline)
-        return world.evaluator.loss(_evaluate(world, f"{name}-choice-base", base, few, knobs))
+        base = finished_run.open_base(config.pipeline)
+        return world.evaluator.loss(_evaluate(world, f"{name}-choice-base", base, few, settings))
 
     def measure() -> dict[str, float | int]:
         start = {"learning_rate": rate, "steps": most}
@@ -257,7 +258,9 @@ def _walk(
     return choice
 
 
-def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Knobs:
+def _choose_settings(
+    world: World, name: str, run: finished_run.Run, seed: int
+) -> finished_run.SamplingSettings:
     """Guidance, and an adapter's λ, chosen on validation people."""
     if run.personal:  # the choice of the training has left validation people
         chosen = run.config.optimizer
@@ -267,7 +270,9 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
     def loss(changes: Mapping[str, float]) -> float:
         words = "-".join(f"{k}{v:g}" for k, v in changes.items())
         label = f"{name}-{seed}-choice-{words}"
-        return world.evaluator.loss(_evaluate(world, label, run, subjects, run.knobs(**changes)))
+        return world.evaluator.loss(
+            _evaluate(world, label, run, subjects, run.sampling_settings(**changes))
+        )
 
     def measure() -> dict[str, float]:
         tried = [{"guidance": g} for g in GUIDANCE]
@@ -276,24 +281,24 @@ def _choose_knobs(world: World, name: str, run: runs.Run, seed: int) -> runs.Kno
             return best
         return min([best, *({**best, "scale": s} for s in SCALES)], key=loss)
 
-    return run.knobs(**_remembered(world.out / f"choices/{name}-{seed}.json", measure))
+    return run.sampling_settings(**_remembered(world.out / f"choices/{name}-{seed}.json", measure))
 
 
 def _control(
     world: World, name: str, config: ConfigDict, seed: int, label: str, **changes
 ) -> EvaluationResult:
     """An adapter under the same choices, with other references, or none (see :func:`_evaluate`)."""
-    run = runs.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
-    knobs = _choose_knobs(world, name, run, seed)
-    return _evaluate(world, f"{name}-{seed}-{label}", run, world.test, knobs, **changes)
+    run = finished_run.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
+    settings = _choose_settings(world, name, run, seed)
+    return _evaluate(world, f"{name}-{seed}-{label}", run, world.test, settings, **changes)
 
 
 def _evaluate(
     world: World,
     label: str,
-    run: runs.Run,
+    run: finished_run.Run,
     subjects: Subjects,
-    knobs: runs.Knobs,
+    settings: finished_run.SamplingSettings,
     *,
     see: Callable[[np.ndarray], np.ndarray | None] = lambda seen: seen,
     side_by_side: bool = False,
@@ -304,21 +309,23 @@ def _evaluate(
     Args:
       see: changes the references' embeddings.
       side_by_side: no aggregator; each photo makes tokens of its own.
-      named: see :func:`persona_jax.runs.sample_subjects`.
+      named: see :func:`persona_jax.runs.finished_run.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
     if file.exists():
         return world.evaluator.pictures(subjects, np.load(file))
     print(f"painting {label}", flush=True)
-    if knobs.steps not in world.samplers:
-        world.samplers[knobs.steps] = generation.make_sampler(run.pipeline, steps=knobs.steps)
+    if settings.steps not in world.samplers:
+        world.samplers[settings.steps] = generation.make_sampler(run.pipeline, steps=settings.steps)
     adapters = None
     if side_by_side:
         adapters = [run.adapter.replace(aggregator=EveryPhoto())]
-    compiled = world.samplers[knobs.steps]
-    sampler = runs.make_run_sampler(run, knobs, sampler=compiled, adapters=adapters)
+    compiled = world.samplers[settings.steps]
+    sampler = finished_run.make_run_sampler(run, settings, sampler=compiled, adapters=adapters)
     seen = see(world.encode_references(run, subjects))
-    pictures = runs.sample_subjects(run, sampler, subjects, seen, scale=knobs.scale, named=named)
+    pictures = finished_run.sample_subjects(
+        run, sampler, subjects, seen, scale=settings.scale, named=named
+    )
     file.parent.mkdir(parents=True, exist_ok=True)
     beside = file.with_suffix(".new.npy")
     np.save(beside, pictures.astype(np.float16))

@@ -21,13 +21,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax import personal, runs
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import Photos
 from persona_jax.errors import UserError
 from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects
+from persona_jax.methods import finetuning
+from persona_jax.runs import finished_run
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -53,16 +54,18 @@ def main(arguments: argparse.Namespace) -> None:
         evaluator, photos, group, people, config, evaluators.AGAIN
     )
     counts = counted(arguments.references, subjects, config)
-    run = runs.open_run(workdir)
-    knobs = run.knobs(steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale)
-    pictures = generate(run, knobs, photos, subjects, counts, arguments.seed)
+    run = finished_run.open_run(workdir)
+    settings = run.sampling_settings(
+        steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale
+    )
+    pictures = generate(run, settings, photos, subjects, counts, arguments.seed)
 
     rows = {name: [evaluator.pictures(subjects, found)] for name, found in pictures.items()}
     base, crop = run.pipeline, config.data.crop
     real, features = evaluators.real_photos(evaluator, photos, subjects, base.image_size, crop)
     table = report.table(rows | {REAL: [real]}, features, from_(max(counts)), arguments.fid)
     found = {"people": len(subjects.names), "group": arguments.group, "judge": evaluator.name}
-    found |= {**dataclasses.asdict(knobs), "prompt": run.prompt(evaluator.plain), "rows": table}
+    found |= {**dataclasses.asdict(settings), "prompt": run.prompt(evaluator.plain), "rows": table}
     for count in counts:
         if details := evaluator.details(subjects, pictures[from_(count)], count):
             found.setdefault("details", {})[count] = details
@@ -82,7 +85,7 @@ def from_(count: int) -> str:
 
 def known_to(config: ConfigDict, workdir: Path, group: Sequence[str]) -> list[str]:
     """The people of a group whom the run can paint: all, or those that it learnt by heart."""
-    if config.method not in personal.METHODS:
+    if config.method not in finetuning.METHODS:
         return list(group)
     learnt = {path.parent.name for path in workdir.glob("people/*/person.json")}
     return [name for name in group if name in learnt]
@@ -95,7 +98,7 @@ def counted(wanted: Sequence[int], subjects: Subjects, config: ConfigDict) -> li
       UserError: more than there are, or fewer than one.
     """
     most = subjects.references.shape[1]
-    if config.method in personal.METHODS:
+    if config.method in finetuning.METHODS:
         return [most]
     if min(wanted) < 1 or max(wanted) > most:
         raise UserError(
@@ -106,8 +109,8 @@ def counted(wanted: Sequence[int], subjects: Subjects, config: ConfigDict) -> li
 
 
 def generate(
-    run: runs.Run,
-    knobs: runs.Knobs,
+    run: finished_run.Run,
+    settings: finished_run.SamplingSettings,
     photos: Photos,
     subjects: Subjects,
     counts: Sequence[int],
@@ -115,15 +118,18 @@ def generate(
 ) -> Pictures:
     """What ``subjects.pictures`` asks for, from so many photos each; from another person's; of
     anybody, where weights belong to people. The same noise for all."""
-    sampler, seen = runs.make_run_sampler(run, knobs), runs.encode_references(run, photos, subjects)
+    sampler, seen = (
+        finished_run.make_run_sampler(run, settings),
+        finished_run.encode_references(run, photos, subjects),
+    )
 
     def sampled(seen: np.ndarray | None, **changes) -> np.ndarray:
-        changes |= {"scale": knobs.scale, "seed": seed}
-        return runs.sample_subjects(run, sampler, subjects, seen, **changes)
+        changes |= {"scale": settings.scale, "seed": seed}
+        return finished_run.sample_subjects(run, sampler, subjects, seen, **changes)
 
     if seen is None:
         return {from_(counts[0]): sampled(None), ANYBODY: sampled(None, named=False)}
-    out = {from_(count): sampled(seen, shown=count) for count in counts}
+    out = {from_(count): sampled(seen, num_references=count) for count in counts}
     return out | {ANOTHER: sampled(np.roll(seen, 1, axis=0))}
 
 

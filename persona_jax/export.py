@@ -23,15 +23,16 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from persona_jax import personal, runs, stock, tuning
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
+from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import adapter
 from persona_jax.pipelines.pipeline import save as save_pipeline
+from persona_jax.runs import diffusers_reference, finished_run
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -66,7 +67,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
     method = read_config(workdir).get("method")
     if method != "adapter":
         raise UserError(f"--format ip-adapter: {workdir} is a run of {method or 'a base'}")
-    run = runs.open_run(workdir, weights=arguments.weights)
+    run = finished_run.open_run(workdir, weights=arguments.weights)
     trained = read_fingerprint(workdir / "checkpoints")
     same_base(workdir, trained.get("unet"), run.pipeline.unet.hash)
     same_base(workdir, trained.get("eye"), run.encoder.hash, "image encoder")
@@ -88,7 +89,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
     (folder / "README.md").write_text(text)
     if not arguments.verify:
         return None
-    return stock.adapter_difference(run, folder, folders.find(run.config.pipeline))
+    return diffusers_reference.adapter_difference(run, folder, folders.find(run.config.pipeline))
 
 
 def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
@@ -100,50 +101,56 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
             raise UserError(f"{source}: no finished base there")
         shutil.copytree(source, folder, dirs_exist_ok=True)
         (folder / "README.md").write_text(cards.base(config))
-        return stock.base_difference(folder) if arguments.verify else None
-    run, about, towers = learnt_by_heart(workdir, arguments)
+        return diffusers_reference.base_difference(folder) if arguments.verify else None
+    run, about, towers = open_finetuned(workdir, arguments)
     changed = {
         name: dataclasses.replace(
             getattr(run.pipeline, name),
             params=jax.tree.map(lambda x: np.asarray(x, DTYPES[arguments.dtype]), towers[name]),
         )
-        for name in personal.TOWERS
+        for name in finetuning.TOWERS
     }
     save_pipeline(dataclasses.replace(run.pipeline, **changed), folder)
     (folder / "README.md").write_text(cards.person(run.config, about, arguments.person))
-    return stock.base_difference(folder) if arguments.verify else None
+    return diffusers_reference.base_difference(folder) if arguments.verify else None
 
 
 def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
     """A person's LoRA."""
-    run, about, towers = learnt_by_heart(workdir, arguments)
+    run, about, towers = open_finetuned(workdir, arguments)
     if run.config.method != "lora":
         raise UserError(f"--format lora: {workdir} is a run of {run.config.method}")
     name = "pytorch_lora_weights.safetensors"
-    shutil.copy(tuning.folder_of(workdir, arguments.person) / name, folder / name)
+    shutil.copy(finetuning_loop.person_folder(workdir, arguments.person) / name, folder / name)
     (folder / "README.md").write_text(cards.lora(run.config, about, arguments.person))
     if not arguments.verify:
         return None
-    return stock.lora_difference(run, towers, folder, folders.find(run.config.pipeline))
+    return diffusers_reference.lora_difference(
+        run, towers, folder, folders.find(run.config.pipeline)
+    )
 
 
-def learnt_by_heart(workdir: Path, arguments: argparse.Namespace) -> tuple[runs.Run, dict, dict]:
+def open_finetuned(
+    workdir: Path, arguments: argparse.Namespace
+) -> tuple[finished_run.Run, dict, dict]:
     """The run, what ``person.json`` says of the person, and their towers.
 
     Raises:
       UserError: not such a run, nobody named, or another base.
     """
     config = read_config(workdir)
-    if config.get("method") not in personal.METHODS:
+    if config.get("method") not in finetuning.METHODS:
         raise UserError(
             f"--format {arguments.format}: {workdir} is a run of {config.get('method')}; adapters "
             "are exported with --format ip-adapter"
         )
     if not arguments.person:
         raise UserError(f"--format {arguments.format}: say who, --person NAME")
-    run = runs.open_run(workdir)
-    towers = tuning.load(workdir, arguments.person, run.pipeline, run.config)
-    about = folders.read_json(tuning.folder_of(workdir, arguments.person) / "person.json")
+    run = finished_run.open_run(workdir)
+    towers = finetuning_loop.load_person(workdir, arguments.person, run.pipeline, run.config)
+    about = folders.read_json(
+        finetuning_loop.person_folder(workdir, arguments.person) / "person.json"
+    )
     same_base(workdir, about.get("unet"), run.pipeline.unet.hash)
     return run, about, towers
 

@@ -23,7 +23,6 @@ from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from persona_jax import methods
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
@@ -31,6 +30,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
+from persona_jax.methods import adapter_training
 from persona_jax.metrics.intervals import bootstrap
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.pipelines import pipeline
@@ -71,7 +71,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
     errors: dict[str, dict[int, np.ndarray]] = {}
     for kind in KINDS:
         changed = ConfigDict(config.aggregator.to_dict() | {"kind": kind})
-        aggregator = methods.make_aggregator(changed)
+        aggregator = adapter_training.make_aggregator(changed)
         params = learn(aggregator, *data["train"], seed=config.seed)
         errors[kind] = {n: squared(aggregator, params, shown, truth, sets, n) for n in SIZES}
         if kind == "first":

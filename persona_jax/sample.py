@@ -22,14 +22,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from persona_jax import attribution, personal, runs
-from persona_jax import shown as sets
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
+from persona_jax.methods import finetuning
 from persona_jax.models import lora
 from persona_jax.pipelines import generation
+from persona_jax.runs import attribution, finished_run, reference_sets
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -39,32 +39,34 @@ def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
     out, num = buckets.local(arguments.out), arguments.num
     check(arguments)
-    shown = sets.read_sets(arguments)
+    sets = reference_sets.read_reference_sets(arguments)
     if num < 1:
         raise UserError(f"--num {num}: at least one picture")
     opened = open_runs(arguments)
     run = opened[0]
     if arguments.attribution:
-        if len(shown) != 1:
+        if len(sets) != 1:
             raise UserError("--attribution: it is for one set of photos")
-        attribution.check(run, np.float32(shown[0].weights))
-    knobs = run.knobs(steps=arguments.steps or None, guidance=arguments.guidance, eta=arguments.eta)
+        attribution.check(run, np.float32(sets[0].weights))
+    settings = run.sampling_settings(
+        steps=arguments.steps or None, guidance=arguments.guidance, eta=arguments.eta
+    )
     prompt = run.prompt(arguments.prompt)
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
-    run_of_set = opened * (len(shown) if len(opened) == 1 else 1)
-    sampler = runs.make_run_sampler(
+    run_of_set = opened * (len(sets) if len(opened) == 1 else 1)
+    sampler = finished_run.make_run_sampler(
         run,
-        knobs,
+        settings,
         min(num, arguments.batch_size),
-        adapters=[one.adapter for one in run_of_set] if shown else [],
+        adapters=[one.adapter for one in run_of_set] if sets else [],
         towers=with_loras(run, arguments),
     )
 
     references = [
-        sets.references(owner, one, knobs.scale, num)
-        for owner, one in zip(run_of_set, shown, strict=True)
+        reference_sets.references(owner, one, settings.scale, num)
+        for owner, one in zip(run_of_set, sets, strict=True)
     ]
 
     def sample_all(references: Sequence[generation.References]) -> np.ndarray:
@@ -88,19 +90,21 @@ def main(arguments: argparse.Namespace) -> None:
         "person": arguments.person,
         "lora": arguments.lora,
         "lora_scale": arguments.lora_scale,
-        "sets": [dataclasses.asdict(one) for one in shown],
+        "sets": [dataclasses.asdict(one) for one in sets],
         "prompt": prompt,
         "negative_prompt": arguments.negative_prompt,
         "seed": arguments.seed,
         "num": num,
         "batch_size": arguments.batch_size,
         "crop": [one.config.data.crop for one in opened],
-        **dataclasses.asdict(knobs),
+        **dataclasses.asdict(settings),
         "attribution": found and found.record(),
     }
-    photos = [sets.squares(owner, one) for owner, one in zip(run_of_set, shown, strict=True)]
+    photos = [
+        reference_sets.squares(owner, one) for owner, one in zip(run_of_set, sets, strict=True)
+    ]
     write(out, pictures, photos, record, run.pipeline.image_size)
-    beside = "the photos beside them" if shown else "all"
+    beside = "the photos beside them" if sets else "all"
     print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
     if found:
         size = run.pipeline.image_size
@@ -122,7 +126,7 @@ def check(arguments: argparse.Namespace) -> None:
     if not workdirs and not arguments.pipeline:
         raise UserError("give --workdir, a run, or --pipeline, a base, and perhaps --adapter")
     methods = {workdir: read_config(buckets.local(workdir)).method for workdir in workdirs}
-    by_name = [x for x in workdirs if methods[x] in personal.METHODS]
+    by_name = [x for x in workdirs if methods[x] in finetuning.METHODS]
     if by_name:
         if len(workdirs) + len(adapters) > 1 or arguments.lora:
             raise UserError(f"{by_name[0]} is a run of {methods[by_name[0]]}: it paints alone")
@@ -146,18 +150,20 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def open_runs(arguments: argparse.Namespace) -> list[runs.Run]:
+def open_runs(arguments: argparse.Namespace) -> list[finished_run.Run]:
     """Runs, then adapters; or a base alone.
 
     Raises:
       UserError: they are not of one base.
     """
     workdirs, files = (map(buckets.local, x) for x in (arguments.workdir, arguments.adapter))
-    opened = [runs.open_run(workdir, arguments.crop) for workdir in workdirs]
+    opened = [finished_run.open_run(workdir, arguments.crop) for workdir in workdirs]
     base = opened[0].config.pipeline if opened else arguments.pipeline
     crop = arguments.crop or 1.0
-    opened += [runs.open_adapter(file, base, arguments.image_encoder, crop) for file in files]
-    opened = opened or [runs.open_base(base)]
+    opened += [
+        finished_run.open_adapter(file, base, arguments.image_encoder, crop) for file in files
+    ]
+    opened = opened or [finished_run.open_base(base)]
     for one in opened[1:]:
         if one.pipeline.unet.hash != opened[0].pipeline.unet.hash:
             raise UserError(
@@ -168,7 +174,7 @@ def open_runs(arguments: argparse.Namespace) -> list[runs.Run]:
     return opened
 
 
-def with_loras(run: runs.Run, arguments: argparse.Namespace) -> dict:
+def with_loras(run: finished_run.Run, arguments: argparse.Namespace) -> dict:
     """The towers that LoRA files change."""
     towers = generation.sampler_params(run.pipeline)
     factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
@@ -229,7 +235,7 @@ def parser() -> argparse.ArgumentParser:
         "--lora_scale", type=float, nargs="+", action="extend", help="how much each counts; 1"
     )
     flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
-    sets.add_flags(flags)
+    reference_sets.add_flags(flags)
     flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
     flags.add_argument("--prompt", default="a photo of a person")
     flags.add_argument("--negative_prompt", default="")

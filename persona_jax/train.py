@@ -17,15 +17,15 @@ import numpy as np
 from clu import parameter_overview
 from ml_collections import ConfigDict
 
-from persona_jax import methods, personal, tuning
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
-from persona_jax.encode import adapter_job
 from persona_jax.interop.checkpoints import newest_step
+from persona_jax.methods import adapter_training, finetuning, finetuning_loop
+from persona_jax.methods.adapter_features import adapter_job
 from persona_jax.models.adapter import Adapter
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
@@ -39,8 +39,8 @@ from persona_jax.training.state import init_state, make_optimizer
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, encodings, trainable tree, loop."""
-    if config.method in personal.METHODS:
-        return tuning.tune(config, workdir)
+    if config.method in finetuning.METHODS:
+        return finetuning_loop.finetune(config, workdir)
     initialize_distributed()
     mesh = make_mesh(**config.mesh)
     if newest_step(workdir / "checkpoints") is not None:
@@ -69,14 +69,14 @@ def main(config: ConfigDict, workdir: Path) -> None:
             process_count=jax.process_count(),
         )
 
-    trainable = methods.init_adapter(config, pipeline, encoder.dim)
+    trainable = adapter_training.init_adapter(config, pipeline, encoder.dim)
     optimizer, ema = make_optimizer(config.optimizer), bool(config.optimizer.ema_decay)
-    frozen = methods.adapter_frozen_params(pipeline, encoder.blank)
+    frozen = adapter_training.adapter_frozen_params(pipeline, encoder.blank)
     if jax.process_index() == 0:
         print(parameter_overview.get_parameter_overview(trainable, include_stats=False))
     state = fit(
         init_state(trainable, optimizer, mesh, ema=ema),
-        methods.adapter_step(config, pipeline, optimizer, mesh),
+        adapter_training.adapter_step(config, pipeline, optimizer, mesh),
         place(frozen, shard_params(mesh, frozen)),
         batches_from,
         steps=config.optimizer.steps,
@@ -155,7 +155,7 @@ def grid_drawer(
         eta=config.sampling.eta,
     )
     sampler = generation.make_sampler(pipeline, steps=config.sampling.steps)
-    aggregator = methods.make_aggregator(config.aggregator)
+    aggregator = adapter_training.make_aggregator(config.aggregator)
     frozen = generation.sampler_params(pipeline)
     size, crop = pipeline.image_size, config.data.crop
 

@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import stock
+import torch_models
 from PIL import Image
 from world import config_of, shrink_adapter
 
@@ -20,7 +20,7 @@ from persona_jax.runtime.run_folder import write_run_files
 def small_configs(tmp_path_factory):
     """A folder of configs, each a few steps on a random base of 16 pixels."""
     folder = tmp_path_factory.mktemp("world")
-    stock.write_pipeline(folder / "base/pipeline")
+    torch_models.write_pipeline(folder / "base/pipeline")
     params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
     classifier = trait_classifier.TraitClassifier(params, np.ones(27, np.float32), 16)
     trait_classifier.save_trait_classifier(classifier, folder / "base/reader")

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-import stock
+import torch_models
 from world import ROOT, write_people
 
 from persona_jax import encode, train
@@ -14,7 +14,7 @@ from persona_jax.runtime.command_line import run_with_arguments, run_with_config
 @pytest.fixture(scope="module")
 def flags(tmp_path_factory) -> list[str]:
     root = tmp_path_factory.mktemp("encode")
-    stock.write_pipeline(root / "base")
+    torch_models.write_pipeline(root / "base")
     changes = {
         "pipeline": root / "base",
         "init_from": "",

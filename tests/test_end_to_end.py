@@ -226,7 +226,7 @@ assert not bad, bad
 
 def test_overfits_one_batch(world):
     """The whole adapter learns one fixed batch: loss far below that of the start."""
-    from persona_jax import methods
+    from persona_jax.methods import adapter_training
     from persona_jax.pipelines.image_encoders import open_image_encoder
     from persona_jax.pipelines.pipeline import open_pipeline
     from persona_jax.training.state import make_optimizer
@@ -245,8 +245,14 @@ def test_overfits_one_batch(world):
         "mask": np.ones((8, 3), np.float32),
         "index": np.arange(8, dtype=np.int32),
     }
-    loss_fn, optimizer = methods.adapter_loss(config, parts), make_optimizer(config.optimizer)
-    params, frozen = methods.init_adapter(config, parts, dim), methods.adapter_frozen_params(parts)
+    loss_fn, optimizer = (
+        adapter_training.adapter_loss(config, parts),
+        make_optimizer(config.optimizer),
+    )
+    params, frozen = (
+        adapter_training.init_adapter(config, parts, dim),
+        adapter_training.adapter_frozen_params(parts),
+    )
 
     @jax.jit
     def step(params, state, frozen, batch):
@@ -266,7 +272,7 @@ def test_overfits_one_batch(world):
 
 
 def test_a_step_is_the_same_on_every_mesh(world):
-    from persona_jax import methods
+    from persona_jax.methods import adapter_training
     from persona_jax.pipelines.pipeline import open_pipeline
     from persona_jax.runtime.mesh import make_mesh, place, put_batch, shard_params
     from persona_jax.training.state import init_state, make_optimizer, make_step
@@ -281,12 +287,17 @@ def test_a_step_is_the_same_on_every_mesh(world):
         "mask": (draw.random((8, 3)) < 0.7).astype(np.float32),
         "index": np.arange(8, dtype=np.int32),
     }
-    optimizer, frozen = make_optimizer(config.optimizer), methods.adapter_frozen_params(parts)
+    optimizer, frozen = (
+        make_optimizer(config.optimizer),
+        adapter_training.adapter_frozen_params(parts),
+    )
     rules = [("image_proj.proj.kernel", jax.sharding.PartitionSpec(None, "fsdp"))]
 
     def after_one_step(mesh):
-        state = init_state(methods.init_adapter(config, parts, 16), optimizer, mesh, rules=rules)
-        step = make_step(methods.adapter_loss(config, parts), optimizer, mesh, rules=rules)
+        state = init_state(
+            adapter_training.init_adapter(config, parts, 16), optimizer, mesh, rules=rules
+        )
+        step = make_step(adapter_training.adapter_loss(config, parts), optimizer, mesh, rules=rules)
         on_mesh = place(frozen, shard_params(mesh, frozen))
         if mesh.size == 1:
             placed = jax.device_put(batch, mesh.devices.flat[0])

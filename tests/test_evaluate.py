@@ -3,7 +3,7 @@
 import json
 
 import numpy as np
-import stock
+import torch_models
 from world import adapter_config, write_adapter, write_people
 
 from persona_jax import evaluate
@@ -30,7 +30,7 @@ def test_real_people_are_evaluated_by_their_faces(tmp_path, monkeypatch, capsys)
         )
 
     workdir = tmp_path / "sa"
-    stock.write_pipeline(tmp_path / "base")
+    torch_models.write_pipeline(tmp_path / "base")
     write_people(tmp_path / "people", people=4)
     config = adapter_config("sa", tmp_path / "people", tmp_path / "data", tmp_path / "base")
     config.aggregator.pooling_heads, config.data.test_people = 3, 2

@@ -8,17 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from PIL import Image
 from safetensors.numpy import load_file
 from world import adapter_config, config_of, shaken, write_adapter, write_people
 
-import persona_jax.stock
-from persona_jax import export, personal, runs, sample, tuning
+from persona_jax import export, sample
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
+from persona_jax.runs import diffusers_reference, finished_run
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import write_run_files
 
@@ -26,9 +27,11 @@ from persona_jax.runtime.run_folder import write_run_files
 def write_person(config, workdir) -> None:
     """The same where weights belong to people: ann's."""
     parts = open_pipeline(config)
-    (learnt,) = [personal.init(config, parts, jax.random.split(jax.random.key(0), 1))]
+    (learnt,) = [finetuning.init(config, parts, jax.random.split(jax.random.key(0), 1))]
     write_run_files(workdir, config)
-    tuning.save(workdir, "ann", shaken(jax.tree.map(lambda x: x[0], learnt), 0), parts, config)
+    finetuning_loop.save_person(
+        workdir, "ann", shaken(jax.tree.map(lambda x: x[0], learnt), 0), parts, config
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +39,7 @@ def world(tmp_path_factory):
     """A folder with people, a random base, and a run of every kind."""
     root = tmp_path_factory.mktemp("world")
     write_people(root / "people", people=1)
-    stock.write_pipeline(root / "base")
+    torch_models.write_pipeline(root / "base")
     for name in ("ip", "max", "avg", "sa", "resampler", "plus"):
         like = "ip" if name == "plus" else name
         config = adapter_config(like, root / "people", root / "data", root / "base")
@@ -68,7 +71,7 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
     assert {p.name for p in out.iterdir()} - {"aggregator.safetensors"} == files
     assert (out / "aggregator.safetensors").exists() == (name == "sa")
 
-    run = runs.open_run(world / name)
+    run = finished_run.open_run(world / name)
     assert run.pipeline.unet.hash in (out / "README.md").read_text()
     seen = run.encoder.encode([Image.open(photo) for photo in photos])
     learnt = run.adapter
@@ -98,7 +101,7 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
         "README.md", "aggregator.json", "image_embeds.safetensors", "ip_adapter.safetensors"
     }  # fmt: skip
     both = load_file(out / "image_embeds.safetensors")["image_embeds"]
-    blank = runs.open_run(world / name).adapter.blank
+    blank = finished_run.open_run(world / name).adapter.blank
     if name == "plus":
         assert both.shape[:2] == (2, 3)
         np.testing.assert_array_equal(both[0], np.broadcast_to(blank, both[0].shape))
@@ -110,19 +113,19 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
 def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     """Photos themselves, and no picture for the unconditional branch."""
     run_export(world, "plus", tmp_path / "out", "--format", "ip-adapter", "--bin")
-    run = runs.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
+    run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     assert run.adapter.aggregator.kind == "plus"
     photos = [Image.open(world / f"people/person_0/{i}.png") for i in range(2)]
-    ours = persona_jax.stock.our_sampler(run.pipeline)
+    ours = diffusers_reference.our_sampler(run.pipeline)
     references = generation.References(
         jnp.asarray(run.encoder.encode(photos))[None], jnp.ones((1, 2))
     )
-    pipe = persona_jax.stock.open_stock(world / "base")
+    pipe = diffusers_reference.open_diffusers(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
     )
-    theirs = persona_jax.stock.stock_latents(pipe, run.pipeline, ip_adapter_image=[photos])
-    assert persona_jax.stock.apart(ours([run.adapter], [references]), theirs) < 1e-3
+    theirs = diffusers_reference.diffusers_latents(pipe, run.pipeline, ip_adapter_image=[photos])
+    assert diffusers_reference.apart(ours([run.adapter], [references]), theirs) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["max", "sa", "resampler", "plus"])
@@ -144,17 +147,19 @@ def test_what_was_exported_paints_the_same_again_here(world, tmp_path, name):
 def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     """Several photos under one softmax."""
     run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
-    run = runs.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
+    run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     seen = run.encoder.encode([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
-    ours = persona_jax.stock.our_sampler(run.pipeline)
+    ours = diffusers_reference.our_sampler(run.pipeline)
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)))
-    pipe = persona_jax.stock.open_stock(world / "base")
+    pipe = diffusers_reference.open_diffusers(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
     )
     both = torch.from_numpy(np.stack([np.zeros_like(seen), seen]))
-    theirs = persona_jax.stock.stock_latents(pipe, run.pipeline, ip_adapter_image_embeds=[both])
-    assert persona_jax.stock.apart(ours([run.adapter], [references]), theirs) < 1e-3
+    theirs = diffusers_reference.diffusers_latents(
+        pipe, run.pipeline, ip_adapter_image_embeds=[both]
+    )
+    assert diffusers_reference.apart(ours([run.adapter], [references]), theirs) < 1e-3
 
 
 PLAIN = ["--adapter", "{tmp}/out/ip_adapter.safetensors"]

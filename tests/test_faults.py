@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import stock
+import torch_models
 from world import ROOT, write_people
 
 from persona_jax.interop.checkpoints import load_params, newest_step
@@ -111,7 +111,7 @@ def losses(workdir: Path) -> dict[int, float]:
 def root(tmp_path_factory) -> Path:
     """A base, people and a configuration."""
     root = tmp_path_factory.mktemp("faults")
-    stock.write_pipeline(root / "base")
+    torch_models.write_pipeline(root / "base")
     write_people(root / "people")
     tests = str(Path(__file__).parent)
     text = CONFIG.format(tests=tests, root=str(root), steps=STEPS, save_every=SAVE_EVERY)

@@ -11,16 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from models.test_full_size import TEXT, UNET
 
-import persona_jax.stock
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines import generation, pipeline
+from persona_jax.runs import diffusers_reference
 
 pytestmark = pytest.mark.slow
 DIM = 1024
@@ -38,19 +38,19 @@ def folder(tmp_path):
 
 def write_base(folder) -> None:
     """All but the autoencoder, which no latent meets, at full size."""
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     for name, make, settings in (
-        ("unet", stock.make_unet, UNET),
-        ("text_encoder", stock.make_text_encoder, TEXT),
+        ("unet", torch_models.make_unet, UNET),
+        ("text_encoder", torch_models.make_text_encoder, TEXT),
     ):
         shutil.rmtree(folder / name)
         make(settings).save_pretrained(folder / name)
         gc.collect()
     shutil.rmtree(folder / "vae")
-    vae = {**stock.TINY_VAE, "block_out_channels": (8,) * 4}
+    vae = {**torch_models.TINY_VAE, "block_out_channels": (8,) * 4}
     for way in ("down", "up"):
-        vae[f"{way}_block_types"] = stock.TINY_VAE[f"{way}_block_types"][:1] * 4
-    stock.make_vae(vae).save_pretrained(folder / "vae")
+        vae[f"{way}_block_types"] = torch_models.TINY_VAE[f"{way}_block_types"][:1] * 4
+    torch_models.make_vae(vae).save_pretrained(folder / "vae")
 
 
 def test_plain_and_plus_files_paint_the_same(folder, capsys):
@@ -75,9 +75,9 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
         save_ip_adapter(moved, config, file)
         again = load_ip_adapter(file, config, kernels, DIM)
         adapters.append(adapter.Adapter(aggregator, again | {"aggregator": {}}))
-    photos = [stock.normal(1, n, DIM, seed=n) for n in (9, 5)]
+    photos = [torch_models.normal(1, n, DIM, seed=n) for n in (9, 5)]
     shown = [generation.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
-    ours = persona_jax.stock.our_sampler(loaded)
+    ours = diffusers_reference.our_sampler(loaded)
     off = [x.replace(scale=0.0) for x in shown]
     found = [
         ours(adapters, [shown[0], off[1]]),
@@ -87,7 +87,7 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
     jax.clear_caches()
     gc.collect()
 
-    pipe = persona_jax.stock.open_stock(folder)
+    pipe = diffusers_reference.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
     pipe.load_ip_adapter(
         [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
@@ -99,9 +99,11 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
     differences = []
     for latents, scale in zip(found, ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), strict=True):
         pipe.set_ip_adapter_scale(scale)
-        expected = persona_jax.stock.stock_latents(pipe, loaded, ip_adapter_image_embeds=embeds)
-        differences.append(persona_jax.stock.apart(latents, expected))
+        expected = diffusers_reference.diffusers_latents(
+            pipe, loaded, ip_adapter_image_embeds=embeds
+        )
+        differences.append(diffusers_reference.apart(latents, expected))
     with capsys.disabled():
         print(f"\nplain {differences[0]:.1e}, Plus {differences[1]:.1e}, both {differences[2]:.1e}")
     assert max(differences) < 1e-3
-    assert persona_jax.stock.apart(found[0], found[1]) > 1e-2
+    assert diffusers_reference.apart(found[0], found[1]) > 1e-2

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from world import ROOT, config_of
 
-from persona_jax import personal, plan
+from persona_jax import plan
 from persona_jax.errors import UserError
+from persona_jax.methods import finetuning
 from persona_jax.models.attention import attention
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipelines.pipeline import open_pipeline
@@ -207,23 +208,23 @@ def test_the_state_is_the_one_that_training_starts_with():
     assert batch["embeddings"].shape == (16, 9, 256)
 
 
-@pytest.mark.parametrize("method", personal.METHODS)
+@pytest.mark.parametrize("method", finetuning.METHODS)
 def test_the_state_of_several_people_is_the_one_that_training_starts_with(method):
     config, mesh = config_of(method, "tiny"), make_mesh(fsdp=2)
     config.people.at_once, config.batch_size = 3, 8
     _, (state, frozen, batch) = abstract.training_step(config, mesh, jnp.float32)
     params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), state.params)
-    real = init_state(params, personal.make_people_optimizer(config), mesh)
+    real = init_state(params, finetuning.make_people_optimizer(config), mesh)
     jax.tree.map(lambda a, b: (a.shape, a.dtype, a.sharding) == (b.shape, b.dtype, b.sharding)
                  or pytest.fail(f"{a} {b}"), state, real)  # fmt: skip
-    own = personal.init(config, open_pipeline(config), jax.random.split(jax.random.key(0), 3))
+    own = finetuning.init(config, open_pipeline(config), jax.random.split(jax.random.key(0), 3))
     shapes = jax.tree.map(lambda x: x.shape, (own, state.params))
     assert shapes[0] == shapes[1]
     assert sorted(frozen) == ([] if method == "dreambooth" else ["text_encoder", "unet"])
     assert batch["moments"].shape == (8, 3, 16, 16, 16)
 
 
-@pytest.mark.parametrize("method", personal.METHODS)
+@pytest.mark.parametrize("method", finetuning.METHODS)
 def test_the_training_of_people_is_planned(capsys, sizes_only, method):
     flags = ("--config", str(ROOT / f"configs/{method}.py"), "--cache", str(sizes_only))
     run_plan(*flags, "--quick", "--batch_per_chip=1", f"--config.pipeline={sizes_only}")

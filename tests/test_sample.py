@@ -5,7 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
-import stock
+import torch_models
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 from world import adapter_config, shaken, write_adapter, write_people
@@ -24,7 +24,7 @@ def world(tmp_path_factory):
     """A folder with people, a random base, runs on it, what was exported, and a LoRA file."""
     root = tmp_path_factory.mktemp("world")
     write_people(root / "people", people=3, photos=4)
-    stock.write_pipeline(root / "base")
+    torch_models.write_pipeline(root / "base")
     for name in ("avg", "resampler", "plus"):
         config = adapter_config(
             "ip" if name == "plus" else name, root / "people", root / "data", root / "base"
@@ -119,7 +119,7 @@ def test_a_base_alone_and_with_a_lora(world, tmp_path):
 
 
 def test_runs_of_two_bases_are_refused(world, tmp_path, capsys):
-    stock.write_pipeline(tmp_path / "base", prediction="v_prediction")
+    torch_models.write_pipeline(tmp_path / "base", prediction="v_prediction")
     unet = tmp_path / "base/unet/diffusion_pytorch_model.safetensors"
     save_file({name: x + 0.01 for name, x in load_file(unet).items()}, unet, {"format": "pt"})
     config = adapter_config("avg", world / "people", world / "data", tmp_path / "base")

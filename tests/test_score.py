@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
+import torch_models
 from flax import traverse_util
 from PIL import Image
 from safetensors.numpy import save_file
@@ -25,7 +25,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 def world(tmp_path_factory):
     """A base with a random reader, and two folders of pictures."""
     folder = tmp_path_factory.mktemp("score")
-    stock.write_pipeline(folder / "base/pipeline")
+    torch_models.write_pipeline(folder / "base/pipeline")
     params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
     trait_classifier.save_trait_classifier(
         trait_classifier.TraitClassifier(params, np.ones(27, np.float32), 16),

@@ -4,16 +4,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
+import torch_models
 from diffusers.models.embeddings import MultiIPAdapterImageProjection
 from safetensors.numpy import load_file
 from world import config_of
 
-from persona_jax import methods
 from persona_jax.base.ship import MOST_BYTES
 from persona_jax.errors import UserError
 from persona_jax.evaluation import trait_classifier
 from persona_jax.interop import folders
+from persona_jax.methods import adapter_training
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.pipelines import generation, pipeline
@@ -30,7 +30,7 @@ def shipped():
 
 @pytest.fixture(scope="module")
 def noise():
-    return stock.normal(1, 16, 16, 8)
+    return torch_models.normal(1, 16, 16, 8)
 
 
 def ours(parts, noise, adapters=(), references=()) -> jax.Array:
@@ -48,7 +48,7 @@ def ours(parts, noise, adapters=(), references=()) -> jax.Array:
 
 def theirs(noise, embedding=None) -> np.ndarray:
     """Stock diffusers' picture in [−1, 1], with its own IP-Adapter loader where there is one."""
-    pipe = stock.open_stock(TINY / "pipeline")
+    pipe = torch_models.open_diffusers(TINY / "pipeline")
     more = {}
     if embedding is not None:
         pipe.load_ip_adapter(
@@ -56,10 +56,10 @@ def theirs(noise, embedding=None) -> np.ndarray:
         )
         assert isinstance(pipe.unet.encoder_hid_proj, MultiIPAdapterImageProjection)
         both = np.stack([np.zeros_like(embedding), embedding])
-        more["ip_adapter_image_embeds"] = [stock.torch.from_numpy(both[:, None])]
+        more["ip_adapter_image_embeds"] = [torch_models.torch.from_numpy(both[:, None])]
     images = pipe(
         PROMPT,
-        latents=stock.nchw(noise),
+        latents=torch_models.nchw(noise),
         num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         height=64,
@@ -82,25 +82,25 @@ def test_it_is_described():
 
 
 def test_stock_diffusers_paints_the_same_picture(shipped, noise):
-    assert stock.relative(ours(shipped, noise), theirs(noise)) < 2e-3
+    assert torch_models.relative(ours(shipped, noise), theirs(noise)) < 2e-3
 
 
 def test_stock_diffusers_reads_its_adapter(shipped, noise):
-    embedding = stock.normal(1, 256)
+    embedding = torch_models.normal(1, 256)
     config = config_of("ip")
-    params = methods.init_adapter(config, shipped, 256)
+    params = adapter_training.init_adapter(config, shipped, 256)
     references = generation.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
     learnt = Adapter(Aggregator("first"), params)
     painted = ours(shipped, noise, (learnt,), (references,))
-    assert stock.relative(painted, theirs(noise, embedding)) < 2e-3
-    assert stock.relative(painted, ours(shipped, noise)) > 0.05
+    assert torch_models.relative(painted, theirs(noise, embedding)) < 2e-3
+    assert torch_models.relative(painted, ours(shipped, noise)) > 0.05
 
 
 @pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
 def test_every_method_starts_from_it_by_default(shipped, name):
     config = config_of(name)
     assert (config.preset, config.pipeline, config.init_from) == ("tiny", "tiny", "tiny")
-    params = methods.init_adapter(config, shipped, 256)
+    params = adapter_training.init_adapter(config, shipped, 256)
     assert bool(params["aggregator"]) == (name == "sa")
     bias = load_file(TINY / "ip_adapter.safetensors")["image_proj.norm.bias"]
     np.testing.assert_array_equal(params["image_proj"]["norm"]["bias"], bias)
@@ -110,7 +110,7 @@ def test_its_adapter_is_refused_on_another_pipeline(shipped):
     config = config_of("sa", "tiny")
     config.update({"init_from": "tiny", "pipeline": "bases/mine/pipeline"})
     with pytest.raises(UserError, match="init_from=tiny: its adapter is for the shipped"):
-        methods.init_adapter(config, shipped, 256)
+        adapter_training.init_adapter(config, shipped, 256)
 
 
 def test_its_reader_reads_every_trait():

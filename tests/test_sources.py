@@ -6,19 +6,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from PIL import Image
 
-import persona_jax.stock
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import save_ip_adapter
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import cross_attention_layers, text_kernels
 from persona_jax.pipelines import generation, pipeline, scales
+from persona_jax.runs import diffusers_reference
 
-DIM, TEXT = stock.TINY_VISION["projection_dim"], 16
+DIM, TEXT = torch_models.TINY_VISION["projection_dim"], 16
 AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
 
 
@@ -26,7 +26,7 @@ AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
 def world(tmp_path_factory):
     """(folder, its pipeline, two adapters, a plain one and one that reads sets)."""
     folder = tmp_path_factory.mktemp("base")
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     loaded = pipeline.load(str(folder))
     unet, adapters = loaded.unet, []
     kernels = text_kernels(unet.params, unet.module.config)
@@ -43,14 +43,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(world):
-    return persona_jax.stock.our_sampler(world[1])
+    return diffusers_reference.our_sampler(world[1])
 
 
 @pytest.fixture(scope="module")
 def both_loaded(world):
     """Stock's pipeline with both."""
     folder = world[0]
-    pipe = persona_jax.stock.open_stock(folder)
+    pipe = diffusers_reference.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
     pipe.load_ip_adapter(
         [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
@@ -59,7 +59,7 @@ def both_loaded(world):
 
 
 def seen(n: int, seed: int) -> np.ndarray:
-    return stock.normal(1, n, DIM, seed=seed)
+    return torch_models.normal(1, n, DIM, seed=seed)
 
 
 def shown(photos: np.ndarray, **more) -> generation.References:
@@ -82,12 +82,12 @@ def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
     found = ours(world[2], [shown(one, scale=0.7), shown(other, scale=0.4)])
     both_loaded.set_ip_adapter_scale([0.7, 0.4])
     embeds = [plain_embeds(one), set_embeds(other)]
-    expected = persona_jax.stock.stock_latents(
+    expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    assert persona_jax.stock.apart(found, expected) < 1e-3
+    assert diffusers_reference.apart(found, expected) < 1e-3
     alone = ours(world[2][:1], [shown(one, scale=0.7)])
-    assert persona_jax.stock.apart(alone, expected) > 1e-2
+    assert diffusers_reference.apart(alone, expected) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
     found = scales.read_scale(text, unet)
     both_loaded.set_ip_adapter_scale([json.loads(text), 0.0])
     embeds = [plain_embeds(one), set_embeds(one)]
-    expected = persona_jax.stock.stock_latents(
+    expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     latents = ours(world[2][:1], [shown(one, scale=found)])
-    assert persona_jax.stock.apart(latents, expected) < 1e-3
+    assert diffusers_reference.apart(latents, expected) < 1e-3
 
 
 def test_photos_to_move_away_from(world, ours, both_loaded):
@@ -110,13 +110,13 @@ def test_photos_to_move_away_from(world, ours, both_loaded):
     one, away = seen(3, 1), seen(3, 5)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
     embeds = [plain_embeds(one, away), set_embeds(one)]
-    expected = persona_jax.stock.stock_latents(
+    expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     negative = (jnp.asarray(away), jnp.ones((1, 3)))
     found = ours(world[2][:1], [shown(one, negative=negative)])
-    assert persona_jax.stock.apart(found, expected) < 1e-3
-    assert persona_jax.stock.apart(ours(world[2][:1], [shown(one)]), expected) > 1e-3
+    assert diffusers_reference.apart(found, expected) < 1e-3
+    assert diffusers_reference.apart(ours(world[2][:1], [shown(one)]), expected) > 1e-3
 
 
 def test_a_window_of_steps(world, ours, both_loaded):
@@ -125,20 +125,20 @@ def test_a_window_of_steps(world, ours, both_loaded):
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
 
     def after(pipe, step, t, values):
-        if step + 1 == persona_jax.stock.STEPS // 2:
+        if step + 1 == diffusers_reference.STEPS // 2:
             pipe.set_ip_adapter_scale([0.0, 0.0])
         return values
 
-    expected = persona_jax.stock.stock_latents(
+    expected = diffusers_reference.diffusers_latents(
         both_loaded,
         world[1],
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(one)],
         callback_on_step_end=after,
     )
     half = ours(world[2][:1], [shown(one, window=(0.0, 0.5))])
-    assert persona_jax.stock.apart(half, expected) < 1e-3
+    assert diffusers_reference.apart(half, expected) < 1e-3
     whole = ours(world[2][:1], [shown(one)])
-    assert persona_jax.stock.apart(whole, expected) > 1e-3
+    assert diffusers_reference.apart(whole, expected) > 1e-3
     windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
     np.testing.assert_array_equal(windowed, whole)
 
@@ -164,15 +164,15 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
     )
     both_loaded.set_ip_adapter_scale([0.8, 0.8])
     tensors = [torch.from_numpy(np.float32(mask) / 255)[None, None] for mask in masks]
-    expected = persona_jax.stock.stock_latents(
+    expected = diffusers_reference.diffusers_latents(
         both_loaded,
         world[1],
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(other)],
         cross_attention_kwargs={"ip_adapter_masks": tensors},
     )
-    assert persona_jax.stock.apart(found, expected) < 1e-3
+    assert diffusers_reference.apart(found, expected) < 1e-3
     everywhere = ours(world[2], [shown(one, scale=0.8), shown(other, scale=0.8)])
-    assert persona_jax.stock.apart(everywhere, expected) > 1e-2
+    assert diffusers_reference.apart(everywhere, expected) > 1e-2
 
 
 def test_regions_share_out_the_picture_at_every_layer(world):
@@ -190,7 +190,7 @@ def test_four_people_at_once_are_four_alone(world):
     loaded, adapters = world[1], world[2]
     sampler = jax.jit(generation.make_latent_sampler(loaded, steps=4))
     frozen = generation.sampler_params(loaded)
-    photos = [stock.normal(4, 3, DIM, seed=seed) for seed in (1, 2)]
+    photos = [torch_models.normal(4, 3, DIM, seed=seed) for seed in (1, 2)]
     weights = np.array([[1, 1, 1], [1, 0, 0], [0, 2, 1], [1, 1, 0]], np.float32)
     ids, negative = (np.repeat(loaded.tokenize([t])[0], 4, axis=0) for t in ("a photo", ""))
     request = generation.Request(
@@ -206,8 +206,8 @@ def test_four_people_at_once_are_four_alone(world):
     together = sampler(frozen, tuple(adapters), request)
     for i in range(4):
         alone = sampler(frozen, tuple(adapters), generation.some_of(request, np.array([i])))
-        assert stock.relative(alone[0], together[i]) < 1e-5
-    assert stock.relative(together[0], together[1]) > 0.05
+        assert torch_models.relative(alone[0], together[i]) < 1e-5
+    assert torch_models.relative(together[0], together[1]) > 0.05
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,12 @@ import pytest
 from PIL import Image
 from world import config_of, shrink_adapter, shrink_base, use_people
 
-from persona_jax import evaluate, methods, pretrain, probe, train
+from persona_jax import evaluate, pretrain, probe, train
 from persona_jax.base import ship
 from persona_jax.errors import UserError
 from persona_jax.evaluation import trait_classifier
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.methods import adapter_training
 from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
@@ -146,7 +147,7 @@ def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
     # A set method goes on from the packed adapter.
     config = adapter_config(data, tmp_path / "out")
     config.init_from = str(tmp_path / "out" / "ip_adapter.safetensors")
-    begun = methods.init_adapter(config, packed, 16)
+    begun = adapter_training.init_adapter(config, packed, 16)
     learnt = load_params(tmp_path / "ip" / "checkpoints", "ema")
     for part in ("image_proj", "ip_adapter"):
         assert_close(begun[part], learnt[part])

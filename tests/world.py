@@ -11,8 +11,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image, ImageDraw
 
-from persona_jax import methods
 from persona_jax.interop.checkpoints import Checkpoints
+from persona_jax.methods import adapter_training
 from persona_jax.pipelines.image_encoders import open_image_encoder
 from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runtime.run_folder import write_run_files
@@ -140,7 +140,7 @@ def write_adapter(config, workdir) -> None:
     """A run's folder, as after a training that has left random parameters."""
     parts = open_pipeline(config)
     encoder = open_image_encoder(config, parts)
-    params = methods.init_adapter(config, parts, encoder.dim)
+    params = adapter_training.init_adapter(config, parts, encoder.dim)
     state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
     write_run_files(workdir, config)
     trained = {"unet": parts.unet.hash, "eye": encoder.hash}

@@ -13,11 +13,11 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from persona_jax import methods, personal
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.interop.folders import Tower
+from persona_jax.methods import adapter_training, finetuning
 from persona_jax.models import face_resnet, facenet
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
@@ -51,15 +51,15 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             f"config.batch_size={config.batch_size} (all chips together): must be a multiple of "
             f"accumulate x chips = {config.accumulate} x {mesh.size}; or give --batch_per_chip"
         )
-    if config.method in personal.METHODS:
+    if config.method in finetuning.METHODS:
         return people_step(config, mesh, dtype)
     pipeline, encoder = open_abstract(config, dtype), abstract_image_encoder(config)
     trainable = adapter_shapes(config, pipeline, encoder)
     optimizer = make_optimizer(config.optimizer)
     ema = bool(config.optimizer.ema_decay)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer, ema=ema), trainable)
-    frozen = shapes(methods.adapter_frozen_params(pipeline, encoder.blank))
-    step = methods.adapter_step(config, pipeline, optimizer, mesh)
+    frozen = shapes(adapter_training.adapter_frozen_params(pipeline, encoder.blank))
+    step = adapter_training.adapter_step(config, pipeline, optimizer, mesh)
     return step, (
         at(state, shard_params(mesh, state)),
         at(frozen, shard_params(mesh, frozen)),
@@ -68,7 +68,8 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
 
 def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
-    """The step that :mod:`persona_jax.tuning` compiles, of ``config.people.at_once`` people."""
+    """The step that :mod:`persona_jax.methods.finetuning_loop` compiles, of
+    ``config.people.at_once`` people."""
     pipeline, at_once = open_abstract(config, dtype), config.people.at_once
     fresh = without_start(config)
 
@@ -78,13 +79,13 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
             for name, params in towers.items()
         }
         keys = jax.random.split(key, at_once)
-        return personal.init(fresh, dataclasses.replace(pipeline, **filled), keys)
+        return finetuning.init(fresh, dataclasses.replace(pipeline, **filled), keys)
 
-    towers = {name: getattr(pipeline, name).params for name in personal.TOWERS}
+    towers = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     learnt = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
-    optimizer = personal.make_people_optimizer(config)
+    optimizer = finetuning.make_people_optimizer(config)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), learnt)
-    frozen = shapes(personal.person_frozen_params(config, pipeline))
+    frozen = shapes(finetuning.person_frozen_params(config, pipeline))
     count, (h, w, channels) = config.batch_size, pipeline.latent_shape
     length, of = pipeline.tokenizer.model_max_length, jax.ShapeDtypeStruct
     batch = {
@@ -94,7 +95,7 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
         "class_tokens": of((count, length), jnp.int32),
         "index": of((count,), jnp.int32),
     }
-    return personal.people_step(config, pipeline, optimizer, mesh), (
+    return finetuning.people_step(config, pipeline, optimizer, mesh), (
         at(state, shard_params(mesh, state)),
         at(frozen, shard_params(mesh, frozen)),
         at(batch, batch_sharding(mesh)),
@@ -120,17 +121,17 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
         )
     sampler = generation.make_pixel_sampler(pipeline, steps=config.sampling.steps)
     sampler = generation.split_among_devices(sampler, mesh)
-    aggregator = methods.make_aggregator(config.aggregator)
+    aggregator = adapter_training.make_aggregator(config.aggregator)
 
-    def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, knobs: Any) -> jax.Array:
-        references = generation.References(batch["embeddings"], batch["mask"], knobs["scale"])
+    def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, settings: Any) -> jax.Array:
+        references = generation.References(batch["embeddings"], batch["mask"], settings["scale"])
         request = generation.Request(
             keys=jax.vmap(jax.random.key)(batch["index"]),
             ids=batch["tokens"],
             negative_ids=batch["tokens"],
             references=(references,),
-            guidance=knobs["guidance"],
-            eta=knobs["eta"],
+            guidance=settings["guidance"],
+            eta=settings["eta"],
         )
         return sampler(frozen, (Adapter(aggregator, learnt, blank),), request)
 
@@ -255,7 +256,9 @@ def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder
 
     def make(params: Any) -> Any:
         unet = dataclasses.replace(pipeline.unet, params=params)
-        return methods.init_adapter(fresh, dataclasses.replace(pipeline, unet=unet), encoder.dim)
+        return adapter_training.init_adapter(
+            fresh, dataclasses.replace(pipeline, unet=unet), encoder.dim
+        )
 
     return jax.eval_shape(make, pipeline.unet.params)
 

@@ -6,7 +6,7 @@ import tarfile
 
 import numpy as np
 import pytest
-import stock
+import torch_models
 from world import SHARED, config_of, use_people, write_people
 
 from persona_jax.data.dataset import open_dataset
@@ -87,7 +87,7 @@ def test_a_photo_is_not_held_against_itself(drawn):
 
 def test_dlib_cannot_judge_what_it_conditions(tmp_path):
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
-    stock.write_pipeline(tmp_path / "pipeline")
+    torch_models.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
     with pytest.raises(UserError, match="cannot judge"):
         builder.build_evaluator(config, open_dataset(config.data)[0], 3, NO_FLAGS)
@@ -113,7 +113,7 @@ def test_real_people_are_nearer_to_themselves(tmp_path, monkeypatch):
                 (tmp_path / "people" / person / file).write_bytes(data)
     config = config_for(tmp_path / "people", tmp_path, people=6)
     config.data.crop = 0.6
-    stock.write_pipeline(tmp_path / "pipeline")
+    torch_models.write_pipeline(tmp_path / "pipeline")
     config.pipeline = str(tmp_path / "pipeline")
     photos, groups = open_dataset(config.data)
     monkeypatch.setattr(builder, "MANY", 64)

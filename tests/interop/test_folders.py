@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
@@ -18,16 +18,16 @@ from persona_jax.interop.tensors import to_torch, torch_name
 from persona_jax.models import towers
 
 SETTINGS = {
-    "unet": stock.TINY_UNET,
-    "vae": stock.TINY_VAE,
-    "text_encoder": stock.TINY_TEXT | {"vocab_size": 40, "eos_token_id": 39},
-    "image_encoder": stock.TINY_VISION,
+    "unet": torch_models.TINY_UNET,
+    "vae": torch_models.TINY_VAE,
+    "text_encoder": torch_models.TINY_TEXT | {"vocab_size": 40, "eos_token_id": 39},
+    "image_encoder": torch_models.TINY_VISION,
 }
 MAKE = {
-    "unet": stock.make_unet,
-    "vae": stock.make_vae,
-    "text_encoder": stock.make_text_encoder,
-    "image_encoder": stock.make_image_encoder,
+    "unet": torch_models.make_unet,
+    "vae": torch_models.make_vae,
+    "text_encoder": torch_models.make_text_encoder,
+    "image_encoder": torch_models.make_image_encoder,
 }
 FILES = dict.fromkeys(("unet", "vae"), "diffusion_pytorch_model.safetensors")
 FILES |= dict.fromkeys(("text_encoder", "image_encoder"), "model.safetensors")

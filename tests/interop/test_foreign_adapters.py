@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.numpy import save_file
-from stock import TINY_UNET
+from torch_models import TINY_UNET
 
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter, save_ip_adapter_bin

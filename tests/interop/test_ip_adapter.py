@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from stock import SHARED, TINY_UNET
+from torch_models import SHARED, TINY_UNET
 
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter

@@ -5,17 +5,17 @@ import json
 import jax
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
 from safetensors.numpy import load_file, save_file
 
-import persona_jax.stock
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.models import lora
 from persona_jax.pipelines import generation, pipeline
+from persona_jax.runs import diffusers_reference
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE = [*ATTENTION, "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]
@@ -25,7 +25,7 @@ KEY = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     folder = tmp_path_factory.mktemp("base")
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     return folder
 
 
@@ -37,7 +37,7 @@ def loaded(base):
 def write_lora(base, folder, targets, text: bool, alpha: float = 6.0, metadata: bool = True):
     """The file as PEFT and diffusers write it, and the pipeline that it was written from; nothing
     in it is zero."""
-    pipe = persona_jax.stock.open_stock(base)
+    pipe = diffusers_reference.open_diffusers(base)
     settings = {"r": 3, "lora_alpha": alpha, "init_lora_weights": "gaussian"}
     towers = {"unet": LoraConfig(**settings, target_modules=targets)}
     if text:
@@ -67,28 +67,28 @@ def test_the_base_with_it_is_what_peft_makes(
     base, loaded, tmp_path, targets, text, alpha, metadata
 ):
     file, pipe = write_lora(base, tmp_path, targets, text, alpha, metadata)
-    expected = persona_jax.stock.stock_latents(pipe, loaded)
+    expected = diffusers_reference.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     updates = load_lora(file, frozen)
     assert set(updates) == ({"unet", "text_encoder"} if text else {"unet"})
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = persona_jax.stock.our_sampler(loaded, towers)()
-    assert persona_jax.stock.apart(found, expected) < 1e-3
-    plain = persona_jax.stock.stock_latents(persona_jax.stock.open_stock(base), loaded)
-    assert persona_jax.stock.apart(plain, expected) > 1e-2
+    found = diffusers_reference.our_sampler(loaded, towers)()
+    assert diffusers_reference.apart(found, expected) < 1e-3
+    plain = diffusers_reference.diffusers_latents(diffusers_reference.open_diffusers(base), loaded)
+    assert diffusers_reference.apart(plain, expected) > 1e-2
 
 
 def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
     """Stock diffusers' own loader and scale."""
     file, _ = write_lora(base, tmp_path, MORE, text=False)
-    pipe = persona_jax.stock.open_stock(base)
+    pipe = diffusers_reference.open_diffusers(base)
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
-    expected = persona_jax.stock.stock_latents(pipe, loaded)
+    expected = diffusers_reference.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     half = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"], 0.5)}
-    found = persona_jax.stock.our_sampler(loaded, half)()
-    assert persona_jax.stock.apart(found, expected) < 1e-3
+    found = diffusers_reference.our_sampler(loaded, half)()
+    assert diffusers_reference.apart(found, expected) < 1e-3
 
 
 def renamed(tensors: dict, *pairs: tuple[str, str]) -> dict:

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from flax import traverse_util
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from safetensors.numpy import load_file, save_file
@@ -27,7 +27,7 @@ from persona_jax.interop.tensors import (
 )
 from persona_jax.models import towers, unet
 
-REFERENCE = stock.SHARED / "reference"
+REFERENCE = torch_models.SHARED / "reference"
 
 CONFIGS = {
     "unet": {
@@ -139,15 +139,17 @@ def test_layouts_are_torchs():
     params, rng = filled(), np.random.default_rng(1)
     x = rng.standard_normal((1, 6, 6, 4), dtype=np.float32)
     kernel = to_torch(("conv_in", "kernel"), params["conv_in"]["kernel"])
-    theirs = torch.conv2d(stock.nchw(x), torch.tensor(kernel))
+    theirs = torch.conv2d(torch_models.nchw(x), torch.tensor(kernel))
     ours = jax.lax.conv_general_dilated(
         x, params["conv_in"]["kernel"], (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
-    assert stock.relative(ours, stock.nhwc(theirs)) < 1e-6
+    assert torch_models.relative(ours, torch_models.nhwc(theirs)) < 1e-6
     dense = params["blocks.0"]["ff"]["kernel"]
     y = rng.standard_normal((2, 8), dtype=np.float32)
     weight = torch.tensor(np.ascontiguousarray(to_torch(("ff", "kernel"), dense)))
-    assert stock.relative(y @ dense, torch.nn.functional.linear(torch.tensor(y), weight)) < 1e-6
+    assert (
+        torch_models.relative(y @ dense, torch.nn.functional.linear(torch.tensor(y), weight)) < 1e-6
+    )
     for path, leaf in traverse_util.flatten_dict(params).items():
         assert to_torch(path, leaf).shape == torch_shape(path, leaf.shape)
         np.testing.assert_array_equal(from_torch(path, to_torch(path, leaf)), leaf)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from stock import normal, relative
+from torch_models import normal, relative
 
 from persona_jax.interop import torch_aggregator
 from persona_jax.interop.aggregator_files import save_aggregator

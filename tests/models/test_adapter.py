@@ -5,8 +5,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from diffusers.image_processor import IPAdapterMaskProcessor
 
 from persona_jax.interop.folders import load_tower
@@ -15,15 +15,15 @@ from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import cross_attention_layers, text_kernels
 
-DIM, TEXT = 12, stock.TINY_UNET["cross_attention_dim"]
+DIM, TEXT = 12, torch_models.TINY_UNET["cross_attention_dim"]
 AVERAGE = Aggregator("avg")
-Z, T = stock.normal(2, 8, 8, 4), np.array([3, 801])
-TOKENS, IMAGE = stock.normal(2, 7, TEXT, seed=1), stock.normal(2, DIM, seed=2)
+Z, T = torch_models.normal(2, 8, 8, 4), np.array([3, 801])
+TOKENS, IMAGE = torch_models.normal(2, 7, TEXT, seed=1), torch_models.normal(2, DIM, seed=2)
 
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    return stock.make_unet(stock.TINY_UNET)
+    return torch_models.make_unet(torch_models.TINY_UNET)
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def params(published, ours):
 @pytest.fixture(scope="module")
 def with_adapter(theirs, published):
     """Stock's UNet with the published adapter in it."""
-    unet = stock.make_unet(stock.TINY_UNET)
+    unet = torch_models.make_unet(torch_models.TINY_UNET)
     unet.load_state_dict(theirs.state_dict())
     unet._load_ip_adapter_weights([published])
     return unet
@@ -129,7 +129,7 @@ def stock_predicts(unet, image, scale, mask=None) -> np.ndarray:
     more = {} if mask is None else {"cross_attention_kwargs": {"ip_adapter_masks": [mask]}}
     with torch.no_grad():
         out = unet(
-            stock.nchw(Z),
+            torch_models.nchw(Z),
             torch.tensor(T),
             torch.tensor(TOKENS),
             added_cond_kwargs={
@@ -137,13 +137,13 @@ def stock_predicts(unet, image, scale, mask=None) -> np.ndarray:
             },
             **more,
         )
-    return stock.nhwc(out.sample)
+    return torch_models.nhwc(out.sample)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.6, 0.0])
 def test_unet_with_adapter_is_stocks_with_ip_adapter(scale, run, with_adapter):
     expected = stock_predicts(with_adapter, IMAGE, scale)
-    assert stock.relative(run(IMAGE, scale), expected) < 1e-5
+    assert torch_models.relative(run(IMAGE, scale), expected) < 1e-5
 
 
 def test_several_photos_side_by_side_are_stocks_several_images(run, with_adapter):
@@ -151,22 +151,22 @@ def test_several_photos_side_by_side_are_stocks_several_images(run, with_adapter
     images = random.normal(size=(len(IMAGE), 3, IMAGE.shape[1])).astype(np.float32)
     every = EveryPhoto().apply({}, jnp.asarray(images), jnp.ones(images.shape[:2]))
     expected = stock_predicts(with_adapter, images, 1.0)
-    assert stock.relative(run(every, 1.0), expected) < 1e-5
+    assert torch_models.relative(run(every, 1.0), expected) < 1e-5
 
 
 def test_the_unconditional_branch_is_the_zero_embedding(run, with_adapter):
     """Which makes tokens too: it is not the same as no adapter."""
     zeros = np.zeros_like(IMAGE)
     ours = run(zeros, 1.0)
-    assert stock.relative(ours, stock_predicts(with_adapter, zeros, 1.0)) < 1e-5
-    assert stock.relative(run(zeros, 0.0), ours) > 1e-2
+    assert torch_models.relative(ours, stock_predicts(with_adapter, zeros, 1.0)) < 1e-5
+    assert torch_models.relative(run(zeros, 0.0), ours) > 1e-2
 
 
 def test_scale_zero_is_no_adapter(run, theirs):
     with torch.no_grad():
-        expected = theirs(stock.nchw(Z), torch.tensor(T), torch.tensor(TOKENS)).sample
-    assert stock.relative(run(IMAGE, 0.0), stock.nhwc(expected)) < 1e-5
-    assert stock.relative(run(IMAGE, 1.0), stock.nhwc(expected)) > 1e-2
+        expected = theirs(torch_models.nchw(Z), torch.tensor(T), torch.tensor(TOKENS)).sample
+    assert torch_models.relative(run(IMAGE, 0.0), torch_models.nhwc(expected)) < 1e-5
+    assert torch_models.relative(run(IMAGE, 1.0), torch_models.nhwc(expected)) > 1e-2
 
 
 def test_a_scale_for_each_layer(run, ours, with_adapter):
@@ -175,7 +175,7 @@ def test_a_scale_for_each_layer(run, ours, with_adapter):
     expected = stock_predicts(
         with_adapter, IMAGE, {f"{layer}.processor": scale for layer, scale in scales.items()}
     )
-    assert stock.relative(run(IMAGE, scales), expected) < 1e-5
+    assert torch_models.relative(run(IMAGE, scales), expected) < 1e-5
 
 
 def test_region_masks_are_stocks_ip_adapter_masks(run, ours, with_adapter):
@@ -191,8 +191,8 @@ def test_region_masks_are_stocks_ip_adapter_masks(run, ours, with_adapter):
 
     scales = {layer: shrunk(layer) for layer in cross_attention_layers(ours.module.config)}
     ours = run(IMAGE, scales)
-    assert stock.relative(ours, expected) < 1e-5
-    assert stock.relative(run(IMAGE, 0.8), expected) > 1e-3
+    assert torch_models.relative(ours, expected) < 1e-5
+    assert torch_models.relative(run(IMAGE, 0.8), expected) > 1e-3
 
 
 def test_image_tokens_are_stocks(params, published):
@@ -204,7 +204,7 @@ def test_image_tokens_are_stocks(params, published):
         {"params": params["image_proj"]}, jnp.asarray(IMAGE)
     )
     assert tokens.shape == (2, 4, TEXT)
-    assert stock.relative(tokens, projection(torch.tensor(IMAGE))) < 1e-6
+    assert torch_models.relative(tokens, projection(torch.tensor(IMAGE))) < 1e-6
 
 
 def test_a_fresh_adapter_starts_from_the_texts_projections(kernels):
@@ -218,7 +218,7 @@ def test_a_fresh_adapter_starts_from_the_texts_projections(kernels):
 
 
 def test_a_set_is_aggregated_before_it_is_projected(params):
-    references = jnp.asarray(stock.normal(2, 3, DIM))
+    references = jnp.asarray(torch_models.normal(2, 3, DIM))
     weights = jnp.array([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0]])
     image = adapter.aggregate(params, AVERAGE, references, weights)
     np.testing.assert_allclose(image[0], references[0, :2].mean(axis=0), atol=1e-6)

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 from jax.experimental.pallas import tpu as pallas
 
 from persona_jax.models import attention as module
@@ -44,7 +44,7 @@ def torchs(q, k, v, bias=None) -> np.ndarray:
 def test_short_sequences(bias):
     q, k, v = qkv(7, 5)
     bias = jnp.array([[0.0, 1.0, -2.0, 0.5, -1e9]]) if bias else None
-    assert stock.relative(attention(q, k, v, bias), torchs(q, k, v, bias)) < 1e-6
+    assert torch_models.relative(attention(q, k, v, bias), torchs(q, k, v, bias)) < 1e-6
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(2048, 512), (1500, 700)])
@@ -60,7 +60,7 @@ def test_long_sequences_are_computed_in_chunks(queries, keys, monkeypatch):
     monkeypatch.setattr(module, "_chunked_attention", counted)
     q, k, v = qkv(queries, keys)
     assert queries * keys >= module._LONG
-    assert stock.relative(jax.jit(attention)(q, k, v), torchs(q, k, v)) < 1e-6
+    assert torch_models.relative(jax.jit(attention)(q, k, v), torchs(q, k, v)) < 1e-6
     assert calls
 
 
@@ -71,7 +71,7 @@ def test_chunks_have_the_same_gradient():
         return jax.jit(jax.grad(lambda q, k, v: (function(q, k, v) ** 2).sum(), (0, 1, 2)))(q, k, v)
 
     for a, b in zip(total(attention), total(jax.nn.dot_product_attention), strict=True):
-        assert stock.relative(a, np.asarray(b)) < 1e-5
+        assert torch_models.relative(a, np.asarray(b)) < 1e-5
 
 
 def test_half_precision_keeps_softmax_in_float32():
@@ -81,7 +81,7 @@ def test_half_precision_keeps_softmax_in_float32():
     ours = attention(q, k, v)
     assert ours.dtype == jnp.bfloat16
     exact = torchs(*(x.astype(jnp.float32) for x in (q, k, v)))
-    assert stock.relative(ours.astype(jnp.float32), exact) < 1e-2
+    assert torch_models.relative(ours.astype(jnp.float32), exact) < 1e-2
 
 
 def test_a_bias_of_log_two_is_a_key_listed_twice():

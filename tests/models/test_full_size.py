@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 import pytest
-import stock
 import torch
+import torch_models
 
 pytestmark = pytest.mark.slow
 
@@ -69,27 +69,28 @@ def show(**differences: float) -> None:
 
 
 def test_unet_at_64(folder):
-    show(unet=stock.unet_difference(UNET, folder, size=64))
+    show(unet=torch_models.unet_difference(UNET, folder, size=64))
 
 
 def test_vae_at_512(folder):
-    encode, decode = stock.vae_differences(VAE, folder, size=512)
+    encode, decode = torch_models.vae_differences(VAE, folder, size=512)
     show(vae_encode=encode, vae_decode=decode)
 
 
 def test_text_encoder(folder):
-    hidden, pooled = stock.text_differences(TEXT, folder)
+    hidden, pooled = torch_models.text_differences(TEXT, folder)
     show(text_hidden=hidden, text_pooled=pooled)
 
 
 def test_image_encoder_vit_h(folder):
-    embedding, penultimate = stock.vision_differences(VISION, folder)
+    embedding, penultimate = torch_models.vision_differences(VISION, folder)
     show(vision_embedding=embedding, vision_penultimate=penultimate)
 
 
-SAVE = (
-    "import stock, test_full_size as t; stock.make_unet(t.UNET).save_pretrained({folder!r}, {kw})"
-)
+SAVE = """
+import torch_models, test_full_size as t
+torch_models.make_unet(t.UNET).save_pretrained({folder!r}, {kw})
+"""
 
 LOAD = """
 import re

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 
 from persona_jax.models import layers
 from persona_jax.models.layers import conv3
@@ -17,8 +17,11 @@ def every_kernel_is_large(monkeypatch):
 
 
 def inputs(side: int, channels: int, out: int):
-    x = stock.normal(1, side, side, channels)
-    kernel, bias = stock.normal(3, 3, channels, out, seed=1) * 0.1, stock.normal(out, seed=2)
+    x = torch_models.normal(1, side, side, channels)
+    kernel, bias = (
+        torch_models.normal(3, 3, channels, out, seed=1) * 0.1,
+        torch_models.normal(out, seed=2),
+    )
     return x, {"params": {"kernel": jnp.asarray(kernel), "bias": jnp.asarray(bias)}}
 
 
@@ -44,14 +47,14 @@ def test_a_convolution_and_its_gradients_are_torchs(side, channels, out, stride,
     padded = torch.nn.functional.pad(theirs_x, (left, right, top, bottom))
     theirs = torch.nn.functional.conv2d(padded, kernel, bias, stride)
     found, back = jax.vjp(ours, params, x)
-    assert stock.relative(found.transpose(0, 3, 1, 2), theirs) < 1e-5
+    assert torch_models.relative(found.transpose(0, 3, 1, 2), theirs) < 1e-5
 
-    cotangent = stock.normal(*found.shape, seed=3)
+    cotangent = torch_models.normal(*found.shape, seed=3)
     theirs.backward(torch.tensor(cotangent).permute(0, 3, 1, 2))
     of_params, of_x = jax.jit(back)(jnp.asarray(cotangent))
     of_kernel = of_params["params"]["kernel"]
-    assert stock.relative(of_x.transpose(0, 3, 1, 2), theirs_x.grad) < 1e-5
-    assert stock.relative(of_kernel.transpose(3, 2, 0, 1), kernel.grad) < 1e-5
+    assert torch_models.relative(of_x.transpose(0, 3, 1, 2), theirs_x.grad) < 1e-5
+    assert torch_models.relative(of_kernel.transpose(3, 2, 0, 1), kernel.grad) < 1e-5
 
 
 @pytest.mark.parametrize(("side", "by_patches"), [(4, True), (16, False)])

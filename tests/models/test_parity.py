@@ -1,7 +1,7 @@
 """Every tower against diffusers or transformers, same random weights, float32."""
 
 import pytest
-import stock
+import torch_models
 
 
 @pytest.mark.parametrize(
@@ -14,19 +14,19 @@ import stock
     ids=["sd1", "sd2", "other"],
 )
 def test_unet(change, tmp_path):
-    assert stock.unet_difference(stock.SMALL_UNET | change, tmp_path, size=8) < 1e-4
+    assert torch_models.unet_difference(torch_models.SMALL_UNET | change, tmp_path, size=8) < 1e-4
 
 
 def test_vae(tmp_path):
-    assert max(stock.vae_differences(stock.SMALL_VAE, tmp_path, size=16)) < 1e-4
+    assert max(torch_models.vae_differences(torch_models.SMALL_VAE, tmp_path, size=16)) < 1e-4
 
 
 @pytest.mark.parametrize("change", [{}, {"hidden_act": "gelu", "eos_token_id": 2}], ids=["1", "2"])
 def test_text_encoder(change, tmp_path):
-    assert max(stock.text_differences(stock.SMALL_TEXT | change, tmp_path)) < 1e-4
+    assert max(torch_models.text_differences(torch_models.SMALL_TEXT | change, tmp_path)) < 1e-4
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", "gelu"])
 def test_image_encoder(act, tmp_path):
-    settings = stock.SMALL_VISION | {"hidden_act": act}
-    assert max(stock.vision_differences(settings, tmp_path)) < 1e-4
+    settings = torch_models.SMALL_VISION | {"hidden_act": act}
+    assert max(torch_models.vision_differences(settings, tmp_path)) < 1e-4

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
+import torch_models
 
 from persona_jax.models import towers
 from persona_jax.models.attention import Source, project_keys_values
@@ -15,7 +15,7 @@ from persona_jax.runtime.compilation import compiler_options
 @pytest.fixture(scope="module")
 def found() -> dict:
     """(gradient, numbers kept for it) by kind."""
-    unet = towers.build("unet", stock.TINY_UNET)
+    unet = towers.build("unet", torch_models.TINY_UNET)
     params = towers.initialise(unet, jax.random.key(0))
     z = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
     text = jax.random.normal(jax.random.key(2), (4, 5, 16))

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 
 from persona_jax.diffusion.sampler import picture_noise
 from persona_jax.models import adapter
@@ -19,7 +19,7 @@ STEPS, SIDE, B = 10, 16, 2
 PROMPTS = ["a photo of a smiling woman", "an angry man"]
 NEGATIVE = ["a portrait", ""]
 AVERAGE = Aggregator("avg")
-DIM = stock.TINY_VISION["projection_dim"]
+DIM = torch_models.TINY_VISION["projection_dim"]
 
 
 ONE = make_mesh(devices=jax.devices()[:1])
@@ -28,7 +28,7 @@ ONE = make_mesh(devices=jax.devices()[:1])
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("stock")
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     return folder
 
 
@@ -80,10 +80,10 @@ def references(scale=1.0, weights=((1, 1, 0), (1, 2, 1)), seed=1) -> generation.
 
 
 def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) -> torch.Tensor:
-    return stock.open_stock(folder)(
+    return torch_models.open_diffusers(folder)(
         prompts,
         negative_prompt=NEGATIVE,
-        latents=stock.nchw(noise),
+        latents=torch_models.nchw(noise),
         num_inference_steps=STEPS,
         guidance_scale=guidance,
         height=SIDE,
@@ -95,30 +95,33 @@ def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) 
 
 def test_guided_ddim_is_stocks(folder, loaded, frozen):
     """10 steps from the same noise."""
-    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     latent_sampler = jax.jit(generation.make_latent_sampler(loaded, steps=STEPS))
 
     def latents(prompts=PROMPTS, guidance=7.5):
         return latent_sampler(frozen, (), request(loaded, prompts, guidance=guidance, noise=noise))
 
     ours = latents()
-    assert stock.relative(ours, stock.nhwc(stock_images(folder, noise, 7.5, "latent"))) < 1e-3
+    assert (
+        torch_models.relative(ours, torch_models.nhwc(stock_images(folder, noise, 7.5, "latent")))
+        < 1e-3
+    )
     # What it is compared on is no accident: guidance and prompts do matter to these weights.
-    assert stock.relative(latents(guidance=1.0), ours) > 0.05
-    assert stock.relative(latents(PROMPTS[::-1]), ours) > 0.05
+    assert torch_models.relative(latents(guidance=1.0), ours) > 0.05
+    assert torch_models.relative(latents(PROMPTS[::-1]), ours) > 0.05
 
 
 def test_v_prediction_is_stocks(tmp_path):
-    stock.write_pipeline(tmp_path, prediction="v_prediction", clip=False)
+    torch_models.write_pipeline(tmp_path, prediction="v_prediction", clip=False)
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     loaded = pipeline.load(str(tmp_path), only=towers)
-    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     sampler = jax.jit(generation.make_latent_sampler(loaded, steps=STEPS))
     latents = sampler(
         generation.sampler_params(loaded), (), request(loaded, guidance=3.0, noise=noise)
     )
     expected = stock_images(tmp_path, noise, 3.0, "latent")
-    assert stock.relative(latents, stock.nhwc(expected)) < 1e-3
+    assert torch_models.relative(latents, torch_models.nhwc(expected)) < 1e-3
 
 
 def stock_adapter(params, loaded) -> dict:
@@ -148,9 +151,9 @@ def stock_adapter(params, loaded) -> dict:
 
 def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
     """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
-    noise = jnp.asarray(stock.normal(B, 8, 8, 4))
+    noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     wanted = references(scale=0.7)
-    pipe = stock.open_stock(folder)
+    pipe = torch_models.open_diffusers(folder)
     state = stock_adapter(learnt.params, loaded)
     pipe.load_ip_adapter(state, subfolder="", weight_name="", image_encoder_folder=None)
     pipe.set_ip_adapter_scale(0.7)
@@ -162,7 +165,7 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
         return pipe(
             PROMPTS[i],
             negative_prompt=NEGATIVE[i],
-            latents=stock.nchw(noise[i : i + 1]),
+            latents=torch_models.nchw(noise[i : i + 1]),
             num_inference_steps=STEPS,
             guidance_scale=4.0,
             height=SIDE,
@@ -177,15 +180,15 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
         asked = request(loaded, guidance=4.0, noise=noise, references=(wanted,))
         return sampler(frozen, (learnt,), asked)
 
-    assert stock.relative(pictures(wanted), 2 * expected - 1) < 1e-3
+    assert torch_models.relative(pictures(wanted), 2 * expected - 1) < 1e-3
     without = stock_images(folder, noise, 4.0, "np")
-    assert stock.relative(expected, without) > 0.02
+    assert torch_models.relative(expected, without) > 0.02
     # λ = 0 is no adapter at all; no photo of any weight is the zero embedding, which says a thing.
-    assert stock.relative(pictures(references(scale=0.0)), 2 * without - 1) < 1e-3
+    assert torch_models.relative(pictures(references(scale=0.0)), 2 * without - 1) < 1e-3
     empty = pictures(references(0.7, weights=((0, 0, 0), (0, 0, 0))))
     zeros = generation.References(jnp.zeros((B, 3, DIM)), jnp.ones((B, 3)), 0.7)
     np.testing.assert_array_equal(empty, pictures(zeros))
-    assert stock.relative(empty, 2 * without - 1) > 1e-3
+    assert torch_models.relative(empty, 2 * without - 1) > 1e-3
 
 
 def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
@@ -218,7 +221,7 @@ def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
         {"weights": ((0, 1, 1), (3, 0, 0))},
         {"seed": 2, "weights": ((0, 0, 0), (0, 0, 0))},
     ):
-        assert stock.relative(pictures(**change), first) > 1e-4, change
+        assert torch_models.relative(pictures(**change), first) > 1e-4, change
     np.testing.assert_array_equal(pictures(), first)
     assert sampler._cache_size() == before + 1
 
@@ -242,7 +245,7 @@ def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
         drawn, again = (picture_noise(k, step, loaded.latent_shape) for k in (keys, later))
         np.testing.assert_array_equal(again[0], drawn[1])
     np.testing.assert_allclose(pictures(2, first=1)[0], two[1], atol=1e-5)
-    assert stock.relative(two[1], two[0]) > 0.05
+    assert torch_models.relative(two[1], two[0]) > 0.05
     np.testing.assert_allclose(pictures(1)[0], two[0], atol=1e-4)
 
 
@@ -298,7 +301,7 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
     expected, found = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
     assert len(expected.sharding.device_set) == 1
     assert len(found.sharding.device_set) == count
-    assert stock.relative(found, np.asarray(expected)) < 1e-4
+    assert torch_models.relative(found, np.asarray(expected)) < 1e-4
 
 
 def test_what_is_of_each_picture(loaded):

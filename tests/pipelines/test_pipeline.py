@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import stock
 import torch
+import torch_models
 import transformers
 from safetensors.numpy import load_file
 
@@ -26,7 +26,7 @@ SIDE = 16
 def theirs(tmp_path_factory):
     """Saved by stock diffusers."""
     folder = tmp_path_factory.mktemp("stock")
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     return folder
 
 
@@ -44,15 +44,15 @@ def copy(ours, tmp_path):
 
 
 def paint(folder) -> np.ndarray:
-    latents = stock.nchw(stock.normal(1, 8, 8, 4))
+    latents = torch_models.nchw(torch_models.normal(1, 8, 8, 4))
     size = {"height": SIDE, "width": SIDE}
-    pipe = stock.open_stock(folder)
+    pipe = torch_models.open_diffusers(folder)
     return pipe(PROMPTS[0], latents=latents, num_inference_steps=2, output_type="np", **size).images
 
 
 def test_stock_diffusers_paints_the_same_from_what_we_save(theirs, ours):
     np.testing.assert_array_equal(paint(ours), paint(theirs))
-    opened = stock.open_stock(ours)
+    opened = torch_models.open_diffusers(ours)
     assert isinstance(opened.image_encoder, transformers.CLIPVisionModelWithProjection)
     assert opened.feature_extractor.size == {"shortest_edge": 16}
     assert isinstance(opened.scheduler, diffusers.DDIMScheduler)
@@ -105,7 +105,7 @@ def test_a_pipeline_without_eye(theirs, tmp_path):
     assert loaded.image_encoder is None
     assert loaded.feature_extractor is None
     pipeline.save(loaded, tmp_path / "saved")
-    opened = stock.open_stock(tmp_path / "saved")
+    opened = torch_models.open_diffusers(tmp_path / "saved")
     assert opened.image_encoder is None
     assert opened.feature_extractor is None
 
@@ -141,7 +141,7 @@ def test_the_schedule_is_the_one_that_stock_would_use(changes, copy):
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
     schedule = pipeline.load(str(copy), only=[]).schedule
-    config = stock.open_stock(copy).scheduler.config
+    config = torch_models.open_diffusers(copy).scheduler.config
     assert schedule.clip_sample is config.clip_sample is False
     assert schedule.steps_offset == config.steps_offset == 1
 

@@ -9,13 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Key
 from ml_collections import ConfigDict
 
-from persona_jax import methods, personal, tuning
 from persona_jax.data.photos import Photos
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
+from persona_jax.methods import adapter_training, finetuning, finetuning_loop
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
@@ -26,7 +26,7 @@ from persona_jax.runtime.run_folder import read_config
 
 
 @dataclasses.dataclass(frozen=True)
-class Knobs:
+class SamplingSettings:
     """How to sample.
 
     Attributes:
@@ -63,9 +63,9 @@ class Run:
     @property
     def personal(self) -> bool:
         """Whether the weights belong to people."""
-        return self.config.method in personal.METHODS
+        return self.config.method in finetuning.METHODS
 
-    def knobs(self, **changes: float | int | None) -> Knobs:
+    def sampling_settings(self, **changes: float | int | None) -> SamplingSettings:
         """The config's, but for those of `changes` that are not None."""
         sampling = self.config.sampling
         chosen = {
@@ -75,13 +75,13 @@ class Run:
             "scale": sampling.get("scale", 1.0),
         }
         given = {name: value for name, value in changes.items() if value is not None}
-        return Knobs(**(chosen | given))
+        return SamplingSettings(**(chosen | given))
 
     def prompt(self, prompt: str) -> str:
         """The prompt as the method wants it: with the rare token, where it has one."""
         if not self.personal:
             return prompt
-        return personal.call(prompt, self.config.token, self.config.nouns)
+        return finetuning.insert_token(prompt, self.config.token, self.config.nouns)
 
 
 def open_run(workdir: Path, crop: float | None = None, weights: str | None = None) -> Run:
@@ -99,14 +99,14 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
     if crop is not None:
         config.data.crop = crop
     pipeline = open_pipeline(config)
-    if config.method in personal.METHODS:
+    if config.method in finetuning.METHODS:
         return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
     params, encoder = (
         load_params(workdir / "checkpoints", which),
         open_image_encoder(config, pipeline),
     )
-    learnt = Adapter(methods.make_aggregator(config.aggregator), params, encoder.blank)
+    learnt = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
     return Run(workdir, config, pipeline, encoder, learnt)
 
 
@@ -171,7 +171,7 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
 
 def make_run_sampler(
     run: Run,
-    knobs: Knobs,
+    settings: SamplingSettings,
     batch_size: int = 32,
     sampler: generation.Sampler | None = None,
     *,
@@ -183,14 +183,14 @@ def make_run_sampler(
 
     Args:
       run: what to paint with.
-      knobs: how.
+      settings: how.
       batch_size: pictures at a time.
       sampler: :func:`persona_jax.pipelines.generation.make_sampler`'s, of another run on the same
         base, to compile less.
       adapters: in place of the run's one.
       towers: in place of the base's, by name.
     """
-    sampler = sampler or generation.make_sampler(run.pipeline, steps=knobs.steps)
+    sampler = sampler or generation.make_sampler(run.pipeline, steps=settings.steps)
     frozen = generation.sampler_params(run.pipeline) | dict(towers or {})
     if adapters is None:
         adapters = [run.adapter] if run.adapter else []
@@ -220,16 +220,16 @@ def make_run_sampler(
             ids=jnp.asarray(ids),
             negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
             references=tuple(references),
-            guidance=knobs.guidance,
-            eta=knobs.eta,
+            guidance=settings.guidance,
+            eta=settings.eta,
         )
         if names is None:
-            shown = adapters if references else ()
-            return generation.in_batches(sampler, frozen, shown, request, batch_size)
+            active = adapters if references else ()
+            return generation.in_batches(sampler, frozen, active, request, batch_size)
         out: dict[int, np.ndarray] = {}
         for name in dict.fromkeys(names):
             rows = np.flatnonzero(np.asarray(names) == name)
-            own = tuning.load(run.workdir, name, run.pipeline, run.config)
+            own = finetuning_loop.load_person(run.workdir, name, run.pipeline, run.config)
             size = min(batch_size, len(rows))
             some = generation.some_of(request, rows)
             pictures = generation.in_batches(sampler, frozen | own, (), some, size)
@@ -257,7 +257,7 @@ def sample_subjects(
     seen: Float[np.ndarray, "P N *D"] | None = None,
     *,
     scale: float = 1.0,
-    shown: int | None = None,
+    num_references: int | None = None,
     named: bool = True,
     seed: int = 0,
 ) -> Float[np.ndarray, "Q H W 3"]:
@@ -269,7 +269,7 @@ def sample_subjects(
       subjects: the people.
       seen: their references' embeddings, for adapters; None: text alone.
       scale: λ of an adapter.
-      shown: how many of the references count; None: all.
+      num_references: how many of the references count; None: all.
       named: where weights belong to people, call each by the rare token; else the prompts stay as
         they are, and ask for anybody.
       seed: of the noise.
@@ -281,7 +281,9 @@ def sample_subjects(
         return sampler(wanted, keys, names=[subjects.names[i] for i in who])
     if seen is None:
         return sampler(prompts, keys)
-    counts = np.arange(seen.shape[1]) < (seen.shape[1] if shown is None else shown)
+    counts = np.arange(seen.shape[1]) < (
+        seen.shape[1] if num_references is None else num_references
+    )
     weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
     references = generation.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
     return sampler(prompts, keys, references=[references])

@@ -94,10 +94,10 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
                 + ("plus and resampler do" if plus else "all but plus and resampler do")
             )
         return fresh | learnt
-    return start_from(place, fresh)
+    return init_from_run(place, fresh)
 
 
-def start_from(workdir: Path, fresh: Mapping) -> dict:
+def init_from_run(workdir: Path, fresh: Mapping) -> dict:
     """`fresh` with what an earlier run has learnt.
 
     The projection and W'_k, W'_v must be there and fit. The aggregator is taken over where the

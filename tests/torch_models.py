@@ -192,7 +192,7 @@ def write_pipeline(folder: Path, *, prediction: str = "epsilon", clip: bool = Tr
     ).save_pretrained(folder)
 
 
-def open_stock(folder: Path) -> diffusers.StableDiffusionPipeline:
+def open_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
     """Stock diffusers' view of a pipeline folder."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)

@@ -8,14 +8,15 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-import stock
+import torch_models
 from diffusers import UNet2DConditionModel
 from PIL import Image
 from safetensors.numpy import load_file
 from world import ROOT, config_of, use_people, write_people
 
-from persona_jax import personal, sample, train, tuning
+from persona_jax import sample, train
 from persona_jax.errors import UserError
+from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import pipeline
 from persona_jax.runtime.command_line import run_with_arguments
 
@@ -23,7 +24,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 @pytest.fixture(scope="module")
 def base(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("base") / "pipeline"
-    stock.write_pipeline(folder)
+    torch_models.write_pipeline(folder)
     return folder
 
 
@@ -41,7 +42,7 @@ def config(name: str, base: Path, people: Path, data_dir: Path):
     return found
 
 
-@pytest.fixture(scope="module", params=personal.METHODS)
+@pytest.fixture(scope="module", params=finetuning.METHODS)
 def run(request, base, tmp_path_factory):
     """(config, workdir) of three people, two at once."""
     root = tmp_path_factory.mktemp(request.param)
@@ -66,7 +67,7 @@ def test_everyone_is_learnt_and_nothing_else_is_left(run):
     assert not list((workdir / "training").iterdir())
     parts = pipeline.load(chosen.pipeline, only=("unet", "vae", "text_encoder"))
     before = np.asarray(parts.unet.params["conv_in"]["kernel"])
-    learnt = [tuning.load(workdir, name, parts, chosen) for name in names]
+    learnt = [finetuning_loop.load_person(workdir, name, parts, chosen) for name in names]
     leaves = [np.concatenate([np.ravel(x) for x in jax.tree.leaves(t["unet"])]) for t in learnt]
     assert all(np.abs(a - b).max() > 0 for a, b in itertools.pairwise(leaves))
     moved = np.abs(np.asarray(learnt[0]["unet"]["conv_in"]["kernel"]) - before).max()
@@ -85,13 +86,13 @@ def test_files_are_what_stock_libraries_read(run):
     folder = workdir / "people" / names_in(workdir)[0]
     if chosen.method == "dreambooth":
         theirs = UNet2DConditionModel.from_pretrained(folder / "unet")
-        assert theirs.config.sample_size == stock.TINY_UNET["sample_size"]
+        assert theirs.config.sample_size == torch_models.TINY_UNET["sample_size"]
     else:
         tensors = load_file(folder / "pytorch_lora_weights.safetensors")
         layer = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
         into, out = (
-            stock.TINY_UNET["cross_attention_dim"],
-            stock.TINY_UNET["block_out_channels"][-1],
+            torch_models.TINY_UNET["cross_attention_dim"],
+            torch_models.TINY_UNET["block_out_channels"][-1],
         )
         assert tensors[f"{layer}.lora_A.weight"].shape == (chosen.lora.rank, into)
         assert tensors[f"{layer}.lora_B.weight"].shape == (out, chosen.lora.rank)
@@ -115,7 +116,7 @@ def test_one_of_them_is_painted(run, tmp_path):
     ],
 )
 def test_the_token_stands_before_the_first_noun(prompt, called):
-    assert personal.call(prompt, "sks", config_of("lora").nouns) == called
+    assert finetuning.insert_token(prompt, "sks", config_of("lora").nouns) == called
 
 
 @pytest.mark.parametrize(
@@ -209,9 +210,9 @@ def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
         shutil.copytree(workdir / "people" / name / "unet", tmp_path / "base/unet")
         again.init_from = str(tmp_path / "base")
     train.main(again, tmp_path / "run")
-    one = tuning.load(workdir, name, parts, chosen)
+    one = finetuning_loop.load_person(workdir, name, parts, chosen)
     (found,) = names_in(tmp_path / "run")
-    other = tuning.load(tmp_path / "run", found, parts, again)
+    other = finetuning_loop.load_person(tmp_path / "run", found, parts, again)
     for a, b in zip(jax.tree.leaves(one["unet"]), jax.tree.leaves(other["unet"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 

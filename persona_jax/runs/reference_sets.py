@@ -12,11 +12,11 @@ from PIL import Image
 from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation, scales
-from persona_jax.runs import Run
+from persona_jax.runs.finished_run import Run
 
 
 @dataclasses.dataclass(frozen=True)
-class Set:
+class ReferenceSet:
     """Photos of one person, and how they count.
 
     Attributes:
@@ -35,7 +35,7 @@ class Set:
     negative: list[str] = dataclasses.field(default_factory=list)
 
 
-def read_sets(arguments: argparse.Namespace) -> list[Set]:
+def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
     """One for each ``--photos``. Of the other flags (:func:`add_flags`) there is one for all or one
     for each.
 
@@ -62,7 +62,9 @@ def read_sets(arguments: argparse.Namespace) -> list[Set]:
         if not all(np.isfinite(w) and w >= 0 for w in own):
             raise UserError("--weights: each must be 0 (leave out) or more")
     return [
-        Set(arguments.photos[i], weights[i], **{name: found[i] for name, found in parts.items()})
+        ReferenceSet(
+            arguments.photos[i], weights[i], **{name: found[i] for name, found in parts.items()}
+        )
         for i in range(count)
     ]
 
@@ -81,12 +83,14 @@ def _window(start: float, end: float) -> tuple[float, float]:
     return start, end
 
 
-def references(run: Run, shown: Set, default: float, num: int) -> generation.References:
+def references(
+    run: Run, photo_set: ReferenceSet, default: float, num: int
+) -> generation.References:
     """A set as `num` pictures are painted from it.
 
     Args:
       run: whose encoder looks.
-      shown: the set.
+      photo_set: the set.
       default: λ, where the set has none.
       num: B.
 
@@ -94,13 +98,13 @@ def references(run: Run, shown: Set, default: float, num: int) -> generation.Ref
       UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
     """
     config, side = run.pipeline.unet.module.config, run.pipeline.latent_shape[0]
-    scale = default if shown.scale is None else scales.read_scale(shown.scale, config)
+    scale = default if photo_set.scale is None else scales.read_scale(photo_set.scale, config)
     places = None
-    if shown.mask is not None:
-        places = scales.regions(images.load_photo(shown.mask), config, side)
-    seen, own, negative = _look(run, shown.photos), np.float32(shown.weights), None
-    if shown.negative:
-        away = _look(run, shown.negative)
+    if photo_set.mask is not None:
+        places = scales.regions(images.load_photo(photo_set.mask), config, side)
+    seen, own, negative = _encode(run, photo_set.photos), np.float32(photo_set.weights), None
+    if photo_set.negative:
+        away = _encode(run, photo_set.negative)
         slots = max(len(seen), len(away))
         negative = tuple(repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
         seen, own = _filled(seen, slots), _filled(own, slots)
@@ -109,11 +113,11 @@ def references(run: Run, shown: Set, default: float, num: int) -> generation.Ref
         repeat(own, num),
         scales.combine(scale, places),
         negative,
-        shown.window,
+        photo_set.window,
     )
 
 
-def _look(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
+def _encode(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
     return run.encoder.encode([images.load_photo(file) for file in files])
 
 
@@ -126,10 +130,10 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(run: Run, shown: Set) -> list[Image.Image]:
+def squares(run: Run, photo_set: ReferenceSet) -> list[Image.Image]:
     """The photos as the image encoder sees them, central parts."""
     crop = run.config.data.crop
-    return [images.centre_crop(images.load_photo(file), crop) for file in shown.photos]
+    return [images.centre_crop(images.load_photo(file), crop) for file in photo_set.photos]
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
 from persona_jax.interop.lora_files import load_lora
-from persona_jax.methods import trained_unet
+from persona_jax.methods.adapter_training import trained_unet
 from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
@@ -38,7 +38,7 @@ TOWERS = ("unet", "text_encoder")
 """What a person's weights may replace or update."""
 
 
-def call(prompt: str, token: str, nouns: Sequence[str]) -> str:
+def insert_token(prompt: str, token: str, nouns: Sequence[str]) -> str:
     """The prompt with the person's rare token before whichever of the nouns comes first: "a sks
     person". One that has it already stays as it is.
 
@@ -61,13 +61,13 @@ def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict
     dreambooth: ``{"unet": …}``, with ``"text_encoder"`` where ``config.train_text_encoder``; lora:
     ``{"lora": …}``, of rank ``config.lora.rank``.
 
-    Where ``config.init_from`` is given, see :func:`start_from`.
+    Where ``config.init_from`` is given, see :func:`init_from_weights`.
 
     Raises:
       UserError: a rank below 1.
     """
     fresh = _fresh(config, pipeline, keys)
-    return start_from(config, pipeline, fresh) if config.init_from else fresh
+    return init_from_weights(config, pipeline, fresh) if config.init_from else fresh
 
 
 def _fresh(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict:
@@ -86,7 +86,7 @@ def _fresh(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> di
     }
 
 
-def start_from(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) -> dict:
+def init_from_weights(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) -> dict:
     """`fresh`, of Q people, with what ``config.init_from`` names for each of them: a LoRA file for
     lora, of the same rank and layers; a pipeline folder for dreambooth, of the base's shape.
 

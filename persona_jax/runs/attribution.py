@@ -11,7 +11,7 @@ from persona_jax.data import images
 from persona_jax.errors import UserError
 from persona_jax.models.aggregators import SelfAttentionAggregator
 from persona_jax.pipelines.generation import References
-from persona_jax.runs import Run
+from persona_jax.runs.finished_run import Run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,33 +57,33 @@ def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
 
 def attribute(
     run: Run,
-    shown: References,
-    painted: Float[np.ndarray, "P S S 3"],
+    references: References,
+    generated: Float[np.ndarray, "P S S 3"],
     resample: Callable[[Sequence[References]], np.ndarray],
 ) -> Attribution:
     """Shares of attention, and leave-one-out influence.
 
     Args:
       run: of an adapter with self-attention.
-      shown: its references, the same for all pictures.
-      painted: its pictures from all of them.
+      references: its references, the same for all pictures.
+      generated: its pictures from all of them.
       resample: other references → the same pictures again.
     """
-    weights = np.asarray(shown.weights[0])
+    weights = np.asarray(references.weights[0])
     _, heads = run.adapter.aggregator.module.apply(
         {"params": run.adapter.params["aggregator"]},
-        shown.embeddings[:1],
-        shown.weights[:1],
+        references.embeddings[:1],
+        references.weights[:1],
     )
     heads = np.asarray(heads[0])
-    whole, influence, without = _seen(run, painted), [], []
+    whole, influence, without = _unit_embeddings(run, generated), [], []
     for i in range(len(weights)):
         if weights[i] == 0:
             influence.append(np.nan)
             without.append(None)
             continue
-        pictures = resample([shown.replace(weights=shown.weights.at[:, i].set(0.0))])
-        influence.append(float((1 - (_seen(run, pictures) * whole).sum(axis=1)).mean()))
+        pictures = resample([references.replace(weights=references.weights.at[:, i].set(0.0))])
+        influence.append(float((1 - (_unit_embeddings(run, pictures) * whole).sum(axis=1)).mean()))
         without.append(images.to_uint8(pictures[0]))
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
 
@@ -97,7 +97,7 @@ def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.
     return images.grid([list(photos), found.without], size=max(size, 96), titles=titles)
 
 
-def _seen(run: Run, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
+def _unit_embeddings(run: Run, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
     """Unit embeddings of pictures in [−1, 1]."""
     seen = run.encoder.encode([Image.fromarray(x) for x in images.to_uint8(pictures)])
     return seen / np.linalg.norm(seen, axis=1, keepdims=True)

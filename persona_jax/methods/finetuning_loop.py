@@ -13,13 +13,13 @@ import numpy as np
 from jaxtyping import Array, Key
 from ml_collections import ConfigDict
 
-from persona_jax import personal
 from persona_jax.data import encodings, images
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
+from persona_jax.methods import finetuning
 from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines import generation
@@ -38,14 +38,14 @@ from persona_jax.training.loop import fit, locked
 from persona_jax.training.state import init_state
 
 
-def tune(config: ConfigDict, workdir: Path) -> None:
-    """One run at a time in a workdir (see :func:`learn_people`)."""
+def finetune(config: ConfigDict, workdir: Path) -> None:
+    """One run at a time in a workdir (see :func:`finetune_people`)."""
     initialize_distributed()
     with locked(workdir):
-        learn_people(config, workdir)
+        finetune_people(config, workdir)
 
 
-def learn_people(config: ConfigDict, workdir: Path) -> None:
+def finetune_people(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, class pictures, then people, ``config.people.at_once`` in a program.
 
     Each finished person lies in ``WORKDIR/people/NAME`` and is not trained again; an interrupted
@@ -56,36 +56,39 @@ def learn_people(config: ConfigDict, workdir: Path) -> None:
     write_run_files(workdir, config)
 
     photos, groups = open_dataset(config.data)
-    people = whom(config, groups)
+    people = chosen_people(config, groups)
     pipeline = open_pipeline(config)
-    own = references(photos, people, config)
-    moments = encode(photos, np.concatenate(own), pipeline, config)
+    own = training_rows(photos, people, config)
+    moments = encode_photos(photos, np.concatenate(own), pipeline, config)
     first = np.cumsum([0, *map(len, own)])
-    prompts = [personal.call(p, config.token, config.nouns) for p in captions(photos, own, config)]
+    prompts = [
+        finetuning.insert_token(p, config.token, config.nouns)
+        for p in captions(photos, own, config)
+    ]
     tokens, _ = pipeline.tokenize(prompts)
-    prior = class_pictures(photos, groups, pipeline, config)
+    prior = class_images(photos, groups, pipeline, config)
 
     at_once = config.people.at_once
-    optimizer = personal.make_people_optimizer(config)
-    step_fn = personal.people_step(config, pipeline, optimizer, mesh)
-    frozen = personal.person_frozen_params(config, pipeline)
+    optimizer = finetuning.make_people_optimizer(config)
+    step_fn = finetuning.people_step(config, pipeline, optimizer, mesh)
+    frozen = finetuning.person_frozen_params(config, pipeline)
     placed = place(frozen, shard_params(mesh, frozen))
     data = {"moments": moments, "tokens": tokens, **prior}
     for start in range(0, len(people), at_once):
         # The last ones are filled up: one shape, one compilation.
         chosen = np.minimum(np.arange(start, start + at_once), len(people) - 1)
         names = [people[i] for i in chosen]
-        if all((folder_of(workdir, name) / "person.json").exists() for name in names):
+        if all((person_folder(workdir, name) / "person.json").exists() for name in names):
             continue
         print(f"{start} of {len(people)} people done; now {', '.join(dict.fromkeys(names))}")
         rows = [np.arange(first[i], first[i + 1]) for i in chosen]
-        learnt = personal.init(config, pipeline, person_keys(config.seed, chosen))
+        learnt = finetuning.init(config, pipeline, person_keys(config.seed, chosen))
         training = workdir / "training" / names[0]
         state = fit(
             init_state(learnt, optimizer, mesh),
             step_fn,
             placed,
-            lambda step, rows=rows: batches(data, rows, config, step),
+            lambda step, rows=rows: person_batches(data, rows, config, step),
             steps=config.optimizer.steps,
             workdir=training,
             mesh=mesh,
@@ -96,7 +99,9 @@ def learn_people(config: ConfigDict, workdir: Path) -> None:
         learnt = to_host(state.params)
         for i, name in enumerate(names[: len(people) - start]):
             one = jax.tree.map(lambda x, i=i: x[i], learnt)
-            first_process(lambda one=one, name=name: save(workdir, name, one, pipeline, config))
+            first_process(
+                lambda one=one, name=name: save_person(workdir, name, one, pipeline, config)
+            )
         first_process(lambda training=training: shutil.rmtree(training))
     if jax.process_index() == 0:
         print(
@@ -111,7 +116,7 @@ def person_keys(seed: int, people: np.ndarray) -> Key[Array, " Q"]:
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(people))
 
 
-def whom(config: ConfigDict, groups: People) -> list[str]:
+def chosen_people(config: ConfigDict, groups: People) -> list[str]:
     """The people that the config names: the first ``people.count`` of a group.
 
     Raises:
@@ -126,10 +131,10 @@ def whom(config: ConfigDict, groups: People) -> list[str]:
     return found[:count]
 
 
-def references(photos: Photos, people: Sequence[str], config: ConfigDict) -> list[np.ndarray]:
+def training_rows(photos: Photos, people: Sequence[str], config: ConfigDict) -> list[np.ndarray]:
     """Rows of the photos each person is learnt from: the ones that adapters are shown.
 
-    The first n of them, less the last where ``references.hold_out``.
+    The first n of them, less the last where ``training_rows.hold_out``.
 
     Raises:
       UserError: a person with no photo left.
@@ -151,7 +156,9 @@ def captions(photos: Photos, own: Sequence[np.ndarray], config: ConfigDict) -> l
     return [photos.captions[row] if config.captions else config.prompt for row in rows]
 
 
-def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigDict) -> np.ndarray:
+def encode_photos(
+    photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigDict
+) -> np.ndarray:
     """Moments ``[P, h, w, 2C]`` of the latents of photos."""
     vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
     moments = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
@@ -172,7 +179,7 @@ def encode(photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigD
     return np.asarray(encodings.encode(job).arrays["moments"])[:, 0]
 
 
-def class_pictures(
+def class_images(
     photos: Photos, groups: People, pipeline: Pipeline, config: ConfigDict
 ) -> dict[str, np.ndarray]:
     """Latents of ``config.prior.pictures`` pictures that the frozen base paints of the class, and
@@ -189,17 +196,17 @@ def class_pictures(
         chosen = np.random.default_rng(config.seed).choice(rows, count, replace=len(rows) < count)
         prompts = [photos.captions[row] for row in chosen]
     ids, _ = pipeline.tokenize(prompts)
-    hashes = [getattr(pipeline, name).hash for name in personal.TOWERS]
+    hashes = [getattr(pipeline, name).hash for name in finetuning.TOWERS]
     settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
     file = buckets.local(config.data.data_dir) / "class_pictures" / f"{name}.npy"
     if not file.exists():
-        latents = _paint_class(pipeline, ids, config)
+        latents = _generate_class_images(pipeline, ids, config)
         first_process(lambda: _write_whole(file, latents))
     return {"class_latents": np.load(file, allow_pickle=False), "class_tokens": ids}
 
 
-def _paint_class(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
+def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
     print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
     sampler = generation.make_latent_sampler(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
@@ -220,10 +227,11 @@ def _write_whole(file: Path, array: np.ndarray) -> None:
     beside.replace(file)
 
 
-def batches(
+def person_batches(
     data: Mapping[str, np.ndarray], rows: Sequence[np.ndarray], config: ConfigDict, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from step `start` on, as :func:`persona_jax.personal.loss` takes them.
+    """Endless batches from step `start` on, as :func:`persona_jax.methods.finetuning.loss` takes
+    them.
 
     Each person's photos, and the class pictures, come shuffled, each once an epoch; who is trained
     beside whom changes nothing.
@@ -256,17 +264,19 @@ def _drawn(place_of: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarra
     return np.asarray([orders[e][i] for e, i in zip(epochs, inside, strict=True)])
 
 
-def folder_of(workdir: Path, name: str) -> Path:
+def person_folder(workdir: Path, name: str) -> Path:
     """Where a finished person's weights lie."""
     return workdir / "people" / name
 
 
-def save(workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: ConfigDict) -> None:
+def save_person(
+    workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: ConfigDict
+) -> None:
     """Writes one person: towers as stock diffusers reads them, or a LoRA file in PEFT's layout.
 
     ``person.json`` comes last: where it is, the person is finished.
     """
-    folder = folder_of(workdir, name)
+    folder = person_folder(workdir, name)
     folder.mkdir(parents=True, exist_ok=True)
     for tower in learnt.keys() - {"lora"}:
         half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
@@ -274,30 +284,30 @@ def save(workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: 
     if "lora" in learnt:
         tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
-    about |= {name: getattr(pipeline, name).hash for name in personal.TOWERS}
+    about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
     folders.write_json(folder / "person.json", about)
 
 
-def load(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
+def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
     """A finished person's towers, ``{"unet", "text_encoder"}``.
 
     Raises:
       UserError: nobody of that name is finished, or files that do not fit.
     """
-    folder = folder_of(workdir, name)
+    folder = person_folder(workdir, name)
     if not (folder / "person.json").exists():
         there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
-    frozen = {name: getattr(pipeline, name).params for name in personal.TOWERS}
+    frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         file = folder / "pytorch_lora_weights.safetensors"
         abstract = jax.eval_shape(
             lambda: {"unet": lora.init(jax.random.key(0), frozen["unet"], config.lora.rank)}
         )
         learnt = tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)))
-        return personal.apply(config, frozen, {"lora": learnt["unet"]})
+        return finetuning.apply(config, frozen, {"lora": learnt["unet"]})
     own = {
         tower: folders.load_tower(folder / tower, tower, param_dtype=jnp.float32).params
-        for tower in personal.trained(config)
+        for tower in finetuning.trained(config)
     }
-    return personal.apply(config, frozen, own)
+    return finetuning.apply(config, frozen, own)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax import runs
 from persona_jax.errors import UserError
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import UNPOOLED
 from persona_jax.pipelines import generation, pipeline
 from persona_jax.pipelines.pipeline import Pipeline
+from persona_jax.runs import finished_run
 
 PROMPT, STEPS, GUIDANCE = "a photo of a person", 10, 3.0
 SETS = (1, 3, 9)
@@ -27,22 +27,22 @@ MOST = 1e-3
 """What latents may differ by."""
 
 
-def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
+def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float:
     """Of an exported adapter, the largest over sets of random references; by the files alone: what
     pools them is the PyTorch aggregator.
 
     Raises:
       UserError: diffusers is missing, or paints something else.
     """
-    stock = open_stock(base)
+    reference = open_diffusers(base)
     import torch
 
     from persona_jax.interop import torch_aggregator
 
-    stock.load_ip_adapter(
+    reference.load_ip_adapter(
         str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )
-    stock.set_ip_adapter_scale(1.0)
+    reference.set_ip_adapter_scale(1.0)
     blank, kind = run.adapter.blank, run.adapter.aggregator.kind
 
     def their_embeds(seen: torch.Tensor) -> torch.Tensor:
@@ -63,22 +63,22 @@ def adapter_difference(run: runs.Run, folder: Path, base: Path) -> float:
         both = their_embeds(torch.from_numpy(seen[:, :count]))
         weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
         found = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
-        theirs = stock_latents(stock, run.pipeline, ip_adapter_image_embeds=[both])
+        theirs = diffusers_latents(reference, run.pipeline, ip_adapter_image_embeds=[both])
         worst = max(worst, apart(found, theirs))
     return accepted(worst)
 
 
-def lora_difference(run: runs.Run, towers: Mapping, folder: Path, base: Path) -> float:
+def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: Path) -> float:
     """Of a LoRA file that stock diffusers loads on the base; `towers` are ours with it merged."""
-    stock = open_stock(base)
+    reference = open_diffusers(base)
     try:
-        stock.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+        reference.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
     except ValueError as error:
         raise UserError(
             f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
         ) from error
     ours = our_sampler(run.pipeline, towers)()
-    return accepted(apart(ours, stock_latents(stock, run.pipeline)))
+    return accepted(apart(ours, diffusers_latents(reference, run.pipeline)))
 
 
 def base_difference(folder: Path) -> float:
@@ -86,22 +86,22 @@ def base_difference(folder: Path) -> float:
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
     ours = our_sampler(parts)()
-    return accepted(apart(ours, stock_latents(open_stock(folder), parts)))
+    return accepted(apart(ours, diffusers_latents(open_diffusers(folder), parts)))
 
 
-def open_stock(folder: Path) -> Any:
+def open_diffusers(folder: Path) -> Any:
     """diffusers' StableDiffusionPipeline of a folder, float32."""
     try:
         import diffusers
         import torch
     except ImportError as error:
         raise UserError("--verify takes diffusers and torch; pip install -e '.[torch]'") from error
-    stock = diffusers.StableDiffusionPipeline.from_pretrained(
+    reference = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
-    stock.scheduler = diffusers.DDIMScheduler.from_config(stock.scheduler.config)
-    stock.set_progress_bar_config(disable=True)
-    return stock
+    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    reference.set_progress_bar_config(disable=True)
+    return reference
 
 
 def noise_for(parts: Pipeline) -> Float[np.ndarray, "1 h w C"]:
@@ -137,12 +137,12 @@ def our_sampler(
     return latents
 
 
-def stock_latents(stock: Any, parts: Pipeline, **more: Any) -> Float[np.ndarray, "1 h w C"]:
+def diffusers_latents(reference: Any, parts: Pipeline, **more: Any) -> Float[np.ndarray, "1 h w C"]:
     """The same, from diffusers."""
     import torch
 
     noise = torch.from_numpy(np.ascontiguousarray(noise_for(parts).transpose(0, 3, 1, 2)))
-    found = stock(
+    found = reference(
         PROMPT,
         latents=noise,
         num_inference_steps=STEPS,
