@@ -1,0 +1,98 @@
+"""Where modules live, and which way imports go."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "persona_jax"
+COMMANDS = (
+    "compare",
+    "encode",
+    "evaluate",
+    "export",
+    "plan",
+    "pretrain",
+    "probe",
+    "sample",
+    "score",
+    "train",
+)
+LAYERS = (
+    ("commands",),
+    ("base", "planning", "runs"),
+    ("evaluation", "methods"),
+    ("pipelines", "training"),
+    ("metrics",),
+    ("interop", "data"),
+    ("models", "diffusion"),
+    ("runtime",),
+    ("errors",),
+)
+"""From the top down. A room imports from those below it, and none from its own layer but itself."""
+
+
+def room_of(parts: tuple[str, ...]) -> str:
+    """The room of a module, given its path below ``persona_jax``."""
+    return "commands" if parts[0] in COMMANDS else parts[0]
+
+
+def imported(file: Path) -> set[tuple[str, ...]]:
+    """Paths below ``persona_jax`` of what a file imports, also inside its functions."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{file}: a relative import"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    split = (tuple(name.split(".")) for name in names)
+    return {parts[1:] for parts in split if parts[0] == "persona_jax" and len(parts) > 1}
+
+
+def arrows() -> dict[tuple[str, str], set[str]]:
+    """(importing room, imported room) → the files that do so."""
+    out: dict[tuple[str, str], set[str]] = {}
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if parts == ("__init__",):
+            continue
+        for target in imported(file):
+            pair = room_of(parts), room_of(target)
+            if pair[0] != pair[1]:
+                out.setdefault(pair, set()).add("/".join(parts))
+    return out
+
+
+def test_loose_files_are_the_commands():
+    loose = {path.stem for path in ROOT.glob("*.py")}
+    assert loose == {*COMMANDS, "errors", "__init__"}
+
+
+def test_every_room_has_its_layer():
+    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert rooms | {"commands", "errors"} == {room for layer in LAYERS for room in layer}
+
+
+def test_imports_point_down():
+    depth = {room: i for i, layer in enumerate(LAYERS) for room in layer}
+    wrong = {pair: files for pair, files in arrows().items() if depth[pair[0]] >= depth[pair[1]]}
+    assert not wrong
+
+
+def test_no_cycle_between_rooms():
+    below: dict[str, set[str]] = {}
+    for room, target in arrows():
+        below.setdefault(room, set()).add(target)
+    done: set[str] = set()
+
+    def visit(room: str, above: tuple[str, ...]) -> None:
+        if room in above:
+            pytest.fail(" → ".join([*above[above.index(room) :], room]))
+        if room not in done:
+            for target in sorted(below.get(room, ())):
+                visit(target, (*above, room))
+            done.add(room)
+
+    for room in sorted(below):
+        visit(room, ())
