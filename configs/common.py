@@ -170,7 +170,8 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "width": 128,
                 "pooling_heads": 8,
             },
-            "references": {"n": 10, "fixed": False},
+            # wrong: share of the examples with a minority of photos of other people among them
+            "references": {"n": 10, "fixed": False, "wrong": 0.0},
             "flip": True,
             "drop": {"image": 0.05, "text": 0.05, "both": 0.05},
             "min_snr_gamma": 0.0,  # 0: off
