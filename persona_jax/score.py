@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import images
+from persona_jax.data import photo_files
 from persona_jax.data.photos import SUFFIXES
 from persona_jax.errors import UserError
 from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
@@ -94,7 +94,7 @@ def read_pictures(folder: Path) -> Iterator[Float[np.ndarray, "_ h w 3"]]:
     for start in range(0, len(files), AT_ONCE):
         part = []
         for file in files[start : start + AT_ONCE]:
-            picture = images.load_photo(file)
+            picture = photo_files.load_photo(file)
             size = size or picture.size
             if picture.size != size:
                 raise UserError(

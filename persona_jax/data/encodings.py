@@ -24,6 +24,7 @@ from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from persona_jax.data.photo_files import READING
 from persona_jax.data.photos import Photos
 from persona_jax.data.records import Records, Writer
 from persona_jax.errors import UserError
@@ -87,7 +88,7 @@ class EncodingJob:
         """The folder of the shards; its name stands for the photos and the key."""
         key = self.key if self.mirrored else f"{self.key} as it is"
         photos = self.photos.fingerprint, [self.photos.key(row) for row in self.rows]
-        digest = hashlib.sha256(json.dumps([LAYOUT, key, *photos]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([LAYOUT, READING, key, *photos]).encode()).hexdigest()
         return buckets.local(self.cache_dir) / digest[:20]
 
     @property
