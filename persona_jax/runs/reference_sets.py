@@ -118,7 +118,7 @@ def references(
 
 
 def _encode(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
-    return run.encoder.encode([photo_files.load_photo(file) for file in files])
+    return run.encoder.encode(map(photo_files.load_photo, files))
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -130,10 +130,10 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(run: Run, photo_set: ReferenceSet) -> list[Image.Image]:
-    """The photos as the image encoder sees them, central parts."""
-    crop = run.config.data.crop
-    return [images.centre_crop(photo_files.load_photo(file), crop) for file in photo_set.photos]
+def squares(run: Run, photo_set: ReferenceSet, size: int) -> list[Image.Image]:
+    """The photos as the image encoder sees them, central parts, of `size` pixels."""
+    crop, photos = run.config.data.crop, map(photo_files.load_photo, photo_set.photos)
+    return [images.centre_crop(photo, crop).resize((size, size)) for photo in photos]
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
