@@ -127,7 +127,7 @@ def main(arguments: argparse.Namespace) -> None:
     first, real = evaluators.real_photos(evaluator, photos, world.test, size, data.data.crop)
     rows |= {"real photos": [first]}
     rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
-    _grid(world, arguments.methods, data.data.crop).save(out / "grid.png")
+    images.save_sheet(_grid(world, arguments.methods, data.data.crop), out / "grid.png")
     caption = (
         f"{people} people, {arguments.seeds} trainings of each adapter; judged by {evaluator.name}"
     )

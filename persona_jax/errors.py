@@ -7,3 +7,9 @@ class UserError(Exception):
     The message is one line: what is wrong, where, and what to do. Entry points print it
     without a traceback and exit with status 2 (see :mod:`persona_jax.runtime.command_line`).
     """
+
+
+def shown(name: object) -> str:
+    """A name as it may stand in a message: in one line, in UTF-8, and not too long."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+    return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"

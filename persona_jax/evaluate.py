@@ -29,7 +29,7 @@ from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.methods import finetuning
 from persona_jax.runs import finished_run
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, outputs
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 
@@ -46,6 +46,7 @@ def main(arguments: argparse.Namespace) -> None:
     """People → references → pictures → verdicts → report."""
     workdir = buckets.local(arguments.workdir)
     config = read_config(workdir)
+    out = outputs.try_folder(workdir / "evaluation", "--workdir", r".*\.(svg|json|md|html|png)")
     photos, groups = open_dataset(config.data)
     group = known_to(config, workdir, getattr(groups, arguments.group))
     people = evaluators.how_many(arguments.people, group)
@@ -69,11 +70,10 @@ def main(arguments: argparse.Namespace) -> None:
     for count in counts:
         if details := evaluator.details(subjects, pictures[from_(count)], count):
             found.setdefault("details", {})[count] = details
-    out = workdir / "evaluation"
     write_pictures(out, photos, subjects, pictures, crop, pictures[from_(max(counts))])
-    (out / "curve.svg").write_text(curve(table, counts, evaluator.likeness))
+    outputs.write_text(out / "curve.svg", curve(table, counts, evaluator.likeness))
     text = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
-    (out / "report.json").write_text(text + "\n")
+    outputs.write_text(out / "report.json", text + "\n")
     caption = f"{len(subjects.names)} {arguments.group} people; judged by {evaluator.name}"
     report.write(out, table, caption, ["curve.svg", "grid.png"])
 
@@ -141,9 +141,8 @@ def write_pictures(
     titles = [TITLES.get(name, name) for name in pictures]
     for title, found in zip(titles, pictures.values(), strict=True):
         folder = out / title.replace(" ", "_").replace("'", "")
-        folder.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(found):
-            Image.fromarray(images.to_uint8(picture)).save(folder / f"{i:04d}.png")
+            images.save(Image.fromarray(images.to_uint8(picture)), folder / f"{i:04d}.png")
     size, count, cells = best.shape[1], len(subjects.names), []
     for i in range(min(SHOWN, count)):
         rows = np.array([*subjects.references[i], subjects.held_out[i]])
@@ -152,7 +151,7 @@ def write_pictures(
         cells.append([images.to_uint8(x) for x in (*real, *plain, best[count + i])])
     blank = [""] * (subjects.references.shape[1] - 1)
     titles = ["references", *blank, "held out", *titles, "as on"]
-    images.grid(cells, titles=titles).save(out / "grid.png")
+    images.save_sheet(images.grid(cells, titles=titles), out / "grid.png")
 
 
 def curve(table: report.Table, counts: Sequence[int], likeness: str) -> str:

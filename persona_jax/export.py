@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from persona_jax.data import images
+from persona_jax.data import photo_files
 from persona_jax.errors import UserError
 from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
@@ -78,7 +78,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         save_ip_adapter_bin(folder / "ip_adapter.safetensors", folder / "ip_adapter.bin")
     save_aggregator(learnt.aggregator, learnt.params["aggregator"], run.encoder.dim, folder)
     if arguments.photos:
-        seen = run.encoder.encode([images.load_photo(path) for path in arguments.photos])
+        seen = run.encoder.encode(map(photo_files.load_photo, arguments.photos))
         params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
         image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
         both = np.stack([adapter.unconditional(image, learnt.blank), image])

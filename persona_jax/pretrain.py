@@ -8,6 +8,7 @@ test are in none of them. Writes WORKDIR/pipeline, a pipeline folder, and WORKDI
 """
 
 import json
+import shlex
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -70,7 +71,7 @@ def make_base(config: ConfigDict, workdir: Path) -> None:
     print(
         f"base written to {folder}; pictures in {workdir / 'unet'}. Next:\n"
         f"  python -m persona_jax.train --config configs/sa.py:{config.preset} --workdir runs/sa "
-        f"--config.pipeline={folder} --config.init_from="
+        f"--config.pipeline={shlex.quote(str(folder))} --config.init_from="
     )
 
 

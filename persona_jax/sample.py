@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -30,18 +30,24 @@ from persona_jax.methods import finetuning
 from persona_jax.models import lora
 from persona_jax.pipelines import generation
 from persona_jax.runs import attribution, finished_run, reference_sets
-from persona_jax.runtime import buckets
+from persona_jax.runs.streaming import make_stream
+from persona_jax.runtime import buckets, outputs
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
+
+SHOWN = 64
+"""Pictures in the grid."""
+FILES = r"\d{4,}\.png|grid\.png|attribution\.png|sample\.json"
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Photos → embeddings → pictures → files."""
-    out, num = buckets.local(arguments.out), arguments.num
+    num = arguments.num
     check(arguments)
     sets = reference_sets.read_reference_sets(arguments)
     if num < 1:
         raise UserError(f"--num {num}: at least one picture")
+    out = outputs.try_folder(arguments.out, "--out", FILES)
     opened = open_runs(arguments)
     run = opened[0]
     if arguments.attribution:
@@ -56,34 +62,29 @@ def main(arguments: argparse.Namespace) -> None:
     for warning in warnings:
         print(f"warning: {warning}", file=sys.stderr)
     run_of_set = opened * (len(sets) if len(opened) == 1 else 1)
-    sampler = finished_run.make_run_sampler(
+    size = min(num, arguments.batch_size)
+    stream = make_stream(
         run,
         settings,
-        min(num, arguments.batch_size),
+        prompts=(prompt, arguments.negative_prompt),
+        seed=arguments.seed,
+        num=num,
+        size=size,
         adapters=[one.adapter for one in run_of_set] if sets else [],
         towers=with_loras(run, arguments),
+        person=arguments.person if run.personal else None,
     )
-
+    owners = list(zip(run_of_set, sets, strict=True))
     references = [
-        reference_sets.references(owner, one, settings.scale, num)
-        for owner, one in zip(run_of_set, sets, strict=True)
+        reference_sets.references(owner, one, settings.scale, size) for owner, one in owners
     ]
+    side = run.pipeline.image_size
+    photos = [reference_sets.squares(owner, one, max(side, 96)) for owner, one in owners]
 
-    def sample_all(references: Sequence[generation.References]) -> np.ndarray:
-        return sampler(
-            [prompt] * num,
-            generation.picture_keys(arguments.seed, num),
-            names=[arguments.person] * num if run.personal else None,
-            references=references,
-            negative_prompt=arguments.negative_prompt,
-        )
-
-    painted = sample_all(references)
-    pictures = list(images.to_uint8(painted))
+    shown = write_pictures(out, stream(references))
     found = None
     if arguments.attribution:
-        found = attribution.attribute(run, references[0], painted, sample_all)
-
+        found = attribution.attribute(run, references[0], read_pictures(out, num, size), stream)
     record = {
         "runs": [str(one.workdir.absolute()) for one in opened],
         "step": newest_step(run.workdir / "checkpoints"),
@@ -100,15 +101,13 @@ def main(arguments: argparse.Namespace) -> None:
         **dataclasses.asdict(settings),
         "attribution": found and found.record(),
     }
-    photos = [
-        reference_sets.squares(owner, one) for owner, one in zip(run_of_set, sets, strict=True)
-    ]
-    write(out, pictures, photos, record, run.pipeline.image_size)
+    images.save_sheet(overview(shown, photos, side), out / "grid.png")
+    outputs.write_text(out / "sample.json", json.dumps(record, indent=2) + "\n")
     beside = "the photos beside them" if sets else "all"
-    print(f"{len(pictures)} pictures in {out}; {beside} in {out / 'grid.png'}")
+    beside = beside if num <= SHOWN else f"the first {SHOWN}"
+    print(f"{num} pictures in {out}; {beside} in {out / 'grid.png'}")
     if found:
-        size = run.pipeline.image_size
-        attribution.draw(found, photos[0], size).save(out / "attribution.png")
+        images.save_sheet(attribution.draw(found, photos[0], side), out / "attribution.png")
         print(f"what each photo contributed: {out / 'attribution.png'}")
 
 
@@ -184,24 +183,37 @@ def with_loras(run: finished_run.Run, arguments: argparse.Namespace) -> dict:
     return changed
 
 
-def write(
-    out: Path,
-    pictures: list[np.ndarray],
-    photos: Sequence[list[Image.Image]],
-    record: dict,
-    size: int,
-) -> None:
-    """Single PNGs, the grid and the JSON."""
-    out.mkdir(parents=True, exist_ok=True)
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(out / f"{i:04d}.png")
-    width = max([min(len(pictures), 8), *map(len, photos)])
+def write_pictures(out: Path, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
+    """Single PNGs, as they come; the first :data:`SHOWN` pictures."""
+    shown: list[np.ndarray] = []
+    for number, picture in enumerate(picture for batch in batches for picture in batch):
+        images.save(Image.fromarray(picture), out / f"{number:04d}.png")
+        if number < SHOWN:
+            shown.append(picture)
+    return shown
+
+
+def read_pictures(out: Path, num: int, size: int) -> Iterator[np.ndarray]:
+    """The PNGs of :func:`write_pictures` ``[_, S, S, 3]``, `size` at a time."""
+    files = [out / f"{number:04d}.png" for number in range(num)]
+    for first in range(0, num, size):
+        yield np.stack([np.asarray(Image.open(file)) for file in files[first : first + size]])
+
+
+def overview(
+    pictures: Sequence[np.ndarray], photos: Sequence[list[Image.Image]], size: int
+) -> Image.Image:
+    """Each set of photos in rows of its own, the pictures below."""
+    width = min(max([min(len(pictures), 8), *map(len, photos)]), 16)
     rows = [
-        *([photo.resize((size, size)) for photo in own] for own in photos),
-        *(pictures[i : i + width] for i in range(0, len(pictures), width)),
+        *([x.resize((size, size)) for x in some] for own in photos for some in _rows(own, width)),
+        *_rows(pictures, width),
     ]
-    images.grid(rows, size=size).save(out / "grid.png")
-    (out / "sample.json").write_text(json.dumps(record, indent=2) + "\n")
+    return images.grid(rows, size=size)
+
+
+def _rows(cells: Sequence, width: int) -> list[Sequence]:
+    return [cells[i : i + width] for i in range(0, len(cells), width)]
 
 
 def parser() -> argparse.ArgumentParser:

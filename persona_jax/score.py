@@ -9,23 +9,27 @@ files will do, for FID (legacy). Which network scored what stands in every colum
 """
 
 import argparse
-from collections.abc import Iterator
+import mimetypes
+import os
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import images
-from persona_jax.data.photos import SUFFIXES
-from persona_jax.errors import UserError
+from persona_jax.data import images, photo_files
+from persona_jax.data.people_folder import some
+from persona_jax.errors import UserError, shown
 from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
 from persona_jax.evaluation.networks import Network, NetworkOutput
 from persona_jax.interop import folders
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.outputs import try_file
 
-AT_ONCE = 512
-"""Pictures held in memory."""
+AT_ONCE = 2**24
+"""Pixels held in memory, or one picture."""
 
 
 def main(arguments: argparse.Namespace) -> None:
@@ -33,7 +37,13 @@ def main(arguments: argparse.Namespace) -> None:
     against, row = buckets.local(arguments.against), {}
     known = reference_statistics.load(against) if against.suffix == ".npz" else {}
     seen_by = open_networks(arguments)
+    if arguments.save:
+        try_file(arguments.save, "--save")
     pictures = buckets.local(arguments.pictures)
+    for folder in (pictures,) if known else (pictures, against):
+        if others := list_pictures(folder)[1]:
+            names = some([str(file.relative_to(folder)) for file in others])
+            print(f"{shown(folder)}: passed over, as they are not single pictures: {names}")
     outputs = {name: run_network(pictures, network) for name, network in seen_by.items()}
     real = {}
     for name, network in seen_by.items():
@@ -75,34 +85,59 @@ def open_networks(arguments: argparse.Namespace) -> dict[str, Network]:
 
 def run_network(folder: Path, network: Network) -> NetworkOutput:
     """A network's look at all pictures of a folder."""
-    parts = [network(part) for part in read_pictures(folder)]
+    parts = [network(part) for part in read_pictures(list_pictures(folder)[0])]
     classes = None if parts[0].classes is None else np.concatenate([p.classes for p in parts])
     return NetworkOutput(np.concatenate([part.features for part in parts]), classes)
 
 
-def read_pictures(folder: Path) -> Iterator[Float[np.ndarray, "_ h w 3"]]:
-    """All pictures of a folder and those within, by name, in [−1, 1], some at a time.
+def list_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The pictures of a folder and those within, by name; and what else lies there: no pictures,
+    and sheets of several that we drew. Names that begin with a dot are ignored.
 
     Raises:
-      UserError: no folder, no pictures, one that cannot be read, or pictures of several sizes.
+      UserError: no folder, none of them is a picture, or one that is called a picture is none.
     """
-    files = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
-    if not files:
-        what = "no pictures in this folder" if folder.is_dir() else "no such folder"
-        raise UserError(f"{folder}: {what} (looked for {', '.join(sorted(SUFFIXES))})")
-    size = None
-    for start in range(0, len(files), AT_ONCE):
+
+    def refuse(error: OSError) -> NoReturn:
+        absent = isinstance(error, FileNotFoundError)
+        reason = "no such folder" if absent else error.strerror
+        raise UserError(f"{shown(error.filename)}: {reason}; expected a folder of pictures")
+
+    found = [Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names]
+    pictures, others = [], []
+    for file in sorted(file for file in found if not file.name.startswith(".")):
+        why = photo_files.refusal(file)
+        if why is None and not images.is_sheet(file):
+            pictures.append(file)
+        elif why is None or not (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
+            others.append(file)
+        else:
+            raise UserError(f"{shown(file)}: not a readable picture ({why})")
+    if not pictures:
+        raise UserError(f"{shown(folder)}: no pictures in this folder")
+    return pictures, others
+
+
+def read_pictures(files: Sequence[Path]) -> Iterator[Float[np.ndarray, "_ h w 3"]]:
+    """Pictures in [−1, 1], some at a time.
+
+    Raises:
+      UserError: one that cannot be read, or pictures of several sizes.
+    """
+    first, start = photo_files.load_photo(files[0]), 0
+    at_once = max(1, AT_ONCE // (first.width * first.height))
+    while start < len(files):
         part = []
-        for file in files[start : start + AT_ONCE]:
-            picture = images.load_photo(file)
-            size = size or picture.size
-            if picture.size != size:
+        for file in files[start : start + at_once]:
+            picture = photo_files.load_photo(file)
+            if picture.size != first.size:
                 raise UserError(
                     f"{file}: {picture.size[0]}x{picture.size[1]} pixels, but {files[0].name} has "
-                    f"{size[0]}x{size[1]}; all must have the same size"
+                    f"{first.size[0]}x{first.size[1]}; all must have the same size"
                 )
             part.append(np.asarray(picture, np.float32) / 127.5 - 1.0)
         yield np.stack(part)
+        start += at_once
 
 
 def parser() -> argparse.ArgumentParser:
@@ -116,7 +151,9 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--pipeline", help="a base with a reader: tiny, or a folder")
     networks.add_flags(flags)
     flags.add_argument("--data_dir", default="data", help="weights are fetched to weights/ there")
-    flags.add_argument("--splits", type=int, default=10, help="of the Inception Score")
+    flags.add_argument(
+        "--splits", type=int, help="of the Inception Score; 10, or as many as there are pictures"
+    )
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )

@@ -8,6 +8,7 @@ of one of them, to sample with), config.json. With no steps at all the run is wh
 --config.init_from names, for persona_jax.evaluate.
 """
 
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -99,10 +100,11 @@ def main(config: ConfigDict, workdir: Path) -> None:
     )
     if jax.process_index() == 0:
         write_example(workdir / "example", photos, people, config.references.n)
+        run = shlex.quote(str(workdir))
         print(
             f"{int(state.step)} steps done. Look at {workdir}/grids, then paint someone, with your "
             f"own photos or these:\n"
-            f"  python -m persona_jax.sample --workdir {workdir} --photos {workdir}/example/*.png "
+            f"  python -m persona_jax.sample --workdir {run} --photos {run}/example/*.png "
             f'--prompt "a photo of a smiling person" --num 8 --out out'
         )
 
@@ -177,7 +179,8 @@ def grid_drawer(
         folder = workdir / "grids"
         if jax.process_index() == 0:
             folder.mkdir(exist_ok=True)
-            images.grid(cells, titles=titles).save(folder / f"step_{step:06d}.png")
+            sheet = images.grid(cells, titles=titles)
+            images.save_sheet(sheet, folder / f"step_{step:06d}.png")
 
     return draw
 

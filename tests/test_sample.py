@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 from world import adapter_config, shaken, write_adapter, write_people
 
-from persona_jax import export, sample, train
+from persona_jax import export, sample, score, train
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.interop.checkpoints import load_params
@@ -160,3 +160,88 @@ def test_layouts_are_not_mixed(world, tmp_path):
     config.init_from = str(world / "avg-out/ip_adapter.safetensors")
     with pytest.raises(UserError, match="plain layout"):
         train.main(config, tmp_path / "b")
+
+
+@pytest.mark.parametrize("wrong", ["a file", "a folder for a picture", "too long"])
+def test_the_place_is_tried_before_anything_is_painted(world, tmp_path, monkeypatch, capsys, wrong):
+    def painted_already(*_, **__):
+        raise AssertionError("painted")
+
+    monkeypatch.setattr(sample, "make_stream", painted_already)
+    out = tmp_path / ("n" * 300 if wrong == "too long" else "out")
+    if wrong == "a file":
+        out.write_text("mine")
+    elif wrong == "a folder for a picture":
+        (out / "0000.png").mkdir(parents=True)
+    with pytest.raises(SystemExit) as stop:
+        run(sample, "--out", out, "--workdir", world / "avg", *photos(world, 0))
+    assert stop.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: --out")
+    assert len(error) < 500
+
+
+def test_a_full_disk_leaves_whole_pictures(world, tmp_path, monkeypatch, capsys):
+    whole, saved = Image.Image.save, []
+
+    def save(image, file, *rest, **settings):
+        if len(saved) == 3:
+            with open(file, "wb") as half:
+                half.write(b"half")
+            raise OSError(28, "No space left on device")
+        saved.append(whole(image, file, *rest, **settings))
+
+    monkeypatch.setattr(Image.Image, "save", save)
+    with pytest.raises(SystemExit) as stop:
+        painted(
+            world, tmp_path / "out", "--pipeline", world / "base", "--num", 5, "--batch_size", 2
+        )
+    assert stop.value.code == 2
+    assert "0003.png: cannot be written (No space left" in capsys.readouterr().err
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [f"000{i}.png" for i in range(3)]
+    for file in (tmp_path / "out").iterdir():
+        Image.open(file).load()
+
+
+def test_more_pictures_than_are_shown_or_held(world, tmp_path, monkeypatch, capsys):
+    """One batch at a time; the pictures are those of any other batch size and number."""
+    monkeypatch.setattr(sample, "SHOWN", 3)
+    sizes = []
+    whole = sample.write_pictures
+
+    def watch(out, batches):
+        return whole(out, (sizes.append(len(batch)) or batch for batch in batches))
+
+    monkeypatch.setattr(sample, "write_pictures", watch)
+    who = ["--workdir", world / "avg", *photos(world, 0)]
+    painted(world, tmp_path / "a", *who, "--num", 5, "--batch_size", 2)
+    assert sizes == [2, 2, 1]
+    assert "5 pictures in" in (printed := capsys.readouterr().out)
+    assert "the first 3 in" in printed
+    painted(world, tmp_path / "b", *who, "--num", 4, "--batch_size", 4)
+    for i in range(4):
+        one, other = (np.asarray(Image.open(tmp_path / f"{x}/000{i}.png"), int) for x in "ab")
+        assert abs(one - other).max() <= 1
+
+
+def test_what_sample_leaves_can_be_scored(world, tmp_path):
+    """README's own sequence; photos of phones are turned by EXIF and of any size."""
+    who = ["--workdir", world / "avg", *photos(world, 0)]
+    painted(world, tmp_path / "out", *who, "--num", 3)
+    pictures, others = score.list_pictures(tmp_path / "out")
+    assert [file.name for file in pictures] == ["0000.png", "0001.png", "0002.png"]
+    assert [file.name for file in others] == ["grid.png", "sample.json"]
+    (part,) = score.read_pictures(pictures)
+    assert part.shape[0] == 3
+
+
+def test_masks_in_the_alpha_channel_paint_the_same(world, tmp_path):
+    who = ["--workdir", world / "avg", *photos(world, 0)]
+    grey = painted(world, tmp_path / "a", *who, "--mask", world / "left.png")
+    alpha = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
+    alpha.putalpha(Image.open(world / "left.png"))
+    alpha.save(tmp_path / "alpha.png")
+    np.testing.assert_array_equal(
+        grey, painted(world, tmp_path / "b", *who, "--mask", tmp_path / "alpha.png")
+    )
+    assert abs(grey - painted(world, tmp_path / "c", *who)).max() > 2

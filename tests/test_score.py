@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from persona_jax import score
+from persona_jax.data import images
 from persona_jax.evaluation import networks, reference_statistics, trait_classifier
 from persona_jax.interop.tensors import torch_name, torch_shape
 from persona_jax.metrics import distributions
@@ -108,11 +110,42 @@ def test_both_inceptions_are_named(world, tmp_path, capsys):
     assert found["FID (Inception, legacy, too few pictures) ↓"] > 0
 
 
+def test_what_sample_left_beside_the_pictures_is_passed_over(world, tmp_path, capsys):
+    """README's sequence: a grid of another size and a JSON file lie there, and few pictures."""
+    out = tmp_path / "out"
+    shutil.copytree(world / "painted", out)
+    images.save_sheet(Image.new("RGB", (99, 40)), out / "grid.png")
+    (out / "sample.json").write_text("{}")
+    (out / ".hidden.png").write_bytes(b"")
+    for file in sorted(out.rglob("*.png"))[6:]:
+        if file.name != "grid.png":
+            file.unlink()
+    flags = ["--pipeline", str(world / "base/pipeline"), "--pictures", str(out)]
+    run_score(world, *flags)
+    printed = capsys.readouterr().out
+    assert f"{out}: passed over, as they are not single pictures: grid.png, sample.json" in printed
+    assert any("splits (the reader)" in title for title in row_of(printed))
+
+
+def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeypatch):
+    levels = np.arange(5 * 8 * 8 * 3, dtype=np.uint8).reshape(5, 8, 8, 3)
+    for i, name in enumerate(("a.jfif", "b", "c.txt", "d.PNG", "e.png")):
+        Image.fromarray(levels[i]).save(tmp_path / name, "PNG")
+    monkeypatch.setattr(score, "AT_ONCE", 2 * 8 * 8)
+    pictures, others = score.list_pictures(tmp_path)
+    assert others == []
+    parts = list(score.read_pictures(pictures))
+    assert [len(part) for part in parts] == [2, 2, 1]
+    np.testing.assert_array_equal(images.to_uint8(np.concatenate(parts)), levels)
+
+
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--pictures", "{tmp}/empty"], "no pictures in this folder"),
-        (["--pictures", "{tmp}/nowhere"], "no such folder"),
+        (["--pictures", "{tmp}/nowhere"], "nowhere: no such folder"),
+        (["--pictures", "{tmp}/broken/a.png"], "a.png: Not a directory"),
+        (["--save", "{tmp}/broken/a.png/x.npz"], "--save .*File exists"),
         (["--pictures", "{tmp}/mixed"], r"b.png: 8x16 pixels, but a.png has 16x16"),
         (["--pictures", "{tmp}/broken"], "a.png: not a readable picture"),
         (["--splits", "25"], "24 pictures in 25 splits"),

@@ -1,11 +1,18 @@
 """Captions from templates: what the face does and whether it is a man's or a woman's, no names."""
 
+import codecs
 import csv
 import hashlib
+import io
 import pathlib
+import stat
+import unicodedata
+from collections.abc import Iterator
 
-from persona_jax.errors import UserError
+from persona_jax.errors import UserError, shown
 
+MOST_BYTES = 2**28
+"""Of a table of labels."""
 PLAIN = "a photo of a person"
 OPENINGS = ("a photo of", "a portrait of", "a picture of", "a close-up of")
 NOUNS = ("person", "man", "woman")
@@ -45,25 +52,53 @@ def read_labels(path: pathlib.Path) -> dict[str, tuple[str, str]]:
     """Reads a table of tab-separated columns file, expression, noun (first line: their names).
 
     Returns:
-      photo file, as `Person/photo.jpg`, to (expression, noun).
+      photo file, as `Person/photo.jpg` (:func:`label_key`), to (expression, noun).
 
     Raises:
-      UserError: missing columns, or a label that has no wording.
+      UserError: no readable table, missing columns, or a label that has no wording.
     """
-    with path.open(newline="", encoding="utf-8") as lines:
-        rows = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-        if missing := {"file", "expression", "noun"} - set(rows.fieldnames or ()):
+    try:
+        return dict(_labels(path))
+    except csv.Error as error:
+        raise UserError(f"{shown(path)}: not a table of tab-separated columns ({error})") from error
+
+
+def label_key(file: str) -> str:
+    """A photo's name as tables are searched for it: é is one letter, however it was typed."""
+    return unicodedata.normalize("NFC", file)
+
+
+def _labels(path: pathlib.Path) -> Iterator[tuple[str, tuple[str, str]]]:
+    rows = csv.DictReader(io.StringIO(_text(path)), delimiter="\t", quoting=csv.QUOTE_NONE)
+    if missing := {"file", "expression", "noun"} - set(rows.fieldnames or ()):
+        raise UserError(
+            f"{shown(path)}: no column {', '.join(sorted(missing))}; "
+            "expected a first line naming tab-separated columns file, expression, noun"
+        )
+    for row in rows:
+        if row["expression"] not in PHRASES or row["noun"] not in NOUNS:
+            expression, noun = (shown(row[name])[:40] for name in ("expression", "noun"))
             raise UserError(
-                f"{path}: no column {', '.join(sorted(missing))}; "
-                "expected a first line naming tab-separated columns file, expression, noun"
+                f"{shown(path)}, line {rows.line_num}: found expression {expression!r}, noun "
+                f"{noun!r}; expected one of {', '.join(PHRASES)} and one of "
+                f"{', '.join(NOUNS)}"
             )
-        labels = {}
-        for row in rows:
-            if row["expression"] not in PHRASES or row["noun"] not in NOUNS:
-                raise UserError(
-                    f"{path}, line {rows.line_num}: found expression {row['expression']!r}, noun "
-                    f"{row['noun']!r}; expected one of {', '.join(PHRASES)} and one of "
-                    f"{', '.join(NOUNS)}"
-                )
-            labels[row["file"]] = (row["expression"], row["noun"])
-    return labels
+        yield label_key(row["file"]), (row["expression"], row["noun"])
+
+
+def _text(path: pathlib.Path) -> str:
+    """The text of a table, in UTF-8, or in UTF-16 or UTF-8 with a byte-order mark."""
+    try:
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:
+            raise UserError(f"{shown(path)}: not a regular file of at most {MOST_BYTES >> 20} MiB")
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{shown(path)}: cannot be read ({error.strerror})") from error
+    wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return data.decode("utf-16" if wide else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{shown(path)}: not UTF-8 (byte {error.start}); save it as UTF-8 text"
+        ) from error

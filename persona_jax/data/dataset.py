@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 from ml_collections import ConfigDict
 
+from persona_jax.data.people_folder import some
 from persona_jax.data.photos import Photos, load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.data.splits import People, grouped_people, photos_of, split_people
@@ -21,8 +22,7 @@ def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
         Settings(**config.portraits.to_dict()),
     )
     if photos.skipped:
-        shown = ", ".join(photos.skipped[:5])
-        print(f"{len(photos.skipped)} unreadable photos are left out: {shown}", flush=True)
+        print(f"{len(photos.skipped)} files are left out: {some(photos.skipped)}", flush=True)
     if config.dataset == "portraits":
         return photos, grouped_people(photos.people)
     people = split_people(

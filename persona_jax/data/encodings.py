@@ -24,6 +24,7 @@ from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
+from persona_jax.data.photo_files import READING
 from persona_jax.data.photos import Photos
 from persona_jax.data.records import Records, Writer
 from persona_jax.errors import UserError
@@ -63,8 +64,8 @@ class EncodingJob:
       photos: all of them.
       rows: which to encode, in the order wanted.
       encode_images: pictures to arrays of as many rows; always given 2 * batch_size pictures
-        (batch_size where nothing is mirrored), so that it compiles once. Crops and sizes are
-        its own business.
+        (batch_size where nothing is mirrored), so that it compiles once, and to be gone through
+        once: they are decoded one by one. Crops and sizes are its own business.
       encode_captions: captions to arrays of as many rows.
       cache_dir: folder for encodings, one subfolder for each job.
       key: whatever the encode functions depend on (content hashes of the towers, sizes, crop).
@@ -75,7 +76,7 @@ class EncodingJob:
 
     photos: Photos
     rows: Sequence[int] | Int[np.ndarray, " P"]
-    encode_images: Callable[[list[Image.Image]], Encoded]
+    encode_images: Callable[[Sequence[Image.Image]], Encoded]
     encode_captions: Callable[[list[str]], Encoded]
     cache_dir: str | pathlib.Path
     key: str
@@ -87,7 +88,7 @@ class EncodingJob:
         """The folder of the shards; its name stands for the photos and the key."""
         key = self.key if self.mirrored else f"{self.key} as it is"
         photos = self.photos.fingerprint, [self.photos.key(row) for row in self.rows]
-        digest = hashlib.sha256(json.dumps([LAYOUT, key, *photos]).encode()).hexdigest()
+        digest = hashlib.sha256(json.dumps([LAYOUT, READING, key, *photos]).encode()).hexdigest()
         return buckets.local(self.cache_dir) / digest[:20]
 
     @property
@@ -177,15 +178,35 @@ class EncodingJob:
 
     def _look(self, chosen: Sequence[int]) -> Encoded:
         """``[R, S, ...]`` of some photos."""
-        images = [self.photos.image(row) for row in chosen]
-        # The last batch is filled up: one shape, one compilation.
-        images += [images[-1]] * (self.batch_size - len(images))
-        mirrors = [ImageOps.mirror(image) for image in images] if self.mirrored else []
-        sides = 1 + self.mirrored
-        return {
-            label: np.stack(np.split(np.asarray(array), sides), axis=1)[: len(chosen)]
-            for label, array in self.encode_images(images + mirrors).items()
-        }
+        pictures, sides = (
+            _Pictures(self.photos, chosen, self.batch_size, self.mirrored),
+            1 + self.mirrored,
+        )
+        out = {}
+        for label, array in self.encode_images(pictures).items():
+            array = np.asarray(array)
+            out[label] = array.reshape(-1, sides, *array.shape[1:])[: len(chosen)]
+        return out
+
+
+class _Pictures(Sequence):
+    """Photos, each followed by its mirror image where there is one; decoded when it is their turn,
+    so that of large ones one is in memory."""
+
+    def __init__(self, photos: Photos, rows: Sequence[int], count: int, mirrored: bool):
+        """`count` photos: the last of `rows` fills up (one shape, one compilation)."""
+        self._photos, self._sides = photos, 1 + mirrored
+        self._rows = [*rows, *[rows[-1]] * (count - len(rows))]
+        self._held: tuple[int, Image.Image] | None = None
+
+    def __len__(self) -> int:
+        return len(self._rows) * self._sides
+
+    def __getitem__(self, i: int) -> Image.Image:
+        row = self._rows[i // self._sides]
+        if self._held is None or self._held[0] != row:
+            self._held = row, self._photos.image(row)
+        return ImageOps.mirror(self._held[1]) if i % self._sides else self._held[1]
 
 
 def encode(job: EncodingJob) -> Encodings:

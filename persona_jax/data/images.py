@@ -1,46 +1,18 @@
 """PIL pictures to arrays and back: crops, what the VAE and CLIP read, grids to look at."""
 
-import io
 import pathlib
 from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
-from PIL import Image, ImageDraw, ImageFont, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import buckets
+from persona_jax.runtime import outputs
 
-# What PIL raises on files that are not the picture they claim to be.
-UNREADABLE = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-
-
-def decode(data: bytes) -> Image.Image:
-    """Encoded bytes to an RGB picture, turned the way EXIF says. Raises one of UNREADABLE."""
-    with Image.open(io.BytesIO(data)) as image:
-        return ImageOps.exif_transpose(image).convert("RGB")
-
-
-def load_photo(path: str | pathlib.Path) -> Image.Image:
-    """An RGB picture from a file, EXIF orientation applied.
-
-    Raises:
-      UserError: no such file, zero bytes, or not a picture; names the file.
-    """
-    try:
-        data = buckets.local(path).read_bytes()
-    except OSError as error:
-        raise UserError(f"photo {path}: cannot be read ({error.strerror}); give a file") from error
-    if not data:
-        raise UserError(f"photo {path}: zero bytes; replace the file or leave it out")
-    try:
-        return decode(data)
-    except UNREADABLE as error:
-        unknown = isinstance(error, UnidentifiedImageError)
-        reason = "none of the known formats" if unknown else " ".join(str(error).split())
-        raise UserError(
-            f"photo {path}: not a readable picture ({reason}); convert it to JPEG or PNG"
-        ) from error
+SHEET = "persona_jax sheet"
+"""Name of the text in a PNG that shows several pictures."""
 
 
 def centre_crop(image: Image.Image, fraction: float) -> Image.Image:
@@ -153,3 +125,25 @@ def grid(
 
 def _to_image(picture: Picture) -> Image.Image | None:
     return Image.fromarray(picture) if isinstance(picture, np.ndarray) else picture
+
+
+def save(image: Image.Image, file: pathlib.Path, note: PngInfo | None = None) -> None:
+    """A PNG, whole or not at all. Raises UserError where it cannot be written."""
+    with outputs.whole(file) as beside:
+        image.save(beside, "PNG", pnginfo=note)
+
+
+def save_sheet(image: Image.Image, file: pathlib.Path) -> None:
+    """A PNG that shows several pictures, and says so (:func:`is_sheet`)."""
+    note = PngInfo()
+    note.add_text(SHEET, "several pictures")
+    save(image, file, note)
+
+
+def is_sheet(file: pathlib.Path) -> bool:
+    """Whether a file is one of :func:`save_sheet`."""
+    try:
+        with Image.open(file, formats=["PNG"]) as image:
+            return SHEET in image.info
+    except Exception:  # no PNG, or a damaged one
+        return False

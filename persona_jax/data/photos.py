@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 import logging
+import os
 import pathlib
+import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -22,7 +24,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
-from persona_jax.data import captions, images
+from persona_jax.data import captions, photo_files
+from persona_jax.data.people_folder import LABELS, PeopleFolder, legible, list_people, some
 from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.errors import UserError
 from persona_jax.runtime import buckets
@@ -31,13 +34,11 @@ from persona_jax.runtime.locks import alone
 log = logging.getLogger(__name__)
 
 DATASETS = ("portraits", "lfw", "folder")
-LABELS = "captions_meta.tsv"
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".heic"}
 SPLIT = "photos"
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
-# Person, photo number, file name inside the dataset, encoded bytes.
-RawPhoto = tuple[str, int, str, bytes]
+# Person, photo number, file name inside the dataset, encoded bytes or why there are none.
+RawPhoto = tuple[str, int, str, bytes | str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Photos:
       indices: its number among that person's photos (1-based; gaps where photos were left out).
       captions: its caption.
       fingerprint: changes whenever the photos or captions do.
-      skipped: files left out because they could not be decoded.
+      skipped: files left out: not decodable, or not photos.
     """
 
     people: list[str]
@@ -69,8 +70,8 @@ class Photos:
         return self.source[self.rows[i]]["image"]
 
     def image(self, i: SupportsIndex) -> Image.Image:
-        """Photo `i` in RGB, turned the way EXIF says."""
-        return images.decode(self.encoded(i))
+        """Photo `i` in RGB, as :func:`persona_jax.data.photo_files.decode` has it."""
+        return photo_files.decode(io.BytesIO(self.encoded(i)), self.key(i))
 
     def has(self, name: str) -> bool:
         """Whether :meth:`truth` knows of this feature."""
@@ -149,8 +150,8 @@ class LfwDeepfunneled(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(
         self, path: pathlib.Path, labels: pathlib.Path, source: dict
     ) -> Iterator:
-        photos = lfw_archive.photos(path)
-        yield from _examples(photos, labels, source, pathlib.Path(self.data_dir), least=1)
+        photos, built = lfw_archive.photos(path), pathlib.Path(self.data_dir)
+        yield from _examples(photos, labels, source, built, 1, {}, f"{path}: no readable photo")
 
 
 class PhotoFolder(tfds.core.GeneratorBasedBuilder):
@@ -167,19 +168,30 @@ class PhotoFolder(tfds.core.GeneratorBasedBuilder):
         return _info(self, "Photos from a folder per person.")
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict:
-        files = _folder_files(self._folder)
-        return {SPLIT: self._generate_examples(files, {"folder": _listing(self._folder, files)})}
+        return {SPLIT: self._generate_examples(list_people(self._folder))}
 
-    def _generate_examples(
-        self, files: dict[str, list[pathlib.Path]], source: dict
-    ) -> Iterator[tuple[str, dict]]:
-        labels = self._folder / LABELS
+    def _generate_examples(self, people: PeopleFolder) -> Iterator[tuple[str, dict]]:
         photos = (
-            (person, number, f"{person}/{path.name}", path.read_bytes())
-            for person, paths in files.items()
+            (person, number, f"{person}/{legible(path.name)}", _content(path))
+            for person, paths in people.files.items()
             for number, path in enumerate(paths, start=1)
         )
-        yield from _examples(photos, labels, source, pathlib.Path(self.data_dir), least=2)
+        built, source = pathlib.Path(self.data_dir), {"folder": people.digest}
+        left_out = people.left_out | {
+            f"{person}/": "no photo in it" for person, paths in people.files.items() if not paths
+        }
+        yield from _examples(
+            photos, self._folder / LABELS, source, built, 2, left_out, people.no_photo
+        )
+
+
+def _content(path: pathlib.Path) -> bytes | str:
+    """A file's bytes, or why it is of no use."""
+    why = photo_files.refusal(path)
+    try:
+        return path.read_bytes() if why is None else why
+    except OSError as error:
+        return error.strerror or type(error).__name__
 
 
 def _info(builder: tfds.core.DatasetBuilder, description: str) -> tfds.core.DatasetInfo:
@@ -202,22 +214,35 @@ def _examples(
     source: dict,
     built: pathlib.Path,
     least: int,
+    left_out: Mapping[str, str],
+    nothing: str,
 ) -> Iterator[tuple[str, dict]]:
     """Yields the decodable photos with captions; then notes beside them what was left out.
 
+    Args:
+      photos: all of them.
+      labels: the table of labels, where there is one.
+      source: what the dataset was made of.
+      built: where to note it.
+      least: photos of each person.
+      left_out: what was left out before, and why.
+      nothing: to be said where no photo is readable.
+
     Raises:
-      UserError: a person is left with fewer than `least` photos.
+      UserError: no photo, or a person is left with fewer than `least` of them.
     """
-    known = captions.read_labels(labels) if labels.is_file() else None
-    skipped, counts = [], Counter()
+    known = captions.read_labels(labels) if os.path.lexists(labels) else None
+    skipped, counts, seen = {}, Counter(), set()
     for person, number, file, data in tqdm(photos, desc="build photos", unit=" photos"):
         counts[person] += 0
-        if not _decodes(data):
-            skipped.append(file)
+        seen.add(captions.label_key(file))
+        why = data if isinstance(data, str) else _fault(data)
+        if why is not None:
+            skipped[file] = why
             continue
         counts[person] += 1
         # An unlabelled photo of a labelled dataset is a person with no expression to speak of.
-        label = known.get(file, ("unknown", "person")) if known else None
+        label = known.get(captions.label_key(file), ("unknown", "person")) if known else None
         yield (
             f"{person}/{number:08d}",
             {
@@ -228,34 +253,35 @@ def _examples(
                 "caption": captions.caption(file, label),
             },
         )
+    skipped |= left_out
     if not counts.total():
-        raise UserError(f"no readable photo found (unreadable: {len(skipped)}); {source}")
-    if lonely := sorted(person for person, count in counts.items() if count < least):
+        raise UserError(f"{nothing}{_because(skipped)}")
+    if lonely := sorted(person for person, count in counts.items() if 0 < count < least):
         raise UserError(
-            f"fewer than {least} readable photos of {_some(lonely)}: each person needs one to "
+            f"fewer than {least} readable photos of {some(lonely, 100)}: each person needs one to "
             "learn from and one to paint; add photos or take the person's folder away"
-            + (f" (unreadable: {_some(skipped)})" if skipped else "")
+            + _because(skipped)
         )
-    if skipped:
-        log.warning("left out %d unreadable photos: %s", len(skipped), _some(skipped))
+    if known and least > 1 and (strange := sorted(known.keys() - seen)):
+        log.warning("%s: %d rows name no photo: %s", labels, len(strange), some(strange))
     (built / "source.json").write_text(json.dumps(source))
     (built / "skipped.json").write_text(json.dumps(skipped, indent=1))
 
 
-def _decodes(data: bytes) -> bool:
-    """Whether PIL can both verify the file's structure and decode all its pixels."""
+def _because(skipped: Mapping[str, str]) -> str:
+    told = [f"{name} ({why.partition(';')[0]})" for name, why in skipped.items()]
+    return f" (unreadable: {some(told, 100)})" if skipped else ""
+
+
+def _fault(data: bytes) -> str | None:
+    """Why encoded bytes are no picture; None where all pixels can be decoded."""
+    if not data:
+        return "zero bytes"
     try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-        images.decode(data)
-    except images.UNREADABLE:
-        return False
-    return True
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
-    return ", ".join(names[:5]) + more
+        photo_files.decode(io.BytesIO(data))
+    except photo_files.Unreadable as error:
+        return str(error)
+    return None
 
 
 def _build_lfw(
@@ -279,9 +305,10 @@ def _build_lfw(
 
 def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
     # A changed folder is another dataset: the digest of its listing is part of the path.
-    listing = _listing(folder, _folder_files(folder))
+    listing = list_people(folder).digest
+    name = re.sub(r"[^\w.-]", "_", legible(folder.resolve().name))[:60]
     with alone(data_dir):
-        place = data_dir / "folders" / f"{folder.resolve().name}-{listing[:12]}"
+        place = data_dir / "folders" / f"{name}-{listing[:12]}"
         builder = PhotoFolder(data_dir=place, folder=folder, file_format=ARRAY_RECORD)
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
@@ -308,6 +335,10 @@ def _prepare(
             download_mode=tfds.GenerateMode.REUSE_CACHE_IF_EXISTS,
         ),
     )
+    file = builder.data_path / "skipped.json"
+    if skipped := json.loads(file.read_text()):
+        names = some([f"{name} ({why})" for name, why in skipped.items()])
+        log.warning("left out %d unreadable photos: %s; all in %s", len(skipped), names, file)
     return builder
 
 
@@ -316,7 +347,7 @@ def _read(builder: tfds.core.DatasetBuilder) -> Photos:
         source = builder.as_data_source(SPLIT, decoders={"image": tfds.decode.SkipDecoding()})
         records = [(r["person"].decode(), int(r["photo"]), r["caption"].decode()) for r in source]
         provenance = (builder.data_path / "source.json").read_text()
-        skipped = json.loads((builder.data_path / "skipped.json").read_text())
+        skipped = list(json.loads((builder.data_path / "skipped.json").read_text()))
     except Exception as error:  # tfds and array_record raise many kinds
         raise UserError(_damage(builder, error)) from error
     rows = sorted(range(len(records)), key=lambda row: records[row][:2])
@@ -340,32 +371,6 @@ def _damage(builder: tfds.core.DatasetBuilder, error: Exception) -> str:
     place = files[0] if len(files) == 1 else builder.data_path
     what = gone[0] if gone else f"{place}: damaged ({type(error).__name__}: {error})"
     return f"{what}; remove the folder {builder.data_path}, and it is built again"
-
-
-def _folder_files(folder: pathlib.Path) -> dict[str, list[pathlib.Path]]:
-    """Photo files per person, sorted."""
-    if not folder.is_dir():
-        raise UserError(f"photo folder {folder}: no such folder; expected PERSON/PHOTO.jpg in it")
-    people = sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
-    files = {
-        person.name: sorted(
-            path
-            for path in person.iterdir()
-            if path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
-        )
-        for person in people
-    }
-    if not files:
-        raise UserError(f"photo folder {folder}: no folder per person; expected PERSON/PHOTO.jpg")
-    return files
-
-
-def _listing(folder: pathlib.Path, files: dict[str, list[pathlib.Path]]) -> str:
-    """Digest of the folder's files: name, size and time of change of each."""
-    paths = [folder / LABELS, *(path for paths in files.values() for path in paths)]
-    stats = [(path, path.stat()) for path in paths if path.exists()]
-    entries = [(str(p.relative_to(folder)), s.st_size, s.st_mtime_ns) for p, s in stats]
-    return hashlib.sha256(json.dumps([entries, list(files)]).encode()).hexdigest()
 
 
 def _digest(path: pathlib.Path) -> str | None:

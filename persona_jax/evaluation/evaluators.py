@@ -253,7 +253,7 @@ def photos_as_pictures(
     photos: Photos, rows: Int[np.ndarray, " P"], size: int, crop: float = 1.0
 ) -> Float[np.ndarray, "P S S 3"]:
     """Central parts of photos, in [−1, 1]."""
-    squares = [images.centre_crop(photos.image(int(row)), crop) for row in rows]
+    squares = (images.centre_crop(photos.image(int(row)), crop) for row in rows)
     return np.stack([images.to_model(square, size) for square in squares])
 
 

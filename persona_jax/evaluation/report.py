@@ -16,6 +16,7 @@ from persona_jax.evaluation.networks import NetworkOutput
 from persona_jax.evaluation.reference_statistics import ReferenceStatistics
 from persona_jax.metrics import distributions
 from persona_jax.metrics.intervals import Mean, bootstrap
+from persona_jax.runtime import outputs
 
 Cell = Mean | float | str | None
 Table = dict[str, dict[str, Cell]]
@@ -162,8 +163,8 @@ def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
 
 def write(out: Path, found: Table, caption: str, pictures: Sequence[str]) -> None:
     """table.md, table.json and report.html in `out`, where the pictures lie; prints the table."""
-    (out / "table.md").write_text(markdown(found))
+    outputs.write_text(out / "table.md", markdown(found))
     numbers = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
-    (out / "table.json").write_text(numbers + "\n")
-    (out / "report.html").write_text(page(found, caption, pictures))
+    outputs.write_text(out / "table.json", numbers + "\n")
+    outputs.write_text(out / "report.html", page(found, caption, pictures))
     print(f"\n{caption}\n\n{markdown(found)}\nwritten to {out}")

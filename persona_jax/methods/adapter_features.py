@@ -26,9 +26,12 @@ def adapter_job(
         return {"moments": moments, "embeddings": encoder.embed(encoder_params, seen)}
 
     def encode_images(pictures):
-        pixels = [images.to_model(images.centre_crop(p, crop), size) for p in pictures]
-        seen = [encoder.preprocess(p) for p in pictures]
-        shared = jax.device_put((np.stack(pixels), np.stack(seen)), local_sharding(len(pictures)))
+        both = [
+            (images.to_model(images.centre_crop(p, crop), size), encoder.preprocess(p))
+            for p in pictures
+        ]
+        pixels, seen = map(np.stack, zip(*both, strict=True))
+        shared = jax.device_put((pixels, seen), local_sharding(len(pixels)))
         return towers(vae.params, encoder.params, *shared)
 
     return EncodingJob(

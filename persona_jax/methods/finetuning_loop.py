@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import shlex
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -104,10 +105,11 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
             )
         first_process(lambda training=training: shutil.rmtree(training))
     if jax.process_index() == 0:
+        run, person, prompt = map(shlex.quote, (str(workdir), people[0], prompts[0]))
         print(
             f"{len(people)} people are in {workdir / 'people'}. Paint one of them:\n"
-            f"  python -m persona_jax.sample --workdir {workdir} --person {people[0]} "
-            f'--prompt "{prompts[0]}" --num 8 --out out'
+            f"  python -m persona_jax.sample --workdir {run} --person {person} "
+            f"--prompt {prompt} --num 8 --out out"
         )
 
 

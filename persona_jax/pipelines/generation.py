@@ -1,6 +1,6 @@
 """From noise to pixels: prompts, references and knobs in, pictures out, one compiled program."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -237,14 +237,27 @@ def in_batches(
     size: int = 32,
 ) -> Float[np.ndarray, "P H W C"]:
     """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
-    count, parts = len(request.keys), []
+    count = len(request.keys)
+    parts = (
+        some_of(request, np.minimum(np.arange(start, start + size), count - 1))
+        for start in range(0, count, size)
+    )
+    return np.concatenate(list(each_batch(sampler, frozen, adapters, parts, size)))[:count]
+
+
+def each_batch(
+    sampler: Sampler,
+    frozen: Mapping,
+    adapters: Sequence[Adapter],
+    requests: Iterable[Request],
+    size: int,
+) -> Iterator[Float[np.ndarray, "{size} H W C"]]:
+    """What a sampler makes of one request after the other, each for `size` pictures."""
     # Once, not for every batch.
     everywhere = replicated(sampling_mesh(frozen, size))
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
-    for start in range(0, count, size):
-        part = some_of(request, np.minimum(np.arange(start, start + size), count - 1))
-        parts.append(np.asarray(sampler(frozen, adapters, part)))
-    return np.concatenate(parts)[:count]
+    for request in requests:
+        yield np.asarray(sampler(frozen, adapters, request))
 
 
 def some_of(request: Request, rows: np.ndarray) -> Request:

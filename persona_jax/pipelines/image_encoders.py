@@ -5,7 +5,7 @@ networks, which know faces and nothing else.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import flax.linen as nn
@@ -47,9 +47,9 @@ class ImageEncoder:
     hash: str
     blank: Float[Array, "L D"] | None = None
 
-    def encode(self, photos: Sequence[Image.Image]) -> Float[np.ndarray, "P ..."]:
+    def encode(self, photos: Iterable[Image.Image]) -> Float[np.ndarray, "P ..."]:
         """Embeddings of photos, float32 ``[P, D]``, or their patches ``[P, L, D]``; not for many at
-        a time."""
+        a time. One photo after the other is taken, and none is kept."""
         pixels = np.stack([self.preprocess(photo) for photo in photos])
         return np.asarray(jax.jit(self.embed)(self.params, pixels), np.float32)
 

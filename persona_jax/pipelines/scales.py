@@ -70,12 +70,14 @@ def regions(
       config: of the UNet.
       side: of its latents.
     """
-    grey = np.asarray(mask.convert("L"), np.float64) / 255.0
+    grey = np.asarray(mask.convert("L"))
     out = {}
     for layer in cross_attention_layers(config):
         length = side // 2 ** _level(layer, len(config.block_out_channels) - 1)
         rows, columns = (_bicubic(n, length) for n in grey.shape)
-        out[layer] = (rows @ grey @ columns.T).astype(np.float32).reshape(1, -1)
+        down, across = rows.any(axis=0), columns.any(axis=0)  # of a large mask, few pixels count
+        read = grey[np.ix_(down, across)] / 255.0
+        out[layer] = (rows[:, down] @ read @ columns[:, across].T).astype(np.float32).reshape(1, -1)
     return out
 
 

@@ -1,10 +1,11 @@
 """What each reference photo contributed to an adapter's pictures."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from persona_jax.data import images
@@ -12,6 +13,9 @@ from persona_jax.errors import UserError
 from persona_jax.models.aggregators import SelfAttentionAggregator
 from persona_jax.pipelines.generation import References
 from persona_jax.runs.finished_run import Run
+
+Batch = UInt8[np.ndarray, "_ S S 3"]
+"""Pictures."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,15 +62,15 @@ def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
 def attribute(
     run: Run,
     references: References,
-    generated: Float[np.ndarray, "P S S 3"],
-    resample: Callable[[Sequence[References]], np.ndarray],
+    generated: Iterable[Batch],
+    resample: Callable[[Sequence[References]], Iterable[Batch]],
 ) -> Attribution:
     """Shares of attention, and leave-one-out influence.
 
     Args:
       run: of an adapter with self-attention.
       references: its references, the same for all pictures.
-      generated: its pictures from all of them.
+      generated: its pictures from all of them, some at a time.
       resample: other references → the same pictures again.
     """
     weights = np.asarray(references.weights[0])
@@ -82,9 +86,11 @@ def attribute(
             influence.append(np.nan)
             without.append(None)
             continue
-        pictures = resample([references.replace(weights=references.weights.at[:, i].set(0.0))])
-        influence.append(float((1 - (_unit_embeddings(run, pictures) * whole).sum(axis=1)).mean()))
-        without.append(images.to_uint8(pictures[0]))
+        others = iter(resample([references.replace(weights=references.weights.at[:, i].set(0.0))]))
+        first = next(others)
+        moved = _unit_embeddings(run, itertools.chain([first], others))
+        influence.append(float((1 - (moved * whole).sum(axis=1)).mean()))
+        without.append(first[0])
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
 
 
@@ -97,7 +103,7 @@ def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.
     return images.grid([list(photos), found.without], size=max(size, 96), titles=titles)
 
 
-def _unit_embeddings(run: Run, pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
-    """Unit embeddings of pictures in [−1, 1]."""
-    seen = run.encoder.encode([Image.fromarray(x) for x in images.to_uint8(pictures)])
+def _unit_embeddings(run: Run, batches: Iterable[Batch]) -> Float[np.ndarray, "P D"]:
+    """Unit embeddings of pictures."""
+    seen = np.concatenate([run.encoder.encode(map(Image.fromarray, some)) for some in batches])
     return seen / np.linalg.norm(seen, axis=1, keepdims=True)

@@ -246,8 +246,9 @@ def encode_references(
     people."""
     if run.encoder is None:
         return None
-    sets = [[photos.image(row) for row in rows] for rows in subjects.references.tolist()]
-    return np.stack([run.encoder.encode(set_) for set_ in sets])
+    return np.stack(
+        [run.encoder.encode(map(photos.image, rows)) for rows in subjects.references.tolist()]
+    )
 
 
 def sample_subjects(

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from persona_jax.data import images
+from persona_jax.data import images, photo_files
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation, scales
 from persona_jax.runs.finished_run import Run
@@ -101,7 +101,7 @@ def references(
     scale = default if photo_set.scale is None else scales.read_scale(photo_set.scale, config)
     places = None
     if photo_set.mask is not None:
-        places = scales.regions(images.load_photo(photo_set.mask), config, side)
+        places = scales.regions(photo_files.load_mask(photo_set.mask), config, side)
     seen, own, negative = _encode(run, photo_set.photos), np.float32(photo_set.weights), None
     if photo_set.negative:
         away = _encode(run, photo_set.negative)
@@ -118,7 +118,7 @@ def references(
 
 
 def _encode(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
-    return run.encoder.encode([images.load_photo(file) for file in files])
+    return run.encoder.encode(map(photo_files.load_photo, files))
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -130,10 +130,10 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(run: Run, photo_set: ReferenceSet) -> list[Image.Image]:
-    """The photos as the image encoder sees them, central parts."""
-    crop = run.config.data.crop
-    return [images.centre_crop(images.load_photo(file), crop) for file in photo_set.photos]
+def squares(run: Run, photo_set: ReferenceSet, size: int) -> list[Image.Image]:
+    """The photos as the image encoder sees them, central parts, of `size` pixels."""
+    crop, photos = run.config.data.crop, map(photo_files.load_photo, photo_set.photos)
+    return [images.centre_crop(photo, crop).resize((size, size)) for photo in photos]
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

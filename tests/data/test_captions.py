@@ -42,6 +42,34 @@ def test_read_labels_and_mistakes(tmp_path):
         read_labels(table)
 
 
+@pytest.mark.parametrize("code", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be"])
+def test_tables_in_every_unicode(tmp_path, code):
+    table, mark = tmp_path / "t.tsv", "\ufeff" if code[-3:] in ("-le", "-be") else ""
+    rows = f"{mark}file\texpression\tnoun\r\nZoë/1.jpg\tfear\twoman\r\n"
+    table.write_bytes(rows.encode(code))
+    assert read_labels(table) == {"Zoë/1.jpg": ("fear", "woman")}
+
+
+def test_tables_that_cannot_be_read(tmp_path):
+    table = tmp_path / "t.tsv"
+    head = b"file\texpression\tnoun\n"
+    for data, words in {
+        head + b"Zo\xeb/1.jpg\tfear\twoman\n": "not UTF-8",
+        head + b"a.jpg\n": "line 2",
+        head + b"a.jpg\t" + b"x" * 10**6 + b"\twoman\n": "not a table",
+        head + b"a.jpg\t" + b"x\x07" * 9999 + b"\twoman\n": "found expression",
+        b"": "no column",
+    }.items():
+        table.write_bytes(data)
+        with pytest.raises(UserError, match=words) as error:
+            read_labels(table)
+        assert len(str(error.value)) < 500
+        assert str(error.value).isprintable()
+    for path in (tmp_path, tmp_path / "absent.tsv"):
+        with pytest.raises(UserError, match=str(path)):
+            read_labels(path)
+
+
 @pytest.mark.skipif(not SHARED.exists(), reason="needs ../shared/lfw/captions_meta.tsv")
 def test_no_name_enters_a_caption():
     labels = read_labels(SHARED / "lfw/captions_meta.tsv")

@@ -1,5 +1,3 @@
-import io
-
 import numpy as np
 import pytest
 from PIL import Image
@@ -8,7 +6,6 @@ from persona_jax.data.images import (
     centre_crop,
     clip_preprocess,
     grid,
-    load_photo,
     to_model,
     to_uint8,
 )
@@ -88,30 +85,6 @@ def test_to_model_is_antialiased():
         "RGB"
     )
     assert np.abs(to_model(board, 32)).max() < 0.05
-
-
-def test_load_photo(tmp_path):
-    path = tmp_path / "a.jpg"
-    image = Image.new("L", (6, 4))
-    exif = image.getexif()
-    exif[0x0112] = 8
-    image.save(path, exif=exif)
-    assert load_photo(path).size == (4, 6)
-    assert load_photo(str(path)).mode == "RGB"
-
-
-def test_load_photo_names_the_bad_file(tmp_path):
-    data = io.BytesIO()
-    noise(64, 64).save(data, "JPEG")
-    bad = {"empty.jpg": b"", "text.png": b"hello", "cut.jpg": data.getvalue()[:700]}
-    for name, content in bad.items():
-        (tmp_path / name).write_bytes(content)
-    for name in [*bad, "absent.jpg"]:
-        with pytest.raises(UserError, match=name) as error:
-            load_photo(tmp_path / name)
-        assert not {"\n", "<"} & set(str(error.value))
-    with pytest.raises(UserError, match=tmp_path.name):
-        load_photo(tmp_path)
 
 
 def test_grid(tmp_path):

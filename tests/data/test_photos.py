@@ -1,14 +1,18 @@
 import hashlib
+import json
+import os
 import pathlib
 import shutil
 import subprocess
 import sys
 import textwrap
 import threading
+import unicodedata
 import zipfile
 from collections import Counter
 
 import pytest
+from files import exif_with_broken_rational
 from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
@@ -156,6 +160,94 @@ def test_folder_names_everyone_with_fewer_than_two_readable_photos(tmp_path):
     with pytest.raises(UserError, match=r"fewer than 2 .* of Bob, Cyd.*unreadable: Cyd/2.jpg"):
         load_photos("folder", tmp_path / "d", folder=folder)
     assert not listing(tmp_path / "d")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["jfif", "jpe", "JPG", "mpo", "heif", "HEIC", "jp2", "png", "", "txt"]
+)
+def test_content_decides_what_is_a_photo(tmp_path, suffix):
+    kinds = {"mpo": "MPO", "heif": "HEIF", "HEIC": "HEIF", "jp2": "JPEG2000"}
+    pytest.importorskip("pillow_heif").register_heif_opener()
+    folder = write_folder(tmp_path / "us", {"Ann": 2})
+    (folder / "Bob").mkdir()
+    for number in range(2):
+        image = Image.new("RGB", (16, 16), (90 * number, 9, 9))
+        image.save(folder / f"Bob/{number}.{suffix}", kinds.get(suffix, "JPEG"))
+    photos = load_photos("folder", tmp_path / "d", folder=folder)
+    assert Counter(photos.people) == {"Ann": 2, "Bob": 2}
+    assert photos.skipped == []
+
+
+def test_all_that_is_left_out_of_a_folder_is_named(tmp_path, caplog):
+    folder = write_folder(tmp_path / "us", {"Ann": 3, "Bob": 2, "Dee": 0})
+    (folder / "Ann/2.jpg").write_bytes(exif_with_broken_rational(6))
+    (folder / "Ann/3.jpg").unlink()
+    Image.new("RGB", (9, 6)).save(folder / "Ann/3.jpg", exif=exif_with_broken_rational(6))
+    (folder / "Ann/film.mov").write_bytes(b"no photo")
+    (folder / "Ann/4.jpg").mkdir()
+    (folder / "Ann/5.jpg").symlink_to("nowhere")
+    (folder / "Ann/6.jpg").symlink_to("6.jpg")
+    os.mkfifo(folder / "Ann/7.jpg")
+    (folder / "Ann/up").symlink_to("..")
+    (folder / "loose.jpg").write_bytes(jpeg(0, 1))
+    (folder / "Eve").symlink_to("Eve")
+    photos = load_photos("folder", tmp_path / "d", folder=folder)
+    assert Counter(photos.people) == {"Ann": 2, "Bob": 2}
+    assert photos.image(1).size == (6, 9)
+    within = {
+        f"Ann/{name}" for name in ("2.jpg", "film.mov", "4.jpg", "5.jpg", "6.jpg", "7.jpg", "up")
+    }
+    assert set(photos.skipped) == within | {"Dee/", "loose.jpg", "Eve"}
+    (file,) = (tmp_path / "d").rglob("skipped.json")
+    assert "left out 10 unreadable photos: Ann/2.jpg (" in caplog.text
+    assert f"all in {file}" in caplog.text
+    assert json.loads(file.read_text())["Ann/4.jpg"] == "a folder"
+
+
+def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "us", {"Ann": 2, "Bob": 2})
+    whole = pathlib.Path.iterdir
+
+    def refuse(path):
+        if path.name == "Bob":
+            raise PermissionError(13, "Permission denied")
+        return whole(path)
+
+    monkeypatch.setattr(pathlib.Path, "iterdir", refuse)
+    photos = load_photos("folder", tmp_path / "d", folder=folder)
+    assert set(photos.people) == {"Ann"}
+    assert photos.skipped[0] == "Bob"
+
+
+def test_photos_that_lie_deeper_are_not_mixed_up(tmp_path):
+    write_folder(tmp_path / "us/people", {"Ann": 2, "Bob": 2})
+    place = tmp_path / "us"
+    with pytest.raises(UserError, match=rf"deeper.*--config.data.folder={place}/people") as error:
+        load_photos("folder", tmp_path / "d", folder=place)
+    assert len(str(error.value)) < 500
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    """Two people whose names differ in such a byte stay two."""
+    try:
+        for name in (b"J\xfcrgen", b"J\xf6rgen"):
+            write_folder(tmp_path / "us [1]", {os.fsdecode(name): 2})
+        (tmp_path / "us [1]" / os.fsdecode(b"J\xfcrgen/\xff.txt")).write_text("no photo")
+    except OSError:
+        pytest.skip("a file system of UTF-8 alone")
+    photos = load_photos("folder", tmp_path / "d", folder=tmp_path / "us [1]")
+    assert Counter(photos.people) == {"J%F6rgen": 2, "J%FCrgen": 2}
+    assert photos.skipped == ["J%FCrgen/%FF.txt"]
+
+
+def test_rows_that_name_no_photo_are_said(tmp_path, caplog):
+    folder = write_folder(tmp_path / "us", {"Zoë": 2})
+    rows = ["file\texpression\tnoun", "Zoë/1.jpg\tanger\twoman", "Zoe/2.jpg\tanger\twoman"]
+    text = unicodedata.normalize("NFD", "\n".join(rows))
+    (folder / "captions_meta.tsv").write_bytes(text.encode("utf-16"))
+    photos = load_photos("folder", tmp_path / "d", folder=folder)
+    assert "woman" in photos.captions[0]
+    assert "1 rows name no photo: Zoe/2.jpg" in caplog.text
 
 
 def test_folder_mistakes(tmp_path):

@@ -1,0 +1,310 @@
+"""Files to pictures: photos upright, in sRGB, without transparency; masks as grey.
+
+The one place where a file is decoded. What a file is, its content says, not its name.
+"""
+
+import logging
+import pathlib
+import stat
+import warnings
+from collections.abc import Callable
+from io import BufferedIOBase
+
+import numpy as np
+from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
+
+from persona_jax.data import colour
+from persona_jax.errors import UserError, shown
+from persona_jax.runtime import buckets
+
+log = logging.getLogger(__name__)
+
+READING = 2
+"""Changes when the same file is read as other pixels, so that nothing made of the old is used."""
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI"),
+    *("SGI", "TIFF", "WEBP"),
+)
+"""By their names in Pillow; HEIF beside them. None of them runs another program."""
+BACKGROUND = "white"
+"""What transparent photos are laid on."""
+MOST = 2**26
+"""Pixels of a photo that are decoded; a larger JPEG is made smaller while it is decoded."""
+MOST_JPEG = 2**28
+MOST_BYTES = 2**29
+"""Of a file."""
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""By EXIF's orientation."""
+SIXTEEN = np.rint(np.arange(65536) / 257).astype(np.uint8)
+"""Level of 255 for each of 65535."""
+SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
+
+
+class Unreadable(ValueError):
+    """A file that is no picture, or one that is damaged or too large; says why, in a line."""
+
+
+def decode(file: BufferedIOBase, name: str = "photo") -> Image.Image:
+    """A photo as RGB: upright, in sRGB, laid on :data:`BACKGROUND`.
+
+    16 bits become 8 by round(255 · v / 65535) (grey; Pillow drops the lower half of colours);
+    floats are of 0 to 1. Of several pictures in a file, the first.
+
+    Args:
+      file: open for reading, at its start.
+      name: of the file, for warnings.
+
+    Raises:
+      Unreadable: see there.
+    """
+    return _guarded(lambda image: _photo(image, name), file)
+
+
+def decode_mask(file: BufferedIOBase) -> Image.Image:
+    """A mask as L: how far each place counts. The opacity, where it is not the same all over, else
+    the brightness; numbers as they are, whatever colour profile they have.
+
+    Raises:
+      Unreadable: see there; also one that is drawn in both ways, or all transparent.
+    """
+    return _guarded(_coverage, file)
+
+
+def load_photo(path: str | pathlib.Path) -> Image.Image:
+    """:func:`decode` of a file by its path.
+
+    Raises:
+      UserError: names the file.
+    """
+    return _load(path, "photo", lambda file: decode(file, str(path)))
+
+
+def load_mask(path: str | pathlib.Path) -> Image.Image:
+    """:func:`decode_mask` of a file by its path.
+
+    Raises:
+      UserError: names the file.
+    """
+    return _load(path, "mask", decode_mask)
+
+
+def refusal(path: pathlib.Path) -> str | None:
+    """Why a path cannot be a picture, from its kind, size and first bytes; None where it may be.
+
+    Quick: the pixels are not decoded.
+    """
+    try:
+        about = path.stat()
+        if stat.S_ISDIR(about.st_mode):
+            return "a folder"
+        if not stat.S_ISREG(about.st_mode):
+            return "not a regular file"
+        if about.st_size == 0:
+            return "zero bytes"
+        if about.st_size > MOST_BYTES:
+            return f"{about.st_size / 2**20:.0f} MiB, at most {MOST_BYTES >> 20} are read"
+        with path.open("rb") as file:
+            _guarded(lambda image: image, file)
+    except Unreadable as error:
+        return str(error)
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    except ValueError:  # a NUL in the name
+        return "no such file"
+    return None
+
+
+def _load(
+    path: str | pathlib.Path, kind: str, read: Callable[[BufferedIOBase], Image.Image]
+) -> Image.Image:
+    where = buckets.local(path)
+    reason = refusal(where)
+    if reason is None:
+        try:
+            with where.open("rb") as file:
+                return read(file)
+        except Unreadable as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror
+    raise UserError(f"{kind} {shown(path)}: not a readable picture ({reason})")
+
+
+def _guarded(read: Callable[[Image.Image], Image.Image], file: BufferedIOBase) -> Image.Image:
+    """`read` of the picture in a file. Whatever a decoder raises, the file is to blame."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with _open(file) as image:
+                return read(image)
+    except Unreadable:
+        raise
+    except UnidentifiedImageError as error:
+        raise Unreadable("none of the known formats; convert it to JPEG or PNG") from error
+    except Exception as error:  # a decoder's RuntimeError, struct.error, KeyError, …
+        said = shown(" ".join(str(error).split())[:120]) or type(error).__name__
+        raise Unreadable(f"damaged: {said}; replace it or leave it out") from error
+
+
+def _open(file: BufferedIOBase) -> Image.Image:
+    """The picture, not yet decoded, and small enough to be."""
+    head = file.read(16)
+    file.seek(0)
+    formats = [*FORMATS, "HEIF"] if head[4:8] == b"ftyp" and _reads_heif(head) else FORMATS
+    try:
+        image = Image.open(file, formats=formats)
+    except Image.DecompressionBombError as error:
+        if head[:2] != b"\xff\xd8":
+            raise _too_large(None) from error
+        file.seek(0)
+        image = JpegImagePlugin.JpegImageFile(file)
+    pixels = image.width * image.height
+    if image.format in ("JPEG", "MPO") and MOST < pixels <= MOST_JPEG:
+        image.draft(image.mode, (image.width // 2, image.height // 2))
+    if image.width * image.height > MOST:
+        raise _too_large(pixels)
+    return image
+
+
+def _too_large(pixels: int | None) -> Unreadable:
+    found = "too many" if pixels is None else f"{pixels / 1e6:.0f}"
+    most = f"{MOST / 1e6:.0f}, of a JPEG {MOST_JPEG / 1e6:.0f},"
+    return Unreadable(f"{found} megapixels; at most {most} are read: make it smaller")
+
+
+def _reads_heif(head: bytes) -> bool:
+    """Whether HEIF may be read; registers its reader with Pillow."""
+    if head[8:12] in (b"avif", b"avis"):  # Pillow's own
+        return False
+    try:
+        import pillow_heif
+    except ImportError as error:
+        raise Unreadable("HEIC, read with: pip install pillow-heif") from error
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _photo(image: Image.Image, name: str) -> Image.Image:
+    """Upright, in sRGB, opaque; without the file's metadata, which no longer holds."""
+    profile = _profile(image)
+    image, turn = _one_byte(image), _turn(image)
+    alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
+    if alpha is not None:
+        image = image.convert("L" if image.mode == "LA" else "RGB")
+    if profile is not None:
+        try:
+            image = colour.to_srgb(image, profile)
+        except ValueError as error:
+            log.warning("%s: %s; taken as sRGB", shown(name), error)
+    if image.mode == "LAB":
+        image = colour.lab_to_srgb(image)
+    image = image.convert("RGB")
+    if alpha is not None:
+        flat = Image.new("RGB", image.size, BACKGROUND)
+        flat.paste(image, mask=alpha)
+        image = flat
+    image = image if turn is None else image.transpose(turn)
+    image.info = {}
+    return image
+
+
+def _coverage(image: Image.Image) -> Image.Image:
+    image, turn = _one_byte(image), _turn(image)
+    if image.mode in ("LA", "RGBA"):
+        image = _alpha_or_brightness(image)
+    image = image.convert("L")
+    return image if turn is None else image.transpose(turn)
+
+
+def _alpha_or_brightness(image: Image.Image) -> Image.Image:
+    alpha = image.getchannel("A")
+    low, high = alpha.getextrema()
+    if high == 0:
+        raise Unreadable("transparent all over; paint white where its person is to be")
+    if low == high:
+        return image.convert("L" if image.mode == "LA" else "RGB")
+    visible = np.asarray(image)[np.asarray(alpha) > 0][:, :-1].astype(np.int16)
+    grey, levels = np.ptp(visible, axis=1).max() == 0, np.ptp(visible[:, 0])
+    if grey and levels > 127:
+        raise Unreadable("drawn both in black and white and in transparency; save it without one")
+    return alpha
+
+
+def _one_byte(image: Image.Image) -> Image.Image:
+    """The picture decoded, in L, LA, RGB, RGBA, CMYK or LAB: what has more than 8 bits scaled,
+    what has a palette or a transparent colour written out."""
+    image.load()
+    mode, clear = image.mode, image.info.get("transparency")
+    if mode == "F" or mode.startswith("I"):
+        levels = _levels(image)
+        out = Image.fromarray(levels)
+        if isinstance(clear, int):
+            out.putalpha(Image.fromarray(np.where(np.asarray(image) == clear, 0, 255).astype("u1")))
+        return out
+    if image.has_transparency_data and mode not in ("LA", "RGBA"):
+        return image.convert("LA" if mode == "La" else "RGBA")
+    if mode == "1":
+        return image.convert("L")
+    return image if mode in ("L", "LA", "RGB", "RGBA", "CMYK", "LAB") else image.convert("RGB")
+
+
+def _levels(image: Image.Image) -> np.ndarray:
+    """0 to 255 of a grey picture of integers of more than 8 bits, or of floats."""
+    values, tags = np.asarray(image), getattr(image, "tag_v2", {})
+    if image.mode == "F":
+        if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
+            found = f"from {values.min():g} to {values.max():g}"
+            raise Unreadable(f"floats {found}, expected 0 to 1; convert it to 8 or 16 bits")
+        levels = np.rint(values * 255).astype(np.uint8)
+    elif image.mode == "I" and image.format == "TIFF":
+        if tags.get(339, (1,))[0] != 1:
+            raise Unreadable("signed integers, of unknown white; convert it to 8 or 16 bits")
+        levels = SIXTEEN[values.view(np.uint32) >> 16]
+    else:
+        bits = tags.get(258, (16,))[0]
+        if values.min() < 0 or values.max() >= 2**16:
+            raise Unreadable("values beyond 16 bits; convert it to 8 or 16 bits")
+        levels = SIXTEEN[values if bits == 16 else values.astype(int) * 65535 // (2**bits - 1)]
+    return 255 - levels if tags.get(262) == 0 else levels  # TIFF's "white is zero"
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns a picture upright. EXIF that cannot be read turns nothing."""
+    try:
+        return TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
+    except Exception:  # whatever reading it raises
+        return None
+
+
+def _profile(image: Image.Image) -> bytes | None:
+    """The ICC profile that a file has, or one for what it says otherwise of its colours: PNG by
+    gamma and primaries, cameras set to Adobe RGB by EXIF's R03 (DCF 2.0)."""
+    info = image.info
+    if icc := info.get("icc_profile"):
+        return icc
+    try:
+        gamma, points = info.get("gamma"), info.get("chromaticity")
+        if image.format == "PNG" and gamma and points and "srgb" not in info:
+            return _png_profile(gamma, points)
+        interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop)
+        if str(interoperability.get(1, "")).startswith("R03"):
+            return colour.matrix_profile(colour.ADOBE_RGB)
+    except Exception:  # whatever reading EXIF raises
+        return None
+    return None
+
+
+def _png_profile(gamma: float, points: tuple[float, ...]) -> bytes | None:
+    same = np.abs(np.subtract(points, SRGB_CHROMATICITY)).max() < 2e-3
+    if same and abs(1 / gamma - 2.2) < 0.05:
+        return None  # how sRGB is written in these terms
+    white, *primaries = (points[i : i + 2] for i in range(0, 8, 2))
+    return colour.matrix_profile(primaries, white, 1 / gamma)
