@@ -29,6 +29,7 @@ from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
+from persona_jax.interop.lora_files import FILE, KOHYA_FILE, save_kohya, save_lora
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import adapter
 from persona_jax.pipelines.pipeline import save as save_pipeline
@@ -120,8 +121,9 @@ def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> fl
     run, about, towers = open_finetuned(workdir, arguments)
     if run.config.method != "lora":
         raise UserError(f"--format lora: {workdir} is a run of {run.config.method}")
-    name = "pytorch_lora_weights.safetensors"
-    shutil.copy(finetuning_loop.person_folder(workdir, arguments.person) / name, folder / name)
+    update = finetuning_loop.load_person_lora(workdir, arguments.person, run.pipeline, run.config)
+    for save, name in ((save_lora, FILE), (save_kohya, KOHYA_FILE)):
+        save(update, folder / name, run.config.lora.alpha, DTYPES[arguments.dtype])
     (folder / "README.md").write_text(cards.lora(run.config, about, arguments.person))
     if not arguments.verify:
         return None

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch_models
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from world import adapter_config, config_of, shaken, write_adapter, write_people
 
 from persona_jax import export, sample
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.lora_files import FILE
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
@@ -49,6 +51,8 @@ def world(tmp_path_factory):
         write_adapter(config, root / name)
     for name in ("dreambooth", "lora"):
         config = config_of(name, "lfw")
+        if name == "lora":
+            config.lora.alpha = 16.0  # of rank 4
         config.pipeline = str(root / "base")
         write_person(config, root / name)
     return root
@@ -217,6 +221,9 @@ def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys
     run_export(world, name, tmp_path / "out", *flags)
     assert "stock diffusers paints the same" in capsys.readouterr().out
     assert 'Call this person "sks person"' in (tmp_path / "out/README.md").read_text()
+    if form == "lora":  # in a person's folder, too
+        with safe_open(world / name / "people/ann" / FILE, framework="numpy") as handle:
+            assert json.loads(handle.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 16
 
 
 def test_a_base_is_exported_whole(world, tmp_path, capsys):

@@ -215,8 +215,11 @@ def _refuse(where: str, **problems: list[str]) -> None:
         raise UserError(f"{where}: the tensors do not fit; " + "; ".join(found))
 
 
-def save_tree(params: Mapping, file: Path) -> None:
-    """Writes a parameter tree as one safetensors file in torch's names and layouts."""
+def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a parameter tree as one safetensors file in torch's names and layouts.
+
+    metadata: texts to keep in the file's header.
+    """
     flat = traverse_util.flatten_dict(dict(params))
     tensors = {
         # (ascontiguousarray would make a vector of a scalar)
@@ -225,5 +228,5 @@ def save_tree(params: Mapping, file: Path) -> None:
     }
     part = file.with_name(file.name + ".part")
     # transformers refuses a file that does not say whose layout it has.
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
     part.replace(file)
