@@ -85,8 +85,17 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
             "--config.image_encoder.path=FOLDER_OR_HUB_ID"
         )
 
+    side = tower.module.config.image_size
+
     def preprocess(photo: Image.Image) -> np.ndarray:
-        return images.clip_preprocess(images.centre_crop(photo, crop), settings)
+        pixels = images.clip_preprocess(images.centre_crop(photo, crop), settings)
+        # (places beyond the tower's table would be NaN)
+        if pixels.shape != (side, side, 3):
+            raise UserError(
+                f"feature_extractor/preprocessor_config.json: makes pictures of {pixels.shape}, "
+                f"but the image encoder reads {side}×{side}; set size and crop_size to {side}"
+            )
+        return pixels
 
     def embed(params: Mapping, pixels: Array) -> Array:
         found = tower.module.apply({"params": params}, pixels)

@@ -49,19 +49,38 @@ class Pipeline:
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
         """Token ids padded to the text tower's length, and warnings for prompts cut short."""
-        return tokenize(self.tokenizer, prompts)
+        tower = self.text_encoder
+        return tokenize(self.tokenizer, prompts, tower and tower.module.config.vocab_size)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
-    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut."""
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], rows: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], list[str]]:
+    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut.
+
+    Args:
+      tokenizer: as from :func:`load_tokenizer`.
+      prompts: texts.
+      rows: of the text tower's embedding table; None: not known.
+
+    Raises:
+      UserError: a token whose id the table does not have.
+    """
     length = tokenizer.model_max_length
     warnings = [
         f"prompt of {count} tokens cut to {length}: {prompt[:60]!r}…"
         for prompt in prompts
         if (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > length
     ]
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    return np.asarray(ids["input_ids"], np.int32), warnings
+    told = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    ids = np.asarray(told["input_ids"], np.int32)
+    if rows is not None and ids.size and not 0 <= ids.max() < rows:
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise UserError(
+            f"tokenizer: token {token!r:.60} has the id {ids.max()}, but the text tower's table "
+            f"has {rows} rows, 0 to {rows - 1}; take the tokenizer and text_encoder of one pipeline"
+        )
+    return ids, warnings
 
 
 def load(
@@ -110,23 +129,53 @@ def load(
     # StableDiffusionPipeline sets these two whatever the file says, or does not say.
     schedule = Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1})
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
+    text = loaded["text_encoder"]
+    positions = text.module.config.max_position_embeddings if text else None
     return Pipeline(
         **loaded,
         schedule=schedule,
         scheduler_config=scheduler,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
+        tokenizer=load_tokenizer(folder / "tokenizer", positions),
         feature_extractor=folders.read_json(extractor) if extractor.exists() else None,
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``."""
+CLIP_LENGTH = 77
+"""Tokens of a prompt where neither tokenizer nor text tower says."""
+
+
+def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
+    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``, or
+    ``tokenizer.json``.
+
+    Args:
+      folder: of the tokenizer.
+      positions: of the text tower, which a prompt's tokens must not exceed; None: not known. A
+        tokenizer without ``model_max_length`` gets it from there.
+
+    Raises:
+      UserError: files that are missing or cannot be read.
+    """
     from transformers import CLIPTokenizer
 
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no {' and no '.join(missing)}; a tokenizer needs them")
-    return CLIPTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+        length = int(tokenizer.model_max_length)
+    except Exception as error:  # transformers' and tokenizers' own kinds, bare ones among them
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}: not a readable CLIP tokenizer ({told:.200}); fetch it again"
+        ) from error
+    if length > 10**6:  # transformers' 1e30: nobody said
+        length = positions or CLIP_LENGTH
+    length = min(length, positions or length)
+    if length < 2:
+        raise UserError(f"{folder}: model_max_length={length}; a prompt takes 2 tokens or more")
+    tokenizer.model_max_length = length
+    return tokenizer
 
 
 def embed_captions(
@@ -138,9 +187,11 @@ def embed_captions(
       UserError: a pipeline without ``text_projection.safetensors``; those trained here have it.
     """
     text = folders.load_tower(folder / "text_encoder", "text_encoder")
-    ids, _ = tokenize(load_tokenizer(folder / "tokenizer"), captions)
+    config = text.module.config
+    tokenizer = load_tokenizer(folder / "tokenizer", config.max_position_embeddings)
+    ids, _ = tokenize(tokenizer, captions, config.vocab_size)
     files = tensors.TensorFiles([folder / "text_projection.safetensors"], str(folder))
-    shape = (text.module.config.hidden_size, text.module.config.projection_dim)
+    shape = (config.hidden_size, config.projection_dim)
     abstract = {
         "text_projection": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
         "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),

@@ -93,6 +93,56 @@ def test_the_tokenizer_is_saved_for_old_and_new_readers(theirs, ours, tmp_path, 
     assert not caplog.records  # nor anything from transformers
 
 
+def test_a_token_beyond_the_table_is_refused(copy):
+    """Textual inversion adds such tokens; a table read beyond its end gives NaN."""
+    tokenizer = pipeline.load_tokenizer(copy / "tokenizer")
+    rows = json.loads((copy / "text_encoder/config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<cat{i}>" for i in range(rows + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(copy / "tokenizer")
+    loaded = pipeline.load(str(copy), only=["text_encoder"])
+    assert loaded.tokenize(["a man"])[0].max() < rows
+    with pytest.raises(UserError, match=rf"<cat\d+>.* id {rows}, .* {rows} rows"):
+        loaded.tokenize(["a man", f"a photo of <cat{rows - len(loaded.tokenizer) + 1}>"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (("vocab.json", "merges.txt"), None),
+        (("tokenizer.json",), None),
+        (("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), None),
+        (("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), 200),
+    ],
+)
+def test_the_text_towers_length_counts_where_the_tokenizer_has_none(
+    ours, copy, tmp_path, kept, said
+):
+    expected, _ = pipeline.load(str(ours), only=["text_encoder"]).tokenize(PROMPTS)
+    for file in (copy / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    config = copy / "tokenizer/tokenizer_config.json"
+    if config.exists():
+        settings = json.loads(config.read_text()) | {"model_max_length": said}
+        config.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    loaded = pipeline.load(str(copy))
+    np.testing.assert_array_equal(loaded.tokenize(PROMPTS)[0], expected)
+    # What is saved says it, so that stock can open it.
+    pipeline.save(loaded, tmp_path / "saved")
+    assert torch_models.open_diffusers(tmp_path / "saved").tokenizer.model_max_length == 16
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_named(copy, file):
+    for other in (copy / "tokenizer").iterdir():
+        if other.name != file and (file == "tokenizer.json" or other.name == "tokenizer.json"):
+            other.unlink()
+    (copy / "tokenizer" / file).write_text("{" if file.endswith("json") else "#\nwords")
+    with pytest.raises(UserError, match="tokenizer: not a readable CLIP tokenizer") as error:
+        pipeline.load(str(copy), only=["text_encoder"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_pipeline_without_eye(theirs, tmp_path):
     """As Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
     bare = shutil.copytree(theirs, tmp_path / "bare")
