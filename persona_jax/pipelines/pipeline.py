@@ -5,6 +5,7 @@ code; stock diffusers opens what :func:`save` writes.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from persona_jax.diffusion.schedule import Schedule
+from persona_jax.diffusion.schedule import Schedule, for_ddim, sampler_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
@@ -126,8 +127,7 @@ def load(
         for tower in TOWERS
     }
     scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
-    # StableDiffusionPipeline sets these two whatever the file says, or does not say.
-    schedule = Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1})
+    schedule = Schedule.from_json(for_ddim(scheduler))
     extractor = folder / "feature_extractor" / "preprocessor_config.json"
     text = loaded["text_encoder"]
     positions = text.module.config.max_position_embeddings if text else None
@@ -242,10 +242,25 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
     :func:`dtype_on`); the image encoder only where the method reads with it."""
     dtype = dtype_on(config, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
-    return load(
+    pipeline = load(
         config.pipeline,
         only=TOWERS if own_encoder else [tower for tower in TOWERS if tower != "image_encoder"],
         image_encoder=config.image_encoder.path if own_encoder else None,
         dtype=dtype,
         param_dtype=dtype,
     )
+    if note := sampler_note(pipeline):
+        print(note, file=sys.stderr)
+    return pipeline
+
+
+def sampler_note(pipeline: Pipeline) -> str:
+    """What is said of a folder whose sampler is not DDIM; empty where it is."""
+    name = sampler_of(pipeline.scheduler_config)
+    if name == "DDIMScheduler":
+        return ""
+    clipped = (
+        "; it clips, as diffusers' DDIM does where scheduler_config.json has no clip_sample: add "
+        '"clip_sample": false there if pictures are dull'
+    )
+    return f"note: DDIM samples in place of {name}{clipped * pipeline.schedule.clip_sample}"

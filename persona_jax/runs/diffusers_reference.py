@@ -100,7 +100,8 @@ def open_diffusers(folder: Path) -> Any:
     reference = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
-    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    if type(reference.scheduler) is not diffusers.DDIMScheduler:
+        reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
     reference.set_progress_bar_config(disable=True)
     return reference
 

@@ -196,6 +196,49 @@ def test_the_schedule_is_the_one_that_stock_would_use(changes, copy):
     assert schedule.steps_offset == config.steps_offset == 1
 
 
+OTHERS = [
+    *("PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "LCMScheduler"),
+    *("DEISMultistepScheduler", "KDPM2DiscreteScheduler", "TCDScheduler", "DDIMInverseScheduler"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_sampler_is_read_as_ddim_from_config_reads_it(name, copy):
+    """As that sampler saves it, and with settings added or left out."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    getattr(diffusers, name).from_config(betas).save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    file = copy / "scheduler/scheduler_config.json"
+    saved = json.loads(file.read_text())
+    left_out = {key: saved[key] for key in ("_class_name", *betas)}
+    for settings in (
+        saved,
+        left_out,
+        left_out | {"clip_sample": True},
+        left_out | {"clip_sample": False, "steps_offset": 1},
+        saved | {"steps_offset": 3, "timestep_spacing": "trailing", "set_alpha_to_one": False},
+    ):
+        file.write_text(json.dumps(settings))
+        stock = diffusers.DDIMScheduler.from_config(
+            torch_models.open_diffusers(copy).scheduler.config
+        )
+        loaded = pipeline.load(str(copy), only=[])
+        ours, theirs = loaded.schedule, stock.config
+        assert ours.clip_sample is theirs.clip_sample
+        assert ours.steps_offset == theirs.steps_offset
+        assert ours.spacing == theirs.timestep_spacing
+        assert ours.prediction == theirs.prediction_type
+        assert ours.final_alpha_cumprod == pytest.approx(float(stock.final_alpha_cumprod))
+        np.testing.assert_allclose(ours.alphas_cumprod, stock.alphas_cumprod, rtol=1e-4)
+        note = pipeline.sampler_note(loaded)
+        assert f"DDIM samples in place of {name}" in note
+        assert ("clip_sample" in note) is ours.clip_sample
+
+
 def test_sizes(theirs):
     loaded = pipeline.load(str(theirs), only=["unet", "vae"])
     assert loaded.latent_shape == (8, 8, 4)
