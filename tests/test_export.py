@@ -245,6 +245,10 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
         ("lora", ["--format", "lora", "--person", "nobody"], "no such person"),
         ("sa", ["--format", "ip-adapter", "--photos", "nowhere.png"], "nowhere.png"),
         ("nothing", ["--format", "ip-adapter"], "nothing"),
+        ("lora", ["--format", "lora", "--person", "ann", "--bin"], "no use for --bin"),
+        ("lora", ["--format", "lora", "--person", "ann", "--weights", "ema"], "use for --weights"),
+        ("lora", ["--format", "diffusers", "--person", "ann", "--photos", "a"], "for --photos"),
+        ("sa", ["--format", "ip-adapter", "--person", "ann"], "no use for --person"),
     ],
 )
 def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
@@ -255,6 +259,32 @@ def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
     assert error.startswith("error: ")
     assert words in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "flags"),
+    [
+        ("avg", "ip-adapter", []),
+        ("lora", "lora", ["--person", "ann"]),
+        ("lora", "diffusers", ["--person", "ann"]),
+        ("base", "diffusers", []),
+    ],
+)
+def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, form, flags):
+    if name == "base":
+        shutil.copytree(world / "base", tmp_path / "base/pipeline")
+        config = config_of("base", "lfw").to_dict()
+        (tmp_path / "base/config.json").write_text(json.dumps(config))
+    where = tmp_path if name == "base" else world
+    run_export(where, name, tmp_path / "out", "--format", form, "--dtype", "float16", *flags)
+    files = set((tmp_path / "out").rglob("*.safetensors"))
+    files -= {tmp_path / "out/aggregator.safetensors"}
+    assert files
+    for file in files:
+        found = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
+        assert found == {np.dtype("float16")}, file
+    if form == "diffusers":
+        torch_models.open_diffusers(tmp_path / "out")
 
 
 def test_what_is_there_is_left_alone(world, tmp_path, capsys):

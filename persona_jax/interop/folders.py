@@ -55,9 +55,17 @@ def _rename_vae(name: str) -> str:
 _BARE_CLIP = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
+_OTHER_HALF = {
+    "text_model": ("text_projection.weight",),  # of CLIPTextModelWithProjection
+    "vision_model": ("text_model.", "text_projection.", "logit_scale"),  # of CLIPModel
+}
+
+
 def _rename_clip(prefix: str) -> Callable[[str], str | None]:
     def rename(name: str) -> str | None:
         if name.endswith("embeddings.position_ids"):  # a constant that old files carry
+            return None
+        if name.startswith(_OTHER_HALF[prefix]):  # stock passes these over, too
             return None
         return f"{prefix}.{name}" if name.startswith(_BARE_CLIP) else name
 
@@ -129,6 +137,12 @@ def read_json(file: Path) -> dict:
         raise UserError(f"{file}: not readable as JSON ({error})") from error
 
 
+def vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a whole CLIPModel's vision tower, as that tower alone is saved with."""
+    own = {key: value for key, value in config["vision_config"].items() if key != "architectures"}
+    return own | {key: config[key] for key in ("projection_dim",) if key in config}
+
+
 def load_tower(
     folder: Path,
     tower: str,
@@ -150,6 +164,8 @@ def load_tower(
       UserError: settings or tensors that do not fit, all named.
     """
     config = read_json(folder / "config.json")
+    if tower == "image_encoder" and isinstance(config.get("vision_config"), dict):
+        config = vision_half(config)
     module = build(tower, config, dtype)
     abstract = abstract_params(module)
     files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))

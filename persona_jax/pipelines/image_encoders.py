@@ -78,14 +78,15 @@ def open_image_encoder(config: ConfigDict, pipeline: Pipeline) -> ImageEncoder:
 
 
 def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncoder:
-    tower, settings = pipeline.image_encoder, pipeline.feature_extractor
-    if tower is None or settings is None:
+    tower = pipeline.image_encoder
+    if tower is None:
         raise UserError(
-            "the pipeline has no image_encoder or no feature_extractor; name an encoder with "
-            "--config.image_encoder.path=FOLDER_OR_HUB_ID"
+            "the pipeline has no image_encoder; name one with "
+            "--config.image_encoder.path=FOLDER_OR_HUB_ID (sample: --image_encoder)"
         )
-
     side = tower.module.config.image_size
+    # Where nobody says, as CLIP's: transformers' defaults at the tower's size.
+    settings = pipeline.feature_extractor or {"size": side, "crop_size": side}
 
     def preprocess(photo: Image.Image) -> np.ndarray:
         pixels = images.clip_preprocess(images.centre_crop(photo, crop), settings)

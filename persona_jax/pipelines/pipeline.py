@@ -113,7 +113,7 @@ def load(
         if not image_encoder:
             raise UserError(
                 f"{folder}: it has no image_encoder/; name one with "
-                "--config.image_encoder.path=FOLDER_OR_HUB_ID"
+                "--config.image_encoder.path=FOLDER_OR_HUB_ID (sample: --image_encoder)"
             )
         other = folders.find(image_encoder)
         return other / "image_encoder" if (other / "image_encoder").exists() else other
@@ -128,7 +128,6 @@ def load(
     }
     scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = Schedule.from_json(for_ddim(scheduler))
-    extractor = folder / "feature_extractor" / "preprocessor_config.json"
     text = loaded["text_encoder"]
     positions = text.module.config.max_position_embeddings if text else None
     return Pipeline(
@@ -136,8 +135,20 @@ def load(
         schedule=schedule,
         scheduler_config=scheduler,
         tokenizer=load_tokenizer(folder / "tokenizer", positions),
-        feature_extractor=folders.read_json(extractor) if extractor.exists() else None,
+        feature_extractor=_feature_extractor(
+            folder, place("image_encoder") if loaded["image_encoder"] else None
+        ),
     )
+
+
+def _feature_extractor(folder: Path, encoder: Path | None) -> dict[str, Any] | None:
+    """A pipeline's own, or what lies beside the image encoder; None: nowhere."""
+    beside = [encoder, encoder.parent / "feature_extractor"] if encoder else []
+    for place in (folder / "feature_extractor", *beside):
+        file = place / "preprocessor_config.json"
+        if file.exists():
+            return folders.read_json(file)
+    return None
 
 
 CLIP_LENGTH = 77
