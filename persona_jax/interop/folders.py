@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,11 @@ def find(path_or_id: str) -> Path:
     local = buckets.local(path_or_id)
     if path_or_id and local.is_dir():
         return local
+    if path_or_id and local.is_file():
+        raise UserError(
+            f"{path_or_id}: a single file, where a folder is read; open it with diffusers "
+            "(StableDiffusionPipeline.from_single_file), save_pretrained(FOLDER), and give FOLDER"
+        )
     owner, name, *inside = [*path_or_id.split("/"), ""]
     here = local.exists() or buckets.is_bucket(path_or_id)
     if not owner or owner in (".", "..", "~") or not name or here:
@@ -115,6 +121,24 @@ def find(path_or_id: str) -> Path:
             f"{type(error).__name__}; check the name and the network, or give a local folder"
         ) from error
     return Path(snapshot) / prefix
+
+
+def refuse_other_families(folder: Path) -> None:
+    """Names the family of a pipeline folder that is not of Stable Diffusion 1.x's or 2.x's kind.
+
+    Raises:
+      UserError: it is another.
+    """
+    index = folder / "model_index.json"
+    name = read_json(index).get("_class_name") if index.is_file() else None
+    parts = [part for part in ("transformer", "text_encoder_2") if (folder / part).is_dir()]
+    other = isinstance(name, str) and re.match(r"StableDiffusion(XL|3|Cascade)|(?!Stable)", name)
+    if other or parts:
+        has = f"has {' and '.join(f'{part}/' for part in parts)}"
+        raise UserError(
+            f"{folder}: {f'a {name:.60}' if other else has}; read are pipelines of Stable "
+            "Diffusion 1.x and 2.x (StableDiffusionPipeline)"
+        )
 
 
 def content_hash(folder: Path) -> str:

@@ -8,7 +8,8 @@ import re
 from collections.abc import Iterable, Mapping, Set
 from typing import NamedTuple
 
-from persona_jax.errors import UserError
+from persona_jax.errors import UserError, listed
+from persona_jax.interop.tensors import foreign_kind
 
 TOWERS = ("unet", "text_encoder")
 PEFT_PREFIX = "base_model.model."
@@ -89,12 +90,14 @@ def parse_names(
     if strange or not (found or absent):
         raise UserError(
             f"{where}: not a LoRA for {' and '.join(TOWERS)} in the layout of diffusers, PEFT or "
-            f"kohya; unknown: {_first(strange) or 'nothing at all'}"
+            f"kohya; unknown: {listed(strange) or 'nothing at all'}",
+            strange,
         )
     if absent:
         raise UserError(
-            f"{where}: the base has no such layer: {_first(sorted(set(absent)))}; is it for "
-            "another base?"
+            f"{where}: the base has no such layer: {listed(sorted(set(absent)))}; is it for "
+            "another base?",
+            absent,
         )
     return found
 
@@ -135,8 +138,5 @@ def _refuse_other_kinds(names: list[str], where: str) -> None:
         for mark, told in _OTHER_KINDS.items():
             if mark in name:
                 raise UserError(f"{where}: {told} ({name:.100})")
-
-
-def _first(names: list[str], count: int = 3) -> str:
-    more = f" and {len(names) - count} more" if len(names) > count else ""
-    return ", ".join(f"{name:.100}" for name in names[:count]) + more
+    if (kind := foreign_kind(names)) and "a LoRA" not in kind:
+        raise UserError(f"{where}: {kind}")

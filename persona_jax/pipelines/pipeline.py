@@ -106,6 +106,7 @@ def load(
       UserError: what is missing or does not fit, by name.
     """
     folder = folders.find(path_or_id)
+    folders.refuse_other_families(folder)
 
     def place(tower: str) -> Path:
         if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):
@@ -126,6 +127,7 @@ def load(
         else None
         for tower in TOWERS
     }
+    refuse_parts_that_do_not_fit(folder, loaded)
     scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
     schedule = Schedule.from_json(for_ddim(scheduler))
     text = loaded["text_encoder"]
@@ -139,6 +141,26 @@ def load(
             folder, place("image_encoder") if loaded["image_encoder"] else None
         ),
     )
+
+
+def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None]) -> None:
+    """Refuses towers of different pipelines in one folder.
+
+    Raises:
+      UserError: names both settings.
+    """
+    for one, key, other, theirs in (
+        ("unet", "in_channels", "vae", "latent_channels"),
+        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
+    ):
+        if loaded[one] is None or loaded[other] is None:
+            continue
+        have, want = (getattr(loaded[x].module.config, k) for x, k in ((one, key), (other, theirs)))
+        if have != want:
+            raise UserError(
+                f"{folder}: {one}/config.json has {key}={have}, but {other}/config.json "
+                f"{theirs}={want}; take both from one pipeline"
+            )
 
 
 def _feature_extractor(folder: Path, encoder: Path | None) -> dict[str, Any] | None:

@@ -239,6 +239,24 @@ def test_a_file_of_another_sampler_is_read_as_ddim_from_config_reads_it(name, co
         assert ("clip_sample" in note) is ours.clip_sample
 
 
+@pytest.mark.parametrize(
+    ("tower", "make", "changes", "words"),
+    [
+        (
+            "unet",
+            torch_models.make_unet,
+            {"in_channels": 6, "out_channels": 6},
+            "latent_channels=4",
+        ),
+        ("unet", torch_models.make_unet, {"cross_attention_dim": 24}, "hidden_size=16"),
+    ],
+)
+def test_parts_of_two_pipelines_are_refused(copy, tower, make, changes, words):
+    make(torch_models.TINY_UNET | changes).save_pretrained(copy / tower)
+    with pytest.raises(UserError, match=words):
+        pipeline.load(str(copy))
+
+
 def test_sizes(theirs):
     loaded = pipeline.load(str(theirs), only=["unet", "vae"])
     assert loaded.latent_shape == (8, 8, 4)
