@@ -2,7 +2,9 @@
 
     embedding = load("aggregator.json")(embeddings)      # [B, N, D] → [B, D]
     both = torch.cat([torch.zeros_like(embedding), embedding])[:, None]
-    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1
+    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1: one person a call
+
+At ``guidance_scale=1`` diffusers takes ``embedding[:, None]`` alone.
 
 `embeddings` are what the pipeline's image encoder makes of the photos (``image_embeds``), N of any
 number. `weights` ``[B, N]`` count photos more or less, and 0 leaves one out.

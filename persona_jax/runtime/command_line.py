@@ -41,7 +41,7 @@ def run_with_config(
     errors. Exits the process on an error. argv: sys.argv where not given.
     """
     argv = list(sys.argv if argv is None else argv)
-    _exit_on_error(lambda: main(*_parse_config(argv, main)))
+    _exit_on_error(lambda: main(*_parse_config(argv, main)), VERBOSE in argv)
 
 
 def run_with_arguments(
@@ -56,7 +56,15 @@ def run_with_arguments(
     """
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
-    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])))
+    _add_verbose(parser)
+    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), VERBOSE in argv)
+
+
+VERBOSE = "--verbose"
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(VERBOSE, action="store_true", help="errors list everything they are about")
 
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -72,7 +80,7 @@ def _refuse(message: str) -> None:
     raise UserError(f"command line: {message}; see --help")
 
 
-def _exit_on_error(run: Callable[[], Any]) -> None:
+def _exit_on_error(run: Callable[[], Any], verbose: bool = False) -> None:
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
     memory.give_back_after_compilation()
@@ -81,7 +89,7 @@ def _exit_on_error(run: Callable[[], Any]) -> None:
         with buckets.keeping():
             run()
     except (Exception, KeyboardInterrupt) as error:
-        status = _tell(error)
+        status = _tell(error, verbose)
         if not status:
             if not jax.distributed.is_initialized():
                 raise
@@ -89,8 +97,15 @@ def _exit_on_error(run: Callable[[], Any]) -> None:
         _leave(status or 1)
 
 
-def _tell(error: BaseException) -> int:
-    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours."""
+LONGEST = 480
+"""Characters of an error; more are printed with --verbose."""
+
+
+def _tell(error: BaseException, verbose: bool = False) -> int:
+    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours.
+
+    verbose: print all of it, its details a line each.
+    """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
@@ -99,7 +114,14 @@ def _tell(error: BaseException) -> int:
         text = f"{error.strerror}: {error.filename or 'workdir'}"
     else:
         return 0
+    details = getattr(error, "details", ())
+    if not verbose and (len(text) > LONGEST or details):
+        more = " (--verbose: all of it)"
+        text = text if len(text) + len(more) <= LONGEST else f"{text[: LONGEST - len(more) - 1]}…"
+        text += more
     print(f"error: {text}", file=sys.stderr)
+    for line in details if verbose else ():
+        print(f"  {line}", file=sys.stderr)
     return 2
 
 
@@ -131,6 +153,7 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
 def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser = config_parser(sys.modules[main.__module__].__doc__)
     parser.error = _refuse
+    _add_verbose(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
     known, overrides = parser.parse_known_args(argv[1:])
     return load_config(known.config, overrides), buckets.local(known.workdir)
