@@ -15,17 +15,15 @@ and compares.
 import argparse
 import dataclasses
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from safetensors.numpy import save_file
 
 from persona_jax.data import images
 from persona_jax.errors import UserError
-from persona_jax.interop import cards, folders
+from persona_jax.interop import cards, folders, tensors
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
@@ -33,7 +31,7 @@ from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import adapter
 from persona_jax.pipelines.pipeline import save as save_pipeline
 from persona_jax.runs import diffusers_reference, finished_run
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, checksums, files
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 
@@ -47,14 +45,9 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: there is something already; name another folder")
     write = {"ip-adapter": write_adapter, "diffusers": write_pipeline, "lora": write_lora}
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            folder = Path(temporary) / "export"
-            folder.mkdir()
+        with files.whole_folder(out) as folder:
             difference = write[arguments.format](workdir, folder, arguments)
-            if out.exists():
-                out.rmdir()
-            folder.rename(out)
+            checksums.write(folder)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"written to {out}; {out / 'README.md'} says how to use it")
@@ -84,7 +77,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         both = np.stack([adapter.unconditional(image, learnt.blank), image])
         if learnt.blank is not None:  # photo by photo
             both = both[:, 0]
-        save_file({"image_embeds": both}, folder / "image_embeds.safetensors")
+        tensors.save_tensors({"image_embeds": both}, folder / "image_embeds.safetensors")
     text = cards.ip_adapter(run.config, trained, learnt.aggregator.kind, bool(arguments.photos))
     (folder / "README.md").write_text(text)
     if not arguments.verify:

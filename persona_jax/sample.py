@@ -24,7 +24,6 @@ from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.errors import UserError
-from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.methods import finetuning
 from persona_jax.models import lora
@@ -86,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
 
     record = {
         "runs": [str(one.workdir.absolute()) for one in opened],
-        "step": newest_step(run.workdir / "checkpoints"),
+        "step": run.step,
         "person": arguments.person,
         "lora": arguments.lora,
         "lora_scale": arguments.lora_scale,

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,10 +152,9 @@ def load_tower(
     config = read_json(folder / "config.json")
     module = build(tower, config, dtype)
     abstract = abstract_params(module)
-    files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))
     params = tensors.load_tree(
         abstract,
-        files,
+        tensors.TensorFiles(tensors.weight_files(folder), str(folder)),
         rename=_RENAME[tower],
         dtype=param_dtype,
         sharding=sharding(abstract) if callable(sharding) else sharding,
@@ -182,14 +181,15 @@ def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> No
         # unless told otherwise, and the towers of one pipeline must not disagree.
         named.pop("torch_dtype", None)
         named["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(named, indent=2) + "\n")
+    write_json(folder / "config.json", named)
     tensors.save_tree(params, folder / f"{stem}.safetensors")
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes one of a pipeline folder's JSON files; its folder is made where absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(content), indent=2) + "\n")
+    with files.whole_file(file) as part:
+        part.write_text(json.dumps(dict(content), indent=2) + "\n")
 
 
 def model_index(

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from persona_jax.errors import UserError
+from persona_jax.runtime import files as files_of
 from persona_jax.runtime import memory
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
@@ -223,7 +224,11 @@ def save_tree(params: Mapping, file: Path) -> None:
         torch_name(path): np.asarray(to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flat.items()
     }
-    part = file.with_name(file.name + ".part")
-    # transformers refuses a file that does not say whose layout it has.
-    save_file(tensors, part, metadata={"format": "pt"})
-    part.replace(file)
+    save_tensors(tensors, file)
+
+
+def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
+    """Writes named tensors as one safetensors file."""
+    with files_of.whole_file(file) as part:
+        # transformers refuses a file that does not say whose layout it has.
+        save_file(dict(tensors), part, metadata={"format": "pt"})

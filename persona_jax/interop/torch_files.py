@@ -12,10 +12,16 @@ import numpy as np
 
 from persona_jax.errors import UserError
 from persona_jax.interop.tensors import TensorFiles, Tensors
+from persona_jax.runtime import checksums
 
 
 def open_tensors(file: Path) -> Tensors:
-    """The tensors of one file: safetensors, or anything else as torch's own."""
+    """The tensors of one file: safetensors, or anything else as torch's own.
+
+    Raises:
+      UserError: it cannot be read, or is not as the checksums beside it say.
+    """
+    checksums.verify(file.parent, [file.name], "fetch or export it again")
     return TensorFiles([file], str(file)) if file.suffix == ".safetensors" else StateDict(file)
 
 

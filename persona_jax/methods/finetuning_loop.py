@@ -24,7 +24,7 @@ from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, checksums, files
 from persona_jax.runtime.mesh import (
     first_process,
     initialize_distributed,
@@ -265,8 +265,12 @@ def _drawn(place_of: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarra
 
 
 def person_folder(workdir: Path, name: str) -> Path:
-    """Where a finished person's weights lie."""
-    return workdir / "people" / name
+    """Where a finished person's weights lie.
+
+    Raises:
+      UserError: `name` is no name, and would lead elsewhere.
+    """
+    return files.name_below(workdir / "people", name, "--person")
 
 
 def save_person(
@@ -274,18 +278,19 @@ def save_person(
 ) -> None:
     """Writes one person: towers as stock diffusers reads them, or a LoRA file in PEFT's layout.
 
-    ``person.json`` comes last: where it is, the person is finished.
+    The folder gets its name when all is there, with checksums.
     """
-    folder = person_folder(workdir, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    for tower in learnt.keys() - {"lora"}:
-        half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
-        folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
-    if "lora" in learnt:
-        tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
     about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
-    folders.write_json(folder / "person.json", about)
+    files.remove(person_folder(workdir, name))  # an unfinished one
+    with files.whole_folder(person_folder(workdir, name)) as folder:
+        for tower in learnt.keys() - {"lora"}:
+            half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
+            folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
+        if "lora" in learnt:
+            tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
+        folders.write_json(folder / "person.json", about)
+        checksums.write(folder)
 
 
 def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
@@ -298,6 +303,7 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
     if not (folder / "person.json").exists():
         there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
+    checksums.verify(folder, None, "remove that folder and run the training again")
     frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         file = folder / "pytorch_lora_weights.safetensors"

@@ -21,6 +21,7 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
+from persona_jax.runtime import checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,6 +87,8 @@ def load(
       UserError: what is missing or does not fit, by name.
     """
     folder = folders.find(path_or_id)
+    parts = [*only, "scheduler", "tokenizer", "feature_extractor"]
+    checksums.verify(folder, parts, "fetch or make it again")
 
     def place(tower: str) -> Path:
         if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):

@@ -13,7 +13,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
-from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.checkpoints import load_newest
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.methods import adapter_training, finetuning, finetuning_loop
 from persona_jax.models.adapter import Adapter
@@ -52,6 +52,7 @@ class Run:
       pipeline: the frozen base.
       encoder: what the adapter looks at photos with; None where there is none.
       adapter: None where weights belong to people.
+      step: of the checkpoint that was read, the newest whole one; None where none was.
     """
 
     workdir: Path
@@ -59,6 +60,7 @@ class Run:
     pipeline: Pipeline
     encoder: ImageEncoder | None = None
     adapter: Adapter | None = None
+    step: int | None = None
 
     @property
     def personal(self) -> bool:
@@ -102,12 +104,10 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
     if config.method in finetuning.METHODS:
         return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    params, encoder = (
-        load_params(workdir / "checkpoints", which),
-        open_image_encoder(config, pipeline),
-    )
+    step, params = load_newest(workdir / "checkpoints", which)
+    encoder = open_image_encoder(config, pipeline)
     learnt = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
-    return Run(workdir, config, pipeline, encoder, learnt)
+    return Run(workdir, config, pipeline, encoder, learnt, step)
 
 
 def open_base(base: str) -> Run:

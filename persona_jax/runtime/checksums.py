@@ -96,6 +96,8 @@ def _counts(name: str, only: Sequence[str] | None) -> bool:
 def _read(file: Path) -> dict[str, str]:
     """Checksums by file. Raises ValueError where they are not what :func:`write` wrote."""
     found = json.loads(file.read_text())
+    if isinstance(found, dict) and KIND not in found:
+        return {}  # another program's
     known = found.get(KIND) if isinstance(found, dict) else None
     if not isinstance(known, dict) or not all(isinstance(x, str) for x in known.values()):
         raise ValueError(f"no {KIND}")

@@ -1,0 +1,139 @@
+"""Damaged and strangely named places: refused in a line, or used as they are; never used wrong."""
+
+import os
+import shutil
+import stat
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch_models
+from world import adapter_config, config_of, shaken, use_people, write_adapter, write_people
+
+from persona_jax import export, sample, train
+from persona_jax.errors import UserError
+from persona_jax.interop.checkpoints import newest_step
+from persona_jax.interop.lora_files import load_lora
+from persona_jax.methods import finetuning, finetuning_loop
+from persona_jax.pipelines.pipeline import load, open_pipeline
+from persona_jax.runs import finished_run
+from persona_jax.runtime import checksums
+from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.run_folder import write_run_files
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """People, a random base, runs and exports of them, all below a folder named like a pattern."""
+    root = tmp_path_factory.mktemp("damage") / "mine [1]"
+    write_people(root / "people", people=3)
+    torch_models.write_pipeline(root / "base")
+    write_adapter(adapter_config("sa", root / "people", root / "data", root / "base"), root / "sa")
+    for name in finetuning.METHODS:
+        config = config_of(name, "lfw")
+        config.pipeline = str(root / "base")
+        parts = open_pipeline(config)
+        (learnt,) = [finetuning.init(config, parts, jax.random.split(jax.random.key(0), 1))]
+        write_run_files(root / name, config)
+        one = shaken(jax.tree.map(lambda x: x[0], learnt), 0)
+        finetuning_loop.save_person(root / name, "ann [2]", one, parts, config)
+    who = ["--person", "ann [2]", "--format"]
+    run(export, root / "sa", root / "sa-out", "--format", "ip-adapter", "--bin")
+    run(export, root / "dreambooth", root / "dreambooth-out", *who, "diffusers")
+    run(export, root / "lora", root / "lora-out", *who, "lora")
+    return root
+
+
+def run(module, workdir, out, *flags) -> None:
+    argv = [module.__name__, "--workdir", workdir, "--out", out, *flags]
+    run_with_arguments(module.parser(), module.main, list(map(str, argv)))
+
+
+def readers(world: Path) -> dict:
+    """By folder: what reads it, and the names of what is read there."""
+    base = str(world / "base")
+
+    def person(method):
+        config = config_of(method, "lfw")
+        config.pipeline = base
+        parts = load(base, only=("unet", "vae", "text_encoder"))
+        return lambda: finetuning_loop.load_person(world / method, "ann [2]", parts, config)
+
+    def lora():
+        file = world / "lora-out/pytorch_lora_weights.safetensors"
+        return load_lora(file, {"unet": {}, "text_encoder": {}})
+
+    return {
+        "lora/people/ann [2]": (person("lora"), ""),
+        "dreambooth/people/ann [2]": (person("dreambooth"), ""),
+        "sa-out": (lambda: finished_run.open_adapter(world / "sa-out", base), (
+            "ip_adapter.safetensors", "aggregator.json", "aggregator.safetensors",
+        )),
+        "dreambooth-out": (lambda: load(str(world / "dreambooth-out")), (
+            "unet", "vae", "text_encoder", "tokenizer", "scheduler",
+        )),
+        "lora-out": (lora, ("pytorch_lora_weights.safetensors",)),
+    }  # fmt: skip
+
+
+def test_no_flipped_bit_of_a_person_or_an_export_is_read(world):
+    random, flips = np.random.default_rng(0), 0
+    for folder, (read, names) in readers(world).items():
+        files = [p for p in sorted((world / folder).rglob("*")) if p.is_file()]
+        files = [p for p in files if p.relative_to(world / folder).as_posix().startswith(names)]
+        assert files
+        for file in [*files, *random.choice(files, 5)]:
+            whole = file.read_bytes()
+            place = int(random.integers(len(whole)))
+            bit = 1 << int(random.integers(8))
+            file.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            try:
+                if file.name == checksums.NAME:
+                    continue
+                with pytest.raises(UserError, match=r"damaged, .* is not as it was written; "):
+                    read()
+                flips += 1
+            finally:
+                file.write_bytes(whole)
+    assert flips > 40
+
+
+def test_exports_are_as_readable_as_the_umask_says(world):
+    for folder in ("sa-out", "dreambooth-out", "lora-out", "lora/people/ann [2]"):
+        for path in [world / folder, *(world / folder).rglob("*")]:
+            expected = (0o777 if path.is_dir() else 0o666) & ~UMASK
+            assert stat.S_IMODE(path.stat().st_mode) == expected, path
+
+
+UMASK = os.umask(0)
+os.umask(UMASK)
+
+
+def test_training_and_sampling_below_a_folder_named_like_a_pattern(world, tmp_path):
+    """Data, encodings, checkpoints, people; each read back, and training goes on."""
+    (world / "people/person_0").rename(world / "people/person [0]")
+    config = adapter_config("sa", world / "people", world / "data", world / "base")
+    train.main(config, world / "trained")
+    config.optimizer.steps = 4
+    train.main(config, world / "trained")
+    assert newest_step(world / "trained/checkpoints") == 4
+    photos = ["--photos", *(world / "people/person [0]").iterdir()]
+    run(sample, world / "trained", tmp_path / "a [b]*", *photos, "--num", 1)
+    assert (tmp_path / "a [b]*/0000.png").exists()
+
+    config = config_of("lora", "tiny")
+    config.pipeline = str(world / "base")
+    use_people(config, world / "people", world / "data")
+    config.data.update({"test_people": 0, "validation_people": 0})
+    config.people.update({"group": "train", "count": 3, "at_once": 1})
+    config.references.n, config.batch_size, config.optimizer.steps = 4, 8, 1
+    config.prior.update({"pictures": 1, "steps": 1})
+    train.main(config, world / "learnt")
+    assert {p.name for p in (world / "learnt/people").iterdir()} == {
+        "person [0]", "person_1", "person_2",
+    }  # fmt: skip
+    run(sample, world / "learnt", tmp_path / "out", "--person", "person [0]", "--num", 1)
+    with pytest.raises(SystemExit):
+        run(sample, world / "learnt", tmp_path / "no", "--person", "../../sa", "--num", 1)
+    shutil.rmtree(world / "learnt")
