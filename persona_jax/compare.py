@@ -35,8 +35,9 @@ from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runs import finished_run
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
+from persona_jax.runtime.settings import number
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")
@@ -391,12 +392,22 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--preset", default="tiny", help="of all configs")
-    flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
+    flags.add_argument(
+        "--out", type=settings.path, required=True, help="folder for runs, pictures and the table"
+    )
     flags.add_argument("--methods", nargs="+", default=list(report.PAPER), help=", ".join(METHODS))
-    flags.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
-    flags.add_argument("--people", type=int, help="test people; all, 128 at most, if not given")
+    flags.add_argument(
+        "--seeds", type=number(settings.COUNT), default=1, help="trainings of each adapter"
+    )
+    flags.add_argument(
+        "--people", type=number(settings.COUNT), help="test people; all, 128 at most, if not given"
+    )
     flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
-    flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
+    flags.add_argument(
+        "--steps",
+        type=number(settings.STEPS),
+        help="of each adapter's training; the config's if not",
+    )
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )

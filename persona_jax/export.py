@@ -31,7 +31,7 @@ from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import adapter
 from persona_jax.pipelines.pipeline import save as save_pipeline
 from persona_jax.runs import diffusers_reference, finished_run
-from persona_jax.runtime import buckets, checksums, files
+from persona_jax.runtime import buckets, checksums, files, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 
@@ -166,8 +166,15 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", required=True, help="a run of persona_jax.train or pretrain")
-    flags.add_argument("--out", required=True, help="folder to write, new or empty")
+    flags.add_argument(
+        "--workdir",
+        type=settings.path,
+        required=True,
+        help="a run of persona_jax.train or pretrain",
+    )
+    flags.add_argument(
+        "--out", type=settings.path, required=True, help="folder to write, new or empty"
+    )
     flags.add_argument("--format", required=True, choices=("ip-adapter", "diffusers", "lora"))
     flags.add_argument("--person", help="who, of a run that learnt people by heart")
     flags.add_argument("--photos", nargs="+", default=[], help="read them, for image_embeds")

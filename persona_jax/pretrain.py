@@ -21,7 +21,7 @@ from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.tokenizer import learn_tokenizer
-from persona_jax.runtime import checksums
+from persona_jax.runtime import checksums, settings
 from persona_jax.runtime.command_line import run_with_config
 from persona_jax.runtime.mesh import first_process, initialize_distributed, make_mesh
 from persona_jax.runtime.run_folder import config_difference, read_config, write_run_files
@@ -30,6 +30,7 @@ from persona_jax.training.loop import locked
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """One run at a time in a workdir."""
+    settings.require(config, {"vae.optimizer.steps": int, "unet.prediction": str}, "--config")
     initialize_distributed()
     with locked(workdir):
         make_base(config, workdir)

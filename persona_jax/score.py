@@ -21,8 +21,9 @@ from persona_jax.errors import UserError
 from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
 from persona_jax.evaluation.networks import Network, NetworkOutput
 from persona_jax.interop import folders
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, settings
 from persona_jax.runtime.command_line import run_with_arguments
+from persona_jax.runtime.settings import number
 
 AT_ONCE = 512
 """Pictures held in memory."""
@@ -110,13 +111,24 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--pictures", required=True, help="folder of the pictures to score")
-    flags.add_argument("--against", required=True, help="folder of photos, or their statistics")
-    flags.add_argument("--save", help="file for the photos' statistics, .npz")
+    flags.add_argument(
+        "--pictures", type=settings.path, required=True, help="folder of the pictures to score"
+    )
+    flags.add_argument(
+        "--against", type=settings.path, required=True, help="folder of photos, or their statistics"
+    )
+    flags.add_argument("--save", type=settings.path, help="file for the photos' statistics, .npz")
     flags.add_argument("--pipeline", help="a base with a reader: tiny, or a folder")
     networks.add_flags(flags)
-    flags.add_argument("--data_dir", default="data", help="weights are fetched to weights/ there")
-    flags.add_argument("--splits", type=int, default=10, help="of the Inception Score")
+    flags.add_argument(
+        "--data_dir",
+        type=settings.path,
+        default="data",
+        help="weights are fetched to weights/ there",
+    )
+    flags.add_argument(
+        "--splits", type=number(settings.COUNT), default=10, help="of the Inception Score"
+    )
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )

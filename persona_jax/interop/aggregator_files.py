@@ -16,7 +16,7 @@ from persona_jax.models.aggregators import (
     EveryPhoto,
     SelfAttentionAggregator,
 )
-from persona_jax.runtime import checksums
+from persona_jax.runtime import checksums, finite
 
 SIZES = ("depth", "heads", "width", "pooling_heads")
 
@@ -68,4 +68,7 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
         return aggregator, {}
     file = folder / "aggregator.safetensors"
     files = tensors.TensorFiles([file], str(file))
-    return aggregator, tensors.load_tree(abstract, files, dtype=jnp.float32)
+    params = tensors.load_tree(abstract, files, dtype=jnp.float32)
+    if huge := finite.beyond(params, float(np.finfo(np.float16).max)):
+        raise UserError(f"{file}: {huge}, which no aggregator has; export it again")
+    return aggregator, params

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.runtime import buckets, files
+from persona_jax.runtime import buckets, files, outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +120,12 @@ def content_hash(folder: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file of a pipeline folder; UserError if it is missing or damaged."""
+    """A JSON file of a pipeline folder (:func:`persona_jax.runtime.outside.read_json`); UserError
+    if it is missing or damaged."""
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+        return outside.read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: missing; is {file.parent.parent} a pipeline folder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
 
 
 def load_tower(
@@ -150,8 +149,17 @@ def load_tower(
       UserError: settings or tensors that do not fit, all named.
     """
     config = read_json(folder / "config.json")
-    module = build(tower, config, dtype)
-    abstract = abstract_params(module)
+    try:
+        module = build(tower, config, dtype)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from error
+    try:
+        abstract = abstract_params(module)
+    except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'}: its sizes do not make a {tower} ({reason})"
+        ) from error
     params = tensors.load_tree(
         abstract,
         tensors.TensorFiles(tensors.weight_files(folder), str(folder)),

@@ -22,7 +22,7 @@ from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
-from persona_jax.runtime.run_folder import read_config
+from persona_jax.runtime.run_folder import read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
     Raises:
       UserError: no run there, or files that do not fit.
     """
-    config = read_config(workdir)
+    config = read_run(workdir)
     if crop is not None:
         config.data.crop = crop
     pipeline = open_pipeline(config)

@@ -4,6 +4,7 @@
 each time that files are read, and meant against failing disks and copies, not against forgery.
 """
 
+import errno
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -19,6 +20,8 @@ _PIECE = 2**22
 
 def digest(file: Path) -> str:
     """XXH3-128 of a file's bytes, hex."""
+    if not file.is_file():  # a pipe may never end
+        raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
     found = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):

@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import buckets, memory
+from persona_jax.runtime import buckets, memory, settings
 from persona_jax.runtime.compilation import keep_compiled
 from persona_jax.runtime.mesh import use_cpu_cores
 from persona_jax.runtime.run_folder import leaves
@@ -131,7 +131,9 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
 def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser = config_parser(sys.modules[main.__module__].__doc__)
     parser.error = _refuse
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
+    parser.add_argument(
+        "--workdir", required=True, type=settings.path, metavar="DIR", help="what this run writes"
+    )
     known, overrides = parser.parse_known_args(argv[1:])
     return load_config(known.config, overrides), buckets.local(known.workdir)
 
@@ -141,7 +143,9 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises UserError: see :func:`run_with_config`.
     """
-    return _override(_load_config(value), list(overrides))
+    config = _override(_load_config(value), list(overrides))
+    settings.check(config, f"--config {value}")
+    return config
 
 
 def _load_config(value: str) -> ConfigDict:

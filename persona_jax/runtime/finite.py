@@ -1,5 +1,6 @@
 """Which arrays of a tree have numbers that nothing good comes of."""
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -30,5 +31,6 @@ def beyond(tree: Any, limit: float = float(np.finfo(np.float32).max)) -> str | N
     """Says which array has a number that is not finite, or larger than `limit`; None if none."""
     for name, value in magnitudes(tree):
         if not value <= limit:
-            return f"{name} has a number of magnitude {value:.3g}"
+            what = f"has a number of magnitude {value:.3g}"
+            return f"{name} {what if math.isfinite(value) else 'is not finite'}"
     return None

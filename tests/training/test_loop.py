@@ -143,7 +143,7 @@ def test_sigterm_saves_and_exits(tmp_path, processes):
 
 
 def test_not_a_number_stops_at_the_step_and_is_not_saved(tmp_path):
-    with pytest.raises(UserError, match=r"step 7: batch\.x has a number of magnitude nan"):
+    with pytest.raises(UserError, match=r"step 7: batch\.x is not finite"):
         toy.train(tmp_path, steps=20, save_every=1, nan_at=7)
     assert saved(tmp_path) == [5, 6]  # it was not their fault
 
@@ -162,7 +162,9 @@ def fit(workdir, *, rate=1e-2, frozen=None, steps=6):
 
 @pytest.mark.parametrize("rate", [1e30, 1e6, np.nan])
 def test_a_poisoned_state_is_not_saved_and_the_remedy_works(tmp_path, rate):
-    with pytest.raises(UserError, match=r"step 1: params\.\S+ has a number .*learning_rate"):
+    with pytest.raises(
+        UserError, match=r"step 1: params\.\S+ (has a number|is not finite).*learning_rate"
+    ):
         fit(tmp_path, rate=rate)
     assert saved(tmp_path) == []
     assert int(fit(tmp_path).step) == 6
@@ -191,7 +193,7 @@ def test_a_checkpoint_that_the_next_step_fails_from_is_set_aside(tmp_path, capfd
 
 
 def test_frozen_weights_that_are_not_finite_are_named(tmp_path):
-    with pytest.raises(UserError, match=r"step 1: frozen\.tower has a number of magnitude nan"):
+    with pytest.raises(UserError, match=r"step 1: frozen\.tower is not finite"):
         fit(tmp_path, frozen={"tower": toy.frozen()["tower"] * np.nan})
 
 
