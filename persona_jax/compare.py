@@ -10,6 +10,7 @@ table.json and grid.png. Stopped, it goes on where it was when run again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,7 +36,7 @@ from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runs import finished_run
-from persona_jax.runtime import buckets, settings
+from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
 from persona_jax.runtime.settings import number
 
@@ -313,8 +314,8 @@ def _evaluate(
       named: see :func:`persona_jax.runs.finished_run.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
-    if file.exists():
-        return world.evaluator.pictures(subjects, np.load(file))
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # (damaged: painted again)
+        return world.evaluator.pictures(subjects, np.load(file, allow_pickle=False))
     print(f"painting {label}", flush=True)
     if settings.steps not in world.samplers:
         world.samplers[settings.steps] = generation.make_sampler(run.pipeline, steps=settings.steps)
@@ -361,10 +362,12 @@ def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
 
 def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
     """What `measure` found, kept in a file."""
-    if not file.exists():
-        found = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
+    with contextlib.suppress(FileNotFoundError, ValueError):  # (damaged: measured again)
+        return json.loads(file.read_text())
+    found = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole_file(file) as part:
+        part.write_text(json.dumps(found))
     return json.loads(file.read_text())
 
 
@@ -374,14 +377,19 @@ def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
     # These only add to what is there.
     free = ("out", "methods", "seeds", "fid", "inception", "inception_sha256")
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
-    if file.exists() and json.loads(file.read_text()) != settings:
+    try:
+        before = outside.read_json(file)
+    except FileNotFoundError:
+        before = settings
+    if before != settings:
         raise UserError(
-            f"--out {out} holds a comparison with other settings ({file.read_text().strip()}); "
-            "choose another folder"
+            f"--out {out} holds a comparison with other settings ({before!s:.300}); choose "
+            "another folder"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings) + "\n")
+        with files.whole_file(file) as part:
+            part.write_text(json.dumps(settings) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another") from error
 

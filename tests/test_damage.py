@@ -9,9 +9,11 @@ import jax
 import numpy as np
 import pytest
 import torch_models
+from safetensors.numpy import load_file, save_file
 from world import adapter_config, config_of, shaken, use_people, write_adapter, write_people
 
 from persona_jax import export, sample, train
+from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
@@ -137,3 +139,101 @@ def test_training_and_sampling_below_a_folder_named_like_a_pattern(world, tmp_pa
     with pytest.raises(SystemExit):
         run(sample, world / "learnt", tmp_path / "no", "--person", "../../sa", "--num", 1)
     shutil.rmtree(world / "learnt")
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"name": 3}', b"\xff\xfe"])
+def test_a_damaged_built_dataset_is_built_again(tmp_path, capsys, content):
+    write_people(tmp_path / "people", people=2)
+    whole = load_photos("folder", tmp_path / "data", folder=tmp_path / "people")
+    (info,) = (tmp_path / "data").rglob("dataset_info.json")
+    info.write_bytes(content)
+    again = load_photos("folder", tmp_path / "data", folder=tmp_path / "people")
+    assert again.fingerprint == whole.fingerprint
+    assert "damaged (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "shape"])
+def test_damaged_class_pictures_are_painted_again(world, tmp_path, capsys, damage):
+    config = config_of("lora", "tiny")
+    config.pipeline, config.captions = str(world / "base"), False
+    config.data.data_dir = str(tmp_path)
+    config.prior.update({"pictures": 2, "steps": 1})
+    parts = load(config.pipeline, only=("unet", "vae", "text_encoder"))
+
+    def latents():
+        return finetuning_loop.class_images(None, None, parts, config)["class_latents"]
+
+    whole = latents()
+    (file,) = tmp_path.rglob("latents.npy")
+    data = file.read_bytes()
+    flipped = data[:-9] + bytes([data[-9] ^ 64]) + data[-8:]
+    if damage == "shape":
+        np.save(file, whole[:1])
+        checksums.write(file.parent)
+    else:
+        file.write_bytes({"flip": flipped, "cut": data[:200], "empty": b""}[damage])
+    np.testing.assert_array_equal(latents(), whole)
+    assert "painting again" in capsys.readouterr().out
+    latents()
+    assert "painting" not in capsys.readouterr().out
+
+
+def test_what_is_not_finite_is_told_and_not_painted(world, tmp_path, capsys):
+    """NaN in the base, in a person's update, in an export; a LoRA beyond any number."""
+    shutil.copytree(world / "base", tmp_path / "base")
+    for tower, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
+        file = tmp_path / "base" / tower / f"{name}.safetensors"
+        good = file.read_bytes()
+        tensors = load_file(file)
+        save_file({k: np.full_like(v, np.nan) for k, v in tensors.items()}, file, {"format": "pt"})
+        told = refusal(capsys, "--pipeline", tmp_path / "base", "--out", tmp_path / "out")
+        assert f"what was sampled is not finite: {tower}." in told
+        file.write_bytes(good)
+    shutil.copytree(world / "sa-out", tmp_path / "sa")
+    (tmp_path / "sa" / checksums.NAME).unlink()
+    file = tmp_path / "sa/aggregator.safetensors"
+    good = load_file(file)
+    save_file({k: np.full_like(v, np.nan) for k, v in good.items()}, file, {"format": "pt"})
+    photos = ["--photos", world / "people/person_1/0.png"]
+    base = ["--pipeline", world / "base"]
+    told = refusal(capsys, "--adapter", tmp_path / "sa", *base, *photos, "--out", tmp_path / "out")
+    assert "is not finite, which no aggregator has" in told
+    file = tmp_path / "huge.safetensors"
+    huge = load_file(world / "lora-out/pytorch_lora_weights.safetensors")
+    save_file({k: np.full_like(v, 3e38) for k, v in huge.items()}, file, {"format": "pt"})
+    told = refusal(capsys, *base, "--lora", file, "--out", tmp_path / "out")
+    assert "which no LoRA has" in told
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        (["--guidance", "nan"], "argument --guidance: 'nan': expected a number from 0 to 1000"),
+        (["--eta", "2"], "argument --eta: '2': expected a number from 0 to 1"),
+        (["--steps", "0"], "argument --steps: '0': expected a whole number from 1 to 100000"),
+        (["--lora_scale", "1e30"], "argument --lora_scale: '1e30': expected a number from -1000"),
+        (["--seed", str(2**63)], "expected a whole number from 0 to 4294967295"),
+        (["--num", "0"], "argument --num: '0': expected a whole number from 1 on"),
+        (["--prompt", "caf\udce9"], "expected UTF-8"),
+    ],
+)
+def test_flags_out_of_range_are_a_line(world, tmp_path, capsys, flags, expected):
+    told = refusal(capsys, "--pipeline", world / "base", "--out", tmp_path / "out", *flags)
+    assert expected in told
+
+
+def refusal(capsys, *argv) -> str:
+    """The line in which sampling is refused."""
+    argv = ["sample", *map(str, argv)]
+    if "--num" not in argv:
+        argv += ["--num", "1", "--steps", "2"] if "--steps" not in argv else ["--num", "1"]
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run_with_arguments(sample.parser(), sample.main, argv)
+    assert stop.value.code == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert len(told) < 500
+    return told

@@ -18,7 +18,7 @@ from persona_jax.interop.torch_files import open_tensors
 from persona_jax.models import resampler
 from persona_jax.models.adapter import TOKENS, ImageProjection
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
-from persona_jax.runtime import finite
+from persona_jax.runtime import files, finite
 
 
 def save_ip_adapter(
@@ -54,7 +54,8 @@ def save_ip_adapter_bin(file: Path, nested: Path) -> None:
     for name, tensor in load_file(file).items():
         part, _, rest = name.partition(".")
         out[part][rest] = tensor
-    torch.save(out, nested)
+    with files.whole_file(nested) as part, files.as_os_error(nested, RuntimeError):
+        torch.save(out, part)
 
 
 def plus_dim(file: Path) -> int | None:

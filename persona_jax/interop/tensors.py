@@ -227,19 +227,26 @@ def _refuse(where: str, **problems: list[str]) -> None:
         raise UserError(f"{where}: the tensors do not fit; " + "; ".join(found))
 
 
-def save_tree(params: Mapping, file: Path) -> None:
-    """Writes a parameter tree as one safetensors file in torch's names and layouts."""
+def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a parameter tree as one safetensors file in torch's names and layouts.
+
+    metadata: texts to keep in the file's header.
+    """
     flat = traverse_util.flatten_dict(dict(params))
     tensors = {
         # (ascontiguousarray would make a vector of a scalar)
         torch_name(path): np.asarray(to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flat.items()
     }
-    save_tensors(tensors, file)
+    save_tensors(tensors, file, metadata)
 
 
-def save_tensors(tensors: Mapping[str, np.ndarray], file: Path) -> None:
-    """Writes named tensors as one safetensors file."""
-    with files_of.whole_file(file) as part:
-        # transformers refuses a file that does not say whose layout it has.
-        save_file(dict(tensors), part, metadata={"format": "pt"})
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named tensors as one safetensors file. Raises OSError where the disk does not take
+    it."""
+    # transformers refuses a file that does not say whose layout it has.
+    about = {"format": "pt", **(metadata or {})}
+    with files_of.whole_file(file) as part, files_of.as_os_error(file, SafetensorError):
+        save_file(dict(tensors), part, metadata=about)

@@ -37,6 +37,8 @@ from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
 from persona_jax.training.loop import fit, locked
 from persona_jax.training.state import init_state
 
+LATENTS = "latents.npy"
+
 
 def finetune(config: ConfigDict, workdir: Path) -> None:
     """One run at a time in a workdir (see :func:`finetune_people`)."""
@@ -199,11 +201,27 @@ def class_images(
     hashes = [getattr(pipeline, name).hash for name in finetuning.TOWERS]
     settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
-    file = buckets.local(config.data.data_dir) / "class_pictures" / f"{name}.npy"
-    if not file.exists():
+    folder = buckets.local(config.data.data_dir) / "class_pictures" / name
+    shape = (count, *pipeline.latent_shape)
+    if reason := _fault(folder, shape):
+        if folder.exists():
+            print(f"class pictures {folder}: {reason}, painting again", flush=True)
         latents = _generate_class_images(pipeline, ids, config)
-        first_process(lambda: _write_whole(file, latents))
-    return {"class_latents": np.load(file, allow_pickle=False), "class_tokens": ids}
+        first_process(lambda: _write_latents(folder, latents))
+    return {"class_latents": np.load(folder / LATENTS, allow_pickle=False), "class_tokens": ids}
+
+
+def _fault(folder: Path, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with kept latents, which must be of that shape; None where nothing is."""
+    if not (folder / LATENTS).exists():
+        return "not there"
+    try:
+        found = checksums.fault(folder) or np.load(folder / LATENTS, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        return f"damaged ({error})"
+    if isinstance(found, str):
+        return f"damaged ({found})"
+    return None if found.shape == shape else f"of shape {found.shape}, not {shape}"
 
 
 def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
@@ -220,11 +238,11 @@ def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDi
     return generation.in_batches(sampler, generation.sampler_params(pipeline), (), request)
 
 
-def _write_whole(file: Path, array: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part.npy")
-    np.save(beside, array)
-    beside.replace(file)
+def _write_latents(folder: Path, latents: np.ndarray) -> None:
+    files.remove(folder)
+    with files.whole_folder(folder) as inside:
+        np.save(inside / LATENTS, latents)
+        checksums.write(inside)
 
 
 def person_batches(

@@ -22,6 +22,7 @@ from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
+from persona_jax.runtime import checksums
 from persona_jax.runtime.run_folder import read_run
 
 
@@ -152,6 +153,7 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
     unet, tower = pipeline.unet, pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path
     if path.is_dir():
+        checksums.verify(path, ["aggregator.json"], "export it again")
         kind = folders.read_json(path / "aggregator.json").get("kind")
     else:
         # What it reads tells what it is; where both are as long, it is as published.

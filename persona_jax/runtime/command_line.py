@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import buckets, memory, settings
+from persona_jax.runtime import buckets, files, memory, settings
 from persona_jax.runtime.compilation import keep_compiled
 from persona_jax.runtime.mesh import use_cpu_cores
 from persona_jax.runtime.run_folder import leaves
@@ -95,12 +95,24 @@ def _tell(error: BaseException) -> int:
         return 130
     if isinstance(error, UserError):
         text = " ".join(str(error).split())
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"{error.strerror}: {error.filename or 'workdir'}"
+    elif place := _of_the_disk(error):
+        text = place
     else:
         return 0
     print(f"error: {text}", file=sys.stderr)
     return 2
+
+
+def _of_the_disk(error: BaseException | None) -> str | None:
+    """What a place does not allow, or a disk has no room for; None of another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in files.DISK:
+            return f"{error.filename or 'a file'}: {error.strerror}"
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):  # of libraries, whose errors are of their own kinds
+            return f"{full} ({type(error).__name__}); make room, then run the same command again"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _leave(status: int) -> NoReturn:

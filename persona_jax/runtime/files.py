@@ -1,12 +1,20 @@
 """Files and folders that get their names when they are whole, with the permissions of the umask."""
 
 import contextlib
+import errno
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from persona_jax.errors import UserError
+
+DISK = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.EMFILE),
+)
+"""What is the matter with a disk or a place, not with the program."""
 
 
 @contextlib.contextmanager
@@ -41,6 +49,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
         inside.mkdir()
         yield inside
         inside.replace(folder)
+
+
+@contextlib.contextmanager
+def as_os_error(file: Path, *kinds: type[Exception]) -> Iterator[None]:
+    """What libraries raise where a disk does not take a file, as an OSError that names it."""
+    try:
+        yield
+    except kinds as error:
+        told = " ".join(str(error).split())
+        number = next((n for n in DISK if os.strerror(n) in told), errno.EIO)
+        raise OSError(number, os.strerror(number), str(file)) from error
 
 
 def remove(path: Path) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -22,7 +21,7 @@ from tqdm import tqdm
 
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints
-from persona_jax.runtime import buckets, finite
+from persona_jax.runtime import buckets, files, finite
 from persona_jax.runtime.mesh import batch_sharding, put_batch, replicated
 from persona_jax.training.events import EventFile
 from persona_jax.training.state import StepFn, TrainState
@@ -284,13 +283,12 @@ def _drop_beyond(path: Path, step: int) -> None:
     def kept(line: str) -> bool:
         try:
             return json.loads(line)["step"] <= step
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             return False
 
-    lines = [line for line in path.read_text().splitlines() if kept(line)]
-    beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(line + "\n" for line in lines))
-    os.replace(beside, path)
+    lines = [line for line in path.read_text(errors="replace").splitlines() if kept(line)]
+    with files.whole_file(path) as part:
+        part.write_text("".join(line + "\n" for line in lines))
 
 
 @contextlib.contextmanager
