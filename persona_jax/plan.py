@@ -77,13 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
 def batch_per_chip(config: ConfigDict, asked: int | None, chips: int) -> int:
     """Examples of each chip: as asked for, or ``config.batch_size``'s share, which is rounded up,
     and said to be, where it does not divide.
-
-    Raises:
-      UserError: fewer than one.
     """
     if asked is not None:
-        if asked < 1:
-            raise UserError(f"--batch_per_chip {asked}: expected 1 or more")
         return asked
     batch = -(-config.batch_size // (chips * config.accumulate)) * config.accumulate
     if batch * chips != config.batch_size:

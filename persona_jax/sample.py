@@ -40,8 +40,6 @@ def main(arguments: argparse.Namespace) -> None:
     out, num = buckets.local(arguments.out), arguments.num
     check(arguments)
     sets = reference_sets.read_reference_sets(arguments)
-    if num < 1:
-        raise UserError(f"--num {num}: at least one picture")
     opened = open_runs(arguments)
     run = opened[0]
     if arguments.attribution:
@@ -49,7 +47,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError("--attribution: it is for one set of photos")
         attribution.check(run, np.float32(sets[0].weights))
     settings = run.sampling_settings(
-        steps=arguments.steps or None, guidance=arguments.guidance, eta=arguments.eta
+        steps=arguments.steps, guidance=arguments.guidance, eta=arguments.eta
     )
     prompt = run.prompt(arguments.prompt)
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])

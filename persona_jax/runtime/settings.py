@@ -71,6 +71,7 @@ COUNT = whole(1)
 COUNT_OR_NONE = whole(0)
 SEED = whole(0, 2**32 - 1)
 SIDE = whole(1, 8192)
+PHOTO = whole(1, 2048)
 CHANNELS = whole(1, 65536)
 GUIDANCE = Range(0, 1000)
 FACTOR = Range(-1000, 1000)
@@ -173,12 +174,12 @@ RANGES: dict[str, Range] = {
     "num_train_timesteps": STEPS,
     "steps_offset": whole(0, 1000),
     # of preprocessors
-    "crop_size": SIDE,
-    "crop_size.height": SIDE,
-    "crop_size.width": SIDE,
-    "size.shortest_edge": SIDE,
-    "size.height": SIDE,
-    "size.width": SIDE,
+    "crop_size": PHOTO,
+    "crop_size.height": PHOTO,
+    "crop_size.width": PHOTO,
+    "size.shortest_edge": PHOTO,
+    "size.height": PHOTO,
+    "size.width": PHOTO,
     "rescale_factor": Range(0, 1, above=True),
     "image_mean": FACTOR,
     "image_std": Range(0, 1000, above=True),

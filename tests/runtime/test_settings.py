@@ -114,7 +114,7 @@ def test_many_faults_are_a_short_line():
         (b"[" * 100_000, "nested too deeply"),
         (b'{"a": ', "not readable as JSON"),
         (b"\xff\xfe", "not readable as JSON"),
-        (b'{"crop_size": 1000000}', "crop_size=1000000: expected a whole number from 1 to 8192"),
+        (b'{"crop_size": 1000000}', "crop_size=1000000: expected a whole number from 1 to 2048"),
         (b'{"norm_eps": NaN}', "norm_eps=nan: expected a number from 0 to 1"),
         (b'{"num_train_timesteps": 1000000000000}', "expected a whole number from 1 to 100000"),
         (b'{"beta_start": true}', "beta_start=True: expected a number above 0 below 1"),
