@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from world import adapter_config, config_of, shaken, use_people, write_adapter, write_people
 
 from persona_jax import export, sample, train
+from persona_jax.data.dataset import open_dataset
 from persona_jax.data.photos import load_photos
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
@@ -156,12 +157,14 @@ def test_a_damaged_built_dataset_is_built_again(tmp_path, capsys, content):
 def test_damaged_class_pictures_are_painted_again(world, tmp_path, capsys, damage):
     config = config_of("lora", "tiny")
     config.pipeline, config.captions = str(world / "base"), False
-    config.data.data_dir = str(tmp_path)
+    use_people(config, world / "people", tmp_path)
+    config.data.update({"test_people": 0, "validation_people": 0})
+    photos, groups = open_dataset(config.data)
     config.prior.update({"pictures": 2, "steps": 1})
     parts = load(config.pipeline, only=("unet", "vae", "text_encoder"))
 
     def latents():
-        return finetuning_loop.class_images(None, None, parts, config)["class_latents"]
+        return finetuning_loop.class_images(photos, groups, parts, config)["class_latents"]
 
     whole = latents()
     (file,) = tmp_path.rglob("latents.npy")

@@ -9,6 +9,7 @@ import json
 import os
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -75,10 +76,14 @@ class Weights:
 
     def __init__(self, folder: Path):
         config = UNetConfig.from_json(torch_models.TINY_UNET)
-        params = shaken(abstract_zeros(build("unet", torch_models.TINY_UNET)), 0)
+        zeros = jax.tree.map(
+            lambda x: np.zeros(x.shape, np.float32),
+            dict(abstract_params(build("unet", torch_models.TINY_UNET))),
+        )
+        params = jax.tree.map(jnp.asarray, shaken(zeros, 0))
         self.config, self.kernels = config, text_kernels(params, config)
         learnt = adapter.init(
-            jnp.zeros(2, jnp.uint32), Aggregator("avg"), 12, config.cross_attention_dim,
+            jax.random.key(0), Aggregator("avg"), 12, config.cross_attention_dim,
             self.kernels,
         )  # fmt: skip
         file = folder / "whole.safetensors"
@@ -90,12 +95,6 @@ class Weights:
 
     def load(self, file: Path):
         return load_ip_adapter(file, self.config, self.kernels, 12)
-
-
-def abstract_zeros(module):
-    import jax
-
-    return jax.tree.map(lambda x: np.zeros(x.shape, np.float32), dict(abstract_params(module)))
 
 
 @pytest.fixture(scope="module")

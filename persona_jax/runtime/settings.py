@@ -250,7 +250,8 @@ def require(config: Mapping[str, Any] | ConfigDict, types: Mapping[str, type], w
         if value is None:
             wrong.append(f"no {name}")
         elif not of_kind or (isinstance(value, bool) and kind is not bool):
-            wrong.append(f"{name}={value!r:.40}: expected {kind.__name__}")
+            found = "a section" if isinstance(value, NESTED) else f"{value!r:.40}"
+            wrong.append(f"{name}={found}: expected {kind.__name__}")
     if wrong:
         raise UserError(
             f"{where}: {'; '.join(wrong[:NAMED])}: a configuration of another command, or one that "

@@ -86,7 +86,7 @@ def test_checksums_name_what_changed(tmp_path):
 
 
 def test_a_place_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeypatch):
-    def refused(path, *arguments):
+    def refused(path, *arguments, **options):
         raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
 
     monkeypatch.setattr(Path, "open", refused)
