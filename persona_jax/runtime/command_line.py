@@ -188,16 +188,16 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
         if match and match[1] not in before and f"no{match[1]}" not in before:
             near = difflib.get_close_matches(match[1], before, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"--config.{match[1]}: no such key{hint}")
+            raise UserError(f"--config.{match[1]:.80}: no such key{hint}")
     values = flags.FlagValues()
     argv = ["", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
     except Exception as error:  # absl's and ml_collections' own kinds, some not flags.Error
-        raise UserError(f"command line: {error}") from error
+        raise UserError(f"command line: {' '.join(str(error).split()):.300}") from error
     if left:
-        raise UserError(f"command line: unexpected {left[0]!r}; see --help")
+        raise UserError(f"command line: unexpected {left[0]!r:.80}; see --help")
     after = leaves(values.config)
     for key, old in before.items():  # the one type ml_collections does not check
         if (
@@ -205,5 +205,7 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
             and {type(x) for x in after[key]} - {type(x) for x in old}
             and old
         ):
-            raise UserError(f"--config.{key}: found {after[key]!r}, expected the like of {old!r}")
+            raise UserError(
+                f"--config.{key}: found {after[key]!r:.150}, expected the like of {old!r:.150}"
+            )
     return values.config
