@@ -103,12 +103,27 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
         return (found.penultimate if patches else found.embedding).astype(jnp.float32)
 
     sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"
+    _refuse_other_sizes(preprocess, sizes.image_size)
     if not patches:
         return ImageEncoder(sizes.projection_dim, preprocess, embed, tower.params, digest)
     nothing = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
     blank = jax.jit(embed)(tower.params, nothing)[0]
     digest += " patches"
     return ImageEncoder(sizes.hidden_size, preprocess, embed, tower.params, digest, blank)
+
+
+def _refuse_other_sizes(preprocess: Callable[[Image.Image], np.ndarray], side: int) -> None:
+    """Raises UserError where the feature extractor does not prepare what the encoder reads."""
+    file, expected = "feature_extractor/preprocessor_config.json", (side, side, 3)
+    try:
+        found = preprocess(Image.new("RGB", (side, side)))
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot prepare photos by it ({error!r:.200})") from error
+    if found.shape != expected or not np.isfinite(found).all():
+        raise UserError(
+            f"{file}: makes pixels of {found.shape} of a photo, but the image encoder reads "
+            f"{expected}; take the extractor that belongs to it"
+        )
 
 
 def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
