@@ -128,7 +128,9 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
         source = workdir / "pipeline"
         if not (source / "unet").is_dir():
             raise UserError(f"{source}: no finished base there")
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        checksums.verify(source, None, "run the training again")
+        unwritten = shutil.ignore_patterns(checksums.NAME)  # what is written here has its own
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=unwritten)
         if arguments.dtype != "float32":
             cast_towers(folder, DTYPES[arguments.dtype])
         (folder / "README.md").write_text(cards.base(config))

@@ -100,8 +100,10 @@ class TensorFiles:
 
 
 def only_floats(array: np.ndarray, where: str) -> np.ndarray:
-    """The array. Raises UserError where it is not of floating point, as weights are."""
-    if not jnp.issubdtype(array.dtype, jnp.floating):
+    """The array. Raises UserError where it is not of floating point, as weights are; a single
+    integer passes, as kohya's α may be one."""
+    alone = array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer)
+    if not alone and not jnp.issubdtype(array.dtype, jnp.floating):
         raise UserError(f"{where} has type {array.dtype}, not a float; weights are read from those")
     return array
 
