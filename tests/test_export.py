@@ -104,7 +104,8 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
     run_export(world, name, out, "--format", "ip-adapter", "--verify", "--photos", *photos)
     assert "stock diffusers paints the same" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
-        checksums.NAME, "README.md", "aggregator.json", "image_embeds.safetensors", "ip_adapter.safetensors"
+        "README.md", "aggregator.json", "checksums.json", "image_embeds.safetensors",
+        "ip_adapter.safetensors",
     }  # fmt: skip
     both = load_file(out / "image_embeds.safetensors")["image_embeds"]
     blank = finished_run.open_run(world / name).adapter.blank
