@@ -12,6 +12,7 @@ from pathlib import Path
 import xxhash
 
 from persona_jax.errors import UserError
+from persona_jax.runtime.files import whole_file
 
 NAME = "checksums.json"
 KIND = "xxh3_128"
@@ -38,9 +39,8 @@ def write(folder: Path, only: Sequence[str] | None = None) -> None:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     names = {path.relative_to(folder).as_posix(): path for path in files}
     found = {name: digest(path) for name, path in names.items() if _counts(name, only)}
-    beside = folder / f"{NAME}.new"
-    beside.write_text(json.dumps({KIND: found}, indent=1) + "\n")
-    beside.replace(folder / NAME)
+    with whole_file(folder / NAME) as beside:
+        beside.write_text(json.dumps({KIND: found}, indent=1) + "\n")
 
 
 def fault(

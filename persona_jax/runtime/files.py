@@ -21,9 +21,10 @@ DISK = (
 def whole_file(file: Path) -> Iterator[Path]:
     """A path beside `file` to write, which replaces it at the end; gone where writing fails.
 
-    Whatever writes it, and with what mode, the file is as readable as the umask says.
+    Whatever writes it, and with what mode, the file is as readable as the umask says. Each process
+    has a path of its own; it ends as the file's name does.
     """
-    part = file.with_name(f"{file.name}.part")
+    part = file.with_name(f".incomplete-{os.getpid()}-{file.name}")
     try:
         part.unlink(missing_ok=True)
         part.touch()

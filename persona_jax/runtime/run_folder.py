@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import outside, settings
+from persona_jax.runtime import files, outside, settings
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
@@ -47,9 +46,8 @@ def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
             ("config.json", config.to_json(indent=2)),
             ("run.json", json.dumps(run, indent=2)),
         ):
-            beside = workdir / f"{name}.new"
-            beside.write_text(text + "\n")
-            os.replace(beside, workdir / name)
+            with files.whole_file(workdir / name) as beside:
+                beside.write_text(text + "\n")
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
 
