@@ -93,6 +93,7 @@ RANGES: dict[str, Range] = {
     "mesh.data": whole(-1, zero=False),
     "mesh.fsdp": whole(-1, zero=False),
     "references.n": COUNT,
+    "references.wrong": SHARE,
     "min_snr_gamma": NOT_NEGATIVE,
     "drop.image": SHARE,
     "drop.text": SHARE,
