@@ -27,7 +27,7 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.towers import TOWERS, abstract_params, build
 from persona_jax.models.unet import UNetConfig, text_kernels
-from persona_jax.runtime import outside
+from persona_jax.runtime import command_line, outside
 from persona_jax.runtime.command_line import load_config
 from persona_jax.runtime.run_folder import read_run, write_run_files
 
@@ -215,11 +215,7 @@ def test_flags_of_any_value(module):
     parser = module.parser()
     known = [x.option_strings[0] for x in parser._actions if x.option_strings and x.nargs != 0]
     names = st.sampled_from([*known, "--zap"]).filter(lambda x: x != "--config")
-
-    def refuse(message):
-        raise UserError(message)
-
-    parser.error = refuse
+    parser.error = command_line._refuse
 
     def parse(flags):
         argv = [text for flag in flags for text in flag]

@@ -77,7 +77,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argpar
 
 def _refuse(message: str) -> None:
     """In place of ArgumentParser.error, which prints the whole usage."""
-    raise UserError(f"command line: {message}; see --help")
+    raise UserError(f"command line: {message:.400}; see --help")
 
 
 def _exit_on_error(run: Callable[[], Any], verbose: bool = False) -> None:
@@ -109,7 +109,7 @@ def _tell(error: BaseException, verbose: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
-        text = " ".join(str(error).split())
+        text = str(error)
     elif place := _of_the_disk(error):
         text = place
     else:
