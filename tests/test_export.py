@@ -186,7 +186,7 @@ BASE = ["--pipeline", "{world}/base"]
         ([*PLAIN, *BASE, "--window", "0.5", "0.2"], "--window 0.5 0.2"),
         ([*PLAIN, *BASE, "--scale", "much"], "neither a number nor JSON"),
         ([*PLAIN, *BASE, "--scale", '{{"up": {{"block_7": 1}}}}'], "up has no 'block_7'"),
-        ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "cannot be read"),
+        ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "not a readable picture"),
         ([*PLAIN, "{tmp}/out", *BASE], "2 runs and adapters for 1 --photos"),
         ([*PLAIN, *BASE, "--person", "ann"], "--person"),
         ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: a run has its base"),
