@@ -10,6 +10,7 @@ table.json and grid.png. Stopped, it goes on where it was when run again.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
 import json
@@ -35,8 +36,9 @@ from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runs import finished_run
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
+from persona_jax.runtime.settings import number
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")
@@ -312,8 +314,8 @@ def _evaluate(
       named: see :func:`persona_jax.runs.finished_run.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
-    if file.exists():
-        return world.evaluator.pictures(subjects, np.load(file))
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # (damaged: painted again)
+        return world.evaluator.pictures(subjects, np.load(file, allow_pickle=False))
     print(f"painting {label}", flush=True)
     if settings.steps not in world.samplers:
         world.samplers[settings.steps] = generation.make_sampler(run.pipeline, steps=settings.steps)
@@ -360,10 +362,12 @@ def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
 
 def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
     """What `measure` found, kept in a file."""
-    if not file.exists():
-        found = measure()
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(found))
+    with contextlib.suppress(FileNotFoundError, ValueError):  # (damaged: measured again)
+        return json.loads(file.read_text())
+    found = measure()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with files.whole_file(file) as part:
+        part.write_text(json.dumps(found))
     return json.loads(file.read_text())
 
 
@@ -373,14 +377,19 @@ def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
     # These only add to what is there.
     free = ("out", "methods", "seeds", "fid", "inception", "inception_sha256")
     settings = {name: value for name, value in vars(arguments).items() if name not in free}
-    if file.exists() and json.loads(file.read_text()) != settings:
+    try:
+        before = outside.read_json(file)
+    except FileNotFoundError:
+        before = settings
+    if before != settings:
         raise UserError(
-            f"--out {out} holds a comparison with other settings ({file.read_text().strip()}); "
-            "choose another folder"
+            f"--out {out} holds a comparison with other settings ({before!s:.300}); choose "
+            "another folder"
         )
     try:
         out.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(settings) + "\n")
+        with files.whole_file(file) as part:
+            part.write_text(json.dumps(settings) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another") from error
 
@@ -391,12 +400,22 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--preset", default="tiny", help="of all configs")
-    flags.add_argument("--out", required=True, help="folder for runs, pictures and the table")
+    flags.add_argument(
+        "--out", type=settings.path, required=True, help="folder for runs, pictures and the table"
+    )
     flags.add_argument("--methods", nargs="+", default=list(report.PAPER), help=", ".join(METHODS))
-    flags.add_argument("--seeds", type=int, default=1, help="trainings of each adapter")
-    flags.add_argument("--people", type=int, help="test people; all, 128 at most, if not given")
+    flags.add_argument(
+        "--seeds", type=number(settings.COUNT), default=1, help="trainings of each adapter"
+    )
+    flags.add_argument(
+        "--people", type=number(settings.COUNT), help="test people; all, 128 at most, if not given"
+    )
     flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
-    flags.add_argument("--steps", type=int, help="of each adapter's training; the config's if not")
+    flags.add_argument(
+        "--steps",
+        type=number(settings.STEPS),
+        help="of each adapter's training; the config's if not",
+    )
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )

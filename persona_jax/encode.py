@@ -15,12 +15,14 @@ from persona_jax.errors import UserError
 from persona_jax.methods.adapter_features import adapter_job
 from persona_jax.pipelines.image_encoders import open_image_encoder
 from persona_jax.pipelines.pipeline import open_pipeline
+from persona_jax.runtime import settings
 from persona_jax.runtime.command_line import config_parser, run_with_arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Data, frozen towers, one part of the encodings."""
     config = arguments.config
+    settings.require(config, {"method": str}, "--config")
     if config.method != "adapter":
         raise UserError(f"config.method={config.method}: only adapters' photos are encoded ahead")
     part, parts = numbers(arguments.part)

@@ -15,15 +15,20 @@ class UserError(Exception):
     """
 
     def __init__(self, message: str, details: Sequence[str] = ()):
-        """`message` and `details` as above."""
-        super().__init__(message)
-        self.details = tuple(details)
+        """`message` and `details` as above, line breaks as spaces; what a terminal does not
+        show is written as in Python."""
+        super().__init__(_printable(" ".join(message.split())))
+        self.details = tuple(map(_printable, details))
 
 
 def shown(name: object) -> str:
     """A name as it may stand in a message: in one line, in UTF-8, and not too long."""
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in str(name))
+    text = _printable(str(name))
     return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
+
+
+def _printable(text: str) -> str:
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def listed(names: Sequence[str], room: int = 120) -> str:

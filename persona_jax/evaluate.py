@@ -29,9 +29,10 @@ from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.methods import finetuning
 from persona_jax.runs import finished_run
-from persona_jax.runtime import buckets, outputs
+from persona_jax.runtime import buckets, outputs, settings
 from persona_jax.runtime.command_line import run_with_arguments
-from persona_jax.runtime.run_folder import read_config
+from persona_jax.runtime.run_folder import read_run
+from persona_jax.runtime.settings import number
 
 SHOWN = 8
 """People on the grid."""
@@ -45,7 +46,7 @@ Pictures = dict[str, np.ndarray]
 def main(arguments: argparse.Namespace) -> None:
     """People → references → pictures → verdicts → report."""
     workdir = buckets.local(arguments.workdir)
-    config = read_config(workdir)
+    config = read_run(workdir)
     out = outputs.try_folder(workdir / "evaluation", "--workdir", r".*\.(svg|json|md|html|png)")
     photos, groups = open_dataset(config.data)
     group = known_to(config, workdir, getattr(groups, arguments.group))
@@ -170,14 +171,20 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", required=True, help="a run of persona_jax.train")
+    flags.add_argument(
+        "--workdir", type=settings.path, required=True, help="a run of persona_jax.train"
+    )
     flags.add_argument("--group", choices=("validation", "test"), default="test")
-    flags.add_argument("--people", type=int, help="how many; all, 128 at most, if not given")
-    flags.add_argument("--references", type=int, nargs="+", default=[1, 3, 9])
-    flags.add_argument("--scale", type=float, help="λ of the adapter")
-    flags.add_argument("--guidance", type=float, help="classifier-free guidance")
-    flags.add_argument("--steps", type=int, help="DDIM steps")
-    flags.add_argument("--seed", type=int, default=0, help="of the noise")
+    flags.add_argument(
+        "--people", type=number(settings.COUNT), help="how many; all, 128 at most, if not given"
+    )
+    flags.add_argument("--references", type=number(settings.COUNT), nargs="+", default=[1, 3, 9])
+    flags.add_argument("--scale", type=number(settings.FACTOR), help="λ of the adapter")
+    flags.add_argument(
+        "--guidance", type=number(settings.GUIDANCE), help="classifier-free guidance"
+    )
+    flags.add_argument("--steps", type=number(settings.STEPS), help="DDIM steps")
+    flags.add_argument("--seed", type=number(settings.SEED), default=0, help="of the noise")
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"
     )

@@ -15,7 +15,6 @@ and compares.
 import argparse
 import dataclasses
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from safetensors.numpy import save_file
 
 from persona_jax.data import photo_files
 from persona_jax.errors import UserError
-from persona_jax.interop import cards, folders
+from persona_jax.interop import cards, folders, tensors
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
@@ -38,7 +36,7 @@ from persona_jax.models.towers import TOWERS
 from persona_jax.pipelines.pipeline import load as load_pipeline
 from persona_jax.pipelines.pipeline import save as save_pipeline
 from persona_jax.runs import diffusers_reference, finished_run
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, checksums, files, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 
@@ -53,14 +51,9 @@ def main(arguments: argparse.Namespace) -> None:
     write = {"ip-adapter": write_adapter, "diffusers": write_pipeline, "lora": write_lora}
     refuse_flags_without_use(arguments)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
-            folder = Path(temporary) / "export"
-            folder.mkdir()
+        with files.whole_folder(out) as folder:
             difference = write[arguments.format](workdir, folder, arguments)
-            if out.exists():
-                out.rmdir()
-            folder.rename(out)
+            checksums.write(folder)
     except OSError as error:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"written to {out}; {out / 'README.md'} says how to use it")
@@ -105,7 +98,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         both = np.stack([adapter.unconditional(image, learnt.blank), image])
         if learnt.blank is not None:  # photo by photo
             both = both[:, 0]
-        save_file({"image_embeds": both}, folder / "image_embeds.safetensors")
+        tensors.save_tensors({"image_embeds": both}, folder / "image_embeds.safetensors")
     kind, named = learnt.aggregator.kind, bool(arguments.photos)
     card = cards.ip_adapter(run.config, trained, kind, named, missing_extractor(run))
     (folder / "README.md").write_text(card)
@@ -135,7 +128,9 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
         source = workdir / "pipeline"
         if not (source / "unet").is_dir():
             raise UserError(f"{source}: no finished base there")
-        shutil.copytree(source, folder, dirs_exist_ok=True)
+        checksums.verify(source, None, "run the training again")
+        unwritten = shutil.ignore_patterns(checksums.NAME)  # what is written here has its own
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=unwritten)
         if arguments.dtype != "float32":
             cast_towers(folder, DTYPES[arguments.dtype])
         (folder / "README.md").write_text(cards.base(config))
@@ -223,8 +218,15 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--workdir", required=True, help="a run of persona_jax.train or pretrain")
-    flags.add_argument("--out", required=True, help="folder to write, new or empty")
+    flags.add_argument(
+        "--workdir",
+        type=settings.path,
+        required=True,
+        help="a run of persona_jax.train or pretrain",
+    )
+    flags.add_argument(
+        "--out", type=settings.path, required=True, help="folder to write, new or empty"
+    )
     flags.add_argument("--format", required=True, choices=("ip-adapter", "diffusers", "lora"))
     flags.add_argument("--person", help="who, of a run that learnt people by heart")
     flags.add_argument("--photos", nargs="+", default=[], help="read them, for image_embeds")

@@ -25,9 +25,10 @@ from persona_jax.pipelines.pipeline import dtype_on
 from persona_jax.planning import abstract, chips, compiled
 from persona_jax.planning.chips import GIB, Chip, Roofline
 from persona_jax.planning.compiled import Compiled
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, settings
 from persona_jax.runtime.command_line import config_parser, run_with_arguments
 from persona_jax.runtime.mesh import initialize_distributed, make_mesh
+from persona_jax.runtime.settings import number
 
 EXAMPLES = "v5e:2x2, v5e:16x16, v6e:2x4, v5p:2x2x1, v4:2x2x1"
 
@@ -62,6 +63,7 @@ class Machine(NamedTuple):
 def main(arguments: argparse.Namespace) -> None:
     """Machine → programs of two batch sizes → compiled → a page of numbers."""
     config = arguments.config
+    settings.require(config, {"method": str, "accumulate": int}, "--config")
     machine = topology(arguments.topology) if arguments.topology else this_machine()
     batch = batch_per_chip(config, arguments.batch_per_chip, len(machine.devices))
     plans = {batch: plan(arguments, machine, batch)}
@@ -75,13 +77,8 @@ def main(arguments: argparse.Namespace) -> None:
 def batch_per_chip(config: ConfigDict, asked: int | None, chips: int) -> int:
     """Examples of each chip: as asked for, or ``config.batch_size``'s share, which is rounded up,
     and said to be, where it does not divide.
-
-    Raises:
-      UserError: fewer than one.
     """
     if asked is not None:
-        if asked < 1:
-            raise UserError(f"--batch_per_chip {asked}: expected 1 or more")
         return asked
     batch = -(-config.batch_size // (chips * config.accumulate)) * config.accumulate
     if batch * chips != config.batch_size:
@@ -253,11 +250,17 @@ def parser() -> argparse.ArgumentParser:
     flags = config_parser(__doc__)
     flags.add_argument("--topology", help=f"of TPUs: {EXAMPLES}; this machine if not given")
     flags.add_argument(
-        "--batch_per_chip", type=int, help="in place of config.batch_size, which is of all chips"
+        "--batch_per_chip",
+        type=number(settings.COUNT),
+        help="in place of config.batch_size, which is of all chips",
     )
     flags.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     flags.add_argument("--quick", action="store_true", help="compile once: no largest batch")
-    flags.add_argument("--cache", help="folder of what was compiled; data.data_dir/plans if not")
+    flags.add_argument(
+        "--cache",
+        type=settings.path,
+        help="folder of what was compiled; data.data_dir/plans if not",
+    )
     return flags
 
 

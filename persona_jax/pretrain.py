@@ -22,6 +22,7 @@ from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.tokenizer import learn_tokenizer
+from persona_jax.runtime import checksums, settings
 from persona_jax.runtime.command_line import run_with_config
 from persona_jax.runtime.mesh import first_process, initialize_distributed, make_mesh
 from persona_jax.runtime.run_folder import config_difference, read_config, write_run_files
@@ -30,6 +31,7 @@ from persona_jax.training.loop import locked
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """One run at a time in a workdir."""
+    settings.require(config, {"vae.optimizer.steps": int, "unet.prediction": str}, "--config")
     initialize_distributed()
     with locked(workdir):
         make_base(config, workdir)
@@ -40,7 +42,8 @@ def make_base(config: ConfigDict, workdir: Path) -> None:
     if (workdir / "report.json").exists() and not config_difference(read_config(workdir), config):
         print(f"{workdir} holds this base already, finished: {workdir / 'pipeline'}")
         return
-    first_process(lambda: (workdir / "report.json").unlink(missing_ok=True))
+    finished = (workdir / "report.json", workdir / "pipeline" / checksums.NAME)
+    first_process(lambda: [path.unlink(missing_ok=True) for path in finished])
     mesh = make_mesh(**config.mesh)
     write_run_files(workdir, config)
     photos, people = open_dataset(config.data)
@@ -67,6 +70,7 @@ def make_base(config: ConfigDict, workdir: Path) -> None:
         report |= {"reader": score_trait_classifier(workdir / "reader")}
         report |= {"prompts": score_prompts(workdir, config)}
     text = json.dumps(report, indent=2) + "\n"
+    first_process(lambda: checksums.write(folder))
     first_process(lambda: (workdir / "report.json").write_text(text))
     print(
         f"base written to {folder}; pictures in {workdir / 'unet'}. Next:\n"

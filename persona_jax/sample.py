@@ -24,16 +24,16 @@ from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.errors import UserError
-from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.methods import finetuning
 from persona_jax.models import lora
 from persona_jax.pipelines import generation
 from persona_jax.runs import attribution, finished_run, reference_sets
 from persona_jax.runs.streaming import make_stream
-from persona_jax.runtime import buckets, outputs
+from persona_jax.runtime import buckets, finite, outputs, settings
 from persona_jax.runtime.command_line import run_with_arguments
-from persona_jax.runtime.run_folder import read_config
+from persona_jax.runtime.run_folder import read_run
+from persona_jax.runtime.settings import number
 
 SHOWN = 64
 """Pictures in the grid."""
@@ -45,8 +45,6 @@ def main(arguments: argparse.Namespace) -> None:
     num = arguments.num
     check(arguments)
     sets = reference_sets.read_reference_sets(arguments)
-    if num < 1:
-        raise UserError(f"--num {num}: at least one picture")
     out = outputs.try_folder(arguments.out, "--out", FILES)
     opened = open_runs(arguments)
     run = opened[0]
@@ -55,7 +53,7 @@ def main(arguments: argparse.Namespace) -> None:
             raise UserError("--attribution: it is for one set of photos")
         attribution.check(run, np.float32(sets[0].weights))
     settings = run.sampling_settings(
-        steps=arguments.steps or None, guidance=arguments.guidance, eta=arguments.eta
+        steps=arguments.steps, guidance=arguments.guidance, eta=arguments.eta
     )
     prompt = run.prompt(arguments.prompt)
     _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
@@ -87,7 +85,7 @@ def main(arguments: argparse.Namespace) -> None:
         found = attribution.attribute(run, references[0], read_pictures(out, num, size), stream)
     record = {
         "runs": [str(one.workdir.absolute()) for one in opened],
-        "step": newest_step(run.workdir / "checkpoints"),
+        "step": run.step,
         "person": arguments.person,
         "lora": arguments.lora,
         "lora_scale": arguments.lora_scale,
@@ -124,7 +122,7 @@ def check(arguments: argparse.Namespace) -> None:
         )
     if not workdirs and not arguments.pipeline:
         raise UserError("give --workdir, a run, or --pipeline, a base, and perhaps --adapter")
-    methods = {workdir: read_config(buckets.local(workdir)).method for workdir in workdirs}
+    methods = {workdir: read_run(buckets.local(workdir)).method for workdir in workdirs}
     by_name = [x for x in workdirs if methods[x] in finetuning.METHODS]
     if by_name:
         if len(workdirs) + len(adapters) > 1 or arguments.lora:
@@ -178,7 +176,10 @@ def with_loras(run: finished_run.Run, arguments: argparse.Namespace) -> dict:
     towers = generation.sampler_params(run.pipeline)
     factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
     for file, factor in zip(arguments.lora, factors, strict=True):
-        for name, update in load_lora(buckets.local(file), towers).items():
+        updates = load_lora(buckets.local(file), towers)
+        if huge := finite.beyond(updates, float(np.finfo(np.float16).max)):
+            raise UserError(f"--lora {file}: {huge}, which no LoRA has; fetch it again")
+        for name, update in updates.items():
             changed[name] = towers[name] = lora.merge(towers[name], update, factor)
     return changed
 
@@ -186,9 +187,9 @@ def with_loras(run: finished_run.Run, arguments: argparse.Namespace) -> dict:
 def write_pictures(out: Path, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
     """Single PNGs, as they come; the first :data:`SHOWN` pictures."""
     shown: list[np.ndarray] = []
-    for number, picture in enumerate(picture for batch in batches for picture in batch):
-        images.save(Image.fromarray(picture), out / f"{number:04d}.png")
-        if number < SHOWN:
+    for place, picture in enumerate(picture for batch in batches for picture in batch):
+        images.save(Image.fromarray(picture), out / f"{place:04d}.png")
+        if place < SHOWN:
             shown.append(picture)
     return shown
 
@@ -244,24 +245,36 @@ def parser() -> argparse.ArgumentParser:
         help="LoRA files in the layout of diffusers, PEFT or kohya",
     )
     flags.add_argument(
-        "--lora_scale", type=float, nargs="+", action="extend", help="how much each counts; 1"
+        "--lora_scale",
+        type=number(settings.FACTOR),
+        nargs="+",
+        action="extend",
+        help="how much each counts; 1",
     )
     flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
     reference_sets.add_flags(flags)
     flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
-    flags.add_argument("--prompt", default="a photo of a person")
-    flags.add_argument("--negative_prompt", default="")
-    flags.add_argument("--num", type=int, default=4, help="how many pictures")
-    flags.add_argument("--out", required=True, help="folder for the pictures")
-    flags.add_argument("--seed", type=int, default=0)
-    flags.add_argument("--guidance", type=float, help="classifier-free guidance")
-    flags.add_argument("--steps", type=int, help="DDIM steps")
-    flags.add_argument("--eta", type=float, help="0 is deterministic DDIM, 1 ancestral")
-    flags.add_argument("--crop", type=float, help="central part of a photo to use, 0 to 1")
+    flags.add_argument("--prompt", type=settings.text, default="a photo of a person")
+    flags.add_argument("--negative_prompt", type=settings.text, default="")
+    flags.add_argument("--num", type=number(settings.COUNT), default=4, help="how many pictures")
+    flags.add_argument("--out", type=settings.path, required=True, help="folder for the pictures")
+    flags.add_argument("--seed", type=number(settings.SEED), default=0)
+    flags.add_argument(
+        "--guidance", type=number(settings.GUIDANCE), help="classifier-free guidance"
+    )
+    flags.add_argument("--steps", type=number(settings.STEPS), help="DDIM steps")
+    flags.add_argument(
+        "--eta", type=number(settings.SHARE), help="0 is deterministic DDIM, 1 ancestral"
+    )
+    flags.add_argument(
+        "--crop", type=number(settings.CROP), help="central part of a photo to use, 0 to 1"
+    )
     flags.add_argument(
         "--attribution", action="store_true", help="show what each photo contributed"
     )
-    flags.add_argument("--batch_size", type=int, default=8, help="pictures painted at once")
+    flags.add_argument(
+        "--batch_size", type=number(settings.COUNT), default=8, help="pictures painted at once"
+    )
     return flags
 
 

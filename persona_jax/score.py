@@ -24,9 +24,10 @@ from persona_jax.errors import UserError, shown
 from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
 from persona_jax.evaluation.networks import Network, NetworkOutput
 from persona_jax.interop import folders
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.outputs import try_file
+from persona_jax.runtime.settings import number
 
 AT_ONCE = 2**24
 """Pixels held in memory, or one picture."""
@@ -145,14 +146,25 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--pictures", required=True, help="folder of the pictures to score")
-    flags.add_argument("--against", required=True, help="folder of photos, or their statistics")
-    flags.add_argument("--save", help="file for the photos' statistics, .npz")
+    flags.add_argument(
+        "--pictures", type=settings.path, required=True, help="folder of the pictures to score"
+    )
+    flags.add_argument(
+        "--against", type=settings.path, required=True, help="folder of photos, or their statistics"
+    )
+    flags.add_argument("--save", type=settings.path, help="file for the photos' statistics, .npz")
     flags.add_argument("--pipeline", help="a base with a reader: tiny, or a folder")
     networks.add_flags(flags)
-    flags.add_argument("--data_dir", default="data", help="weights are fetched to weights/ there")
     flags.add_argument(
-        "--splits", type=int, help="of the Inception Score; 10, or as many as there are pictures"
+        "--data_dir",
+        type=settings.path,
+        default="data",
+        help="weights are fetched to weights/ there",
+    )
+    flags.add_argument(
+        "--splits",
+        type=number(settings.COUNT),
+        help="of the Inception Score; 10, or as many as there are pictures",
     )
     flags.add_argument(
         "--fid", action="store_true", help="with FID, though of fewer pictures than features"

@@ -9,6 +9,7 @@ of one of them, to sample with), config.json. With no steps at all the run is wh
 """
 
 import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
 from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
+from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.methods import adapter_training, finetuning, finetuning_loop
 from persona_jax.methods.adapter_features import adapter_job
@@ -31,6 +33,7 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
+from persona_jax.runtime import settings
 from persona_jax.runtime.command_line import run_with_config
 from persona_jax.runtime.mesh import initialize_distributed, make_mesh, place, shard_params, to_host
 from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
@@ -40,6 +43,7 @@ from persona_jax.training.state import init_state, make_optimizer
 
 def main(config: ConfigDict, workdir: Path) -> None:
     """Data, frozen towers, encodings, trainable tree, loop."""
+    settings.require(config, {"method": str, "optimizer.steps": int}, "--config")
     if config.method in finetuning.METHODS:
         return finetuning_loop.finetune(config, workdir)
     initialize_distributed()
@@ -168,7 +172,12 @@ def grid_drawer(
     def draw(step: int, state) -> None:
         params = to_host(state.params if state.ema is None else state.ema)
         learnt = Adapter(aggregator, params, encoder.blank)
-        painted = images.to_uint8(np.asarray(sampler(frozen, (learnt,), request)))
+        pixels = np.asarray(sampler(frozen, (learnt,), request))
+        try:
+            generation.refuse_not_finite(pixels, frozen, (learnt,), request)
+        except UserError as error:  # training says itself when it cannot go on
+            print(f"warning: grid of step {step}: {error}", file=sys.stderr)
+        painted = images.to_uint8(np.nan_to_num(pixels, nan=-1.0))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
             for set_, target, pictures in zip(

@@ -1,7 +1,7 @@
 """Rounds of random input with hypothesis: the same ones every time, and more on request.
 
-``PERSONA_FUZZ_SECONDS=3600 pytest tests/data/test_fuzz.py`` goes on for an hour with further seeds;
-a failure names its seed, which is then added to the test's, to stay mended.
+``PERSONA_FUZZ_SECONDS=3600 pytest tests/test_fuzz.py -k json_of_any`` goes on for an hour with
+further seeds; a failure names its seed, which is then added to the test's, to stay mended.
 """
 
 import itertools

@@ -22,6 +22,7 @@ from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runs import diffusers_reference, finished_run
+from persona_jax.runtime import checksums
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import write_run_files
 
@@ -71,6 +72,7 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
     run_export(world, name, out, *flags)
     assert "stock diffusers paints the same" in capsys.readouterr().out
     files = {"README.md", "aggregator.json", "aggregator.py", "image_embeds.safetensors"}
+    files |= {checksums.NAME}
     files |= {"ip_adapter.safetensors", "ip_adapter.bin"}
     assert {p.name for p in out.iterdir()} - {"aggregator.safetensors"} == files
     assert (out / "aggregator.safetensors").exists() == (name == "sa")
@@ -102,7 +104,8 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
     run_export(world, name, out, "--format", "ip-adapter", "--verify", "--photos", *photos)
     assert "stock diffusers paints the same" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
-        "README.md", "aggregator.json", "image_embeds.safetensors", "ip_adapter.safetensors"
+        "README.md", "aggregator.json", "checksums.json", "image_embeds.safetensors",
+        "ip_adapter.safetensors",
     }  # fmt: skip
     both = load_file(out / "image_embeds.safetensors")["image_embeds"]
     blank = finished_run.open_run(world / name).adapter.blank
@@ -183,7 +186,7 @@ BASE = ["--pipeline", "{world}/base"]
         ([*PLAIN, *BASE, "--window", "0.5", "0.2"], "--window 0.5 0.2"),
         ([*PLAIN, *BASE, "--scale", "much"], "neither a number nor JSON"),
         ([*PLAIN, *BASE, "--scale", '{{"up": {{"block_7": 1}}}}'], "up has no 'block_7'"),
-        ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "cannot be read"),
+        ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "not a readable picture"),
         ([*PLAIN, "{tmp}/out", *BASE], "2 runs and adapters for 1 --photos"),
         ([*PLAIN, *BASE, "--person", "ann"], "--person"),
         ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: a run has its base"),
@@ -267,14 +270,12 @@ def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
         ("avg", "ip-adapter", []),
         ("lora", "lora", ["--person", "ann"]),
         ("lora", "diffusers", ["--person", "ann"]),
-        ("base", "diffusers", []),
+        ("base", "diffusers", ["--verify"]),
     ],
 )
 def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, form, flags):
     if name == "base":
-        shutil.copytree(world / "base", tmp_path / "base/pipeline")
-        config = config_of("base", "lfw").to_dict()
-        (tmp_path / "base/config.json").write_text(json.dumps(config))
+        write_base(world, tmp_path / "base")
     where = tmp_path if name == "base" else world
     run_export(where, name, tmp_path / "out", "--format", form, "--dtype", "float16", *flags)
     files = set((tmp_path / "out").rglob("*.safetensors"))
@@ -283,8 +284,27 @@ def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, 
     for file in files:
         found = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
         assert found == {np.dtype("float16")}, file
+    assert checksums.fault(tmp_path / "out") is None
     if form == "diffusers":
         torch_models.open_diffusers(tmp_path / "out")
+
+
+def write_base(world, workdir) -> None:
+    """A finished run of pretrain."""
+    shutil.copytree(world / "base", workdir / "pipeline")
+    checksums.write(workdir / "pipeline")
+    config = config_of("base", "lfw").to_dict()
+    (workdir / "config.json").write_text(json.dumps(config))
+
+
+def test_a_damaged_base_is_not_exported(world, tmp_path, capsys):
+    write_base(world, tmp_path / "base")
+    (file,) = (tmp_path / "base/pipeline/vae").glob("*.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"?")
+    with pytest.raises(SystemExit):
+        run_export(tmp_path, "base", tmp_path / "out", "--format", "diffusers")
+    assert "is not as it was written; run the training again" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_there_is_left_alone(world, tmp_path, capsys):

@@ -142,7 +142,7 @@ SA = str(ROOT / "configs/sa.py")
         (["--topology", "v9:2x2"], "v9:2x2: not a TPU topology; for example v5e:2x2"),
         (["--topology", "v5e:32x32"], "not a TPU topology"),
         (["--topology", "v5p:2x2"], "not a TPU topology"),
-        (["--batch_per_chip=-1"], "batch_per_chip -1: expected 1 or more"),
+        (["--batch_per_chip=-1"], "batch_per_chip: '-1': expected a whole number from 1 on"),
         (["--batch_per_chip=2", "--config.accumulate=3"], "must be a multiple of accumulate x"),
         (["--config.pipeline=some/other"], "some/other: no such folder, and no sizes known"),
         (["--config.mesh.fsdp=3"], "data x fsdp must be the number of devices"),

@@ -214,8 +214,8 @@ def test_four_people_at_once_are_four_alone(world):
     ("text", "words"),
     [
         ("much", "neither a number nor JSON"),
-        ("[1]", "a number, or blocks"),
-        ("NaN", "a number, or blocks"),
+        ("[1]", "a number from -1000 to 1000, or blocks"),
+        ("NaN", "a number from -1000 to 1000, or blocks"),
         ('{"side": 1}', "no 'side'"),
         ('{"up": {"block_9": 1}}', "up has no 'block_9'"),
         ('{"up": {"block_1": [1, 2, 3, 4, 5]}}', "one number, or 2"),

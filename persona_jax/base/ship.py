@@ -19,6 +19,7 @@ from persona_jax.interop.folders import Tower
 from persona_jax.interop.ip_adapter import save_ip_adapter
 from persona_jax.models.towers import TOWERS
 from persona_jax.pipelines import pipeline
+from persona_jax.runtime import settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
 
@@ -65,9 +66,13 @@ def parser() -> argparse.ArgumentParser:
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    flags.add_argument("--base", required=True, help="a finished run of persona_jax.pretrain")
-    flags.add_argument("--adapter", required=True, help="a run of configs/ip.py on that base")
-    flags.add_argument("--out", required=True, help="folder to write")
+    flags.add_argument(
+        "--base", type=settings.path, required=True, help="a finished run of persona_jax.pretrain"
+    )
+    flags.add_argument(
+        "--adapter", type=settings.path, required=True, help="a run of configs/ip.py on that base"
+    )
+    flags.add_argument("--out", type=settings.path, required=True, help="folder to write")
     return flags
 
 

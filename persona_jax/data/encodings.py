@@ -11,11 +11,9 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
 import pathlib
 import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -28,7 +26,7 @@ from persona_jax.data.photo_files import READING
 from persona_jax.data.photos import Photos
 from persona_jax.data.records import Records, Writer
 from persona_jax.errors import UserError
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, checksums, files
 from persona_jax.runtime.locks import alone
 
 SHARD = 256
@@ -153,7 +151,7 @@ class EncodingJob:
     def _write(self, place: pathlib.Path, span: range, bar: tqdm) -> None:
         """Encodes one shard."""
         rows = [int(self.rows[i]) for i in span]
-        with _made_beside(place) as folder, contextlib.ExitStack() as open_files:
+        with files.whole_folder(place) as folder, contextlib.ExitStack() as open_files:
             writers: dict[str, Writer] = {}
             listed = {}
 
@@ -175,6 +173,7 @@ class EncodingJob:
             sizes = {label: (folder / label).stat().st_size for label in listed}
             text = json.dumps({"arrays": listed, "bytes": sizes}, indent=1)
             (folder / "shard.json").write_text(text)
+            checksums.write(folder, ["shard.json"])  # the arrays' records have their own
 
     def _look(self, chosen: Sequence[int]) -> Encoded:
         """``[R, S, ...]`` of some photos."""
@@ -220,16 +219,6 @@ def encode(job: EncodingJob) -> Encodings:
     return job.open()
 
 
-@contextlib.contextmanager
-def _made_beside(place: pathlib.Path) -> Iterator[pathlib.Path]:
-    """A folder that gets its name when it is complete."""
-    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".incomplete-") as temporary:
-        folder = pathlib.Path(temporary) / place.name
-        folder.mkdir()
-        yield folder
-        os.replace(folder, place)
-
-
 def fault(place: pathlib.Path) -> str | None:
     """What is wrong with a shard; None where it is whole."""
     if not place.exists():
@@ -244,6 +233,8 @@ def fault(place: pathlib.Path) -> str | None:
 def _listed(place: pathlib.Path) -> dict[str, tuple[int, list[int], str]]:
     """(leading axes, shape, dtype) of a shard's arrays. Raises ValueError, OSError or LookupError
     where its files are not as listed."""
+    if damage := checksums.fault(place, ["shard.json"]):
+        raise ValueError(damage)
     found = json.loads((place / "shard.json").read_text())
     for label in found["arrays"]:
         size, listed = (place / label).stat().st_size, found["bytes"][label]

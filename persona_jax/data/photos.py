@@ -13,8 +13,9 @@ import logging
 import os
 import pathlib
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, SupportsIndex
 
 import numpy as np
@@ -293,8 +294,11 @@ def _build_lfw(
     data_dir: pathlib.Path, manual: pathlib.Path, sha256: str | None
 ) -> tfds.core.DatasetBuilder:
     with alone(data_dir):
-        builder = LfwDeepfunneled(
-            data_dir=data_dir, archive_sha256=sha256, file_format=ARRAY_RECORD
+        builder = _opened(
+            data_dir / "lfw_deepfunneled",
+            lambda: LfwDeepfunneled(
+                data_dir=data_dir, archive_sha256=sha256, file_format=ARRAY_RECORD
+            ),
         )
         if not builder.data_path.exists():
             lfw_archive.find_archive(manual, sha256)  # Before tfds asks for the folder.
@@ -314,7 +318,9 @@ def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.Dat
     name = re.sub(r"[^\w.-]", "_", legible(folder.resolve().name))[:60]
     with alone(data_dir):
         place = data_dir / "folders" / f"{name}-{listing[:12]}"
-        builder = PhotoFolder(data_dir=place, folder=folder, file_format=ARRAY_RECORD)
+        builder = _opened(
+            place, lambda: PhotoFolder(data_dir=place, folder=folder, file_format=ARRAY_RECORD)
+        )
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
 
@@ -323,8 +329,28 @@ def _build_drawn(
 ) -> tfds.core.DatasetBuilder:
     with alone(data_dir):
         place = data_dir / f"{dataset}-{settings.digest}"
-        builder = DRAWN[dataset](data_dir=place, settings=settings, file_format=ARRAY_RECORD)
+        kind = DRAWN[dataset]
+        builder = _opened(
+            place, lambda: kind(data_dir=place, settings=settings, file_format=ARRAY_RECORD)
+        )
         return builder if builder.data_path.exists() else _prepare(builder, None)
+
+
+def _opened(
+    place: pathlib.Path, make: Callable[[], tfds.core.DatasetBuilder]
+) -> tfds.core.DatasetBuilder:
+    """The builder; where what it built says nothing any more, that is moved away first."""
+    try:
+        return make()
+    except OSError:
+        raise
+    except Exception as error:  # of tfds' and protobuf's kinds
+        if not place.exists():
+            raise
+        aside = place.with_name(f"{place.name}.damaged-{time.time_ns()}")
+        place.rename(aside)
+        print(f"{place}: damaged ({type(error).__name__}); moved to {aside}, building it again")
+        return make()
 
 
 def _prepare(

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from persona_jax.errors import UserError
 from persona_jax.metrics import distributions
+from persona_jax.runtime import outputs
 
 LEGACY = "Inception, legacy"
 """The network whose statistics pytorch-fid's files hold."""
@@ -51,15 +52,8 @@ def save(file: Path, references: Mapping[str, ReferenceStatistics]) -> None:
     for network, reference in references.items():
         arrays[f"{network}/mu"], arrays[f"{network}/sigma"] = reference.mean, reference.covariance
         arrays[f"{network}/features"] = reference.features
-    beside = file.with_name(f"{file.stem}.part.npz")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        np.savez(beside, **arrays)
-        beside.replace(file)
-    except OSError as error:
-        raise UserError(f"{file}: cannot be written ({error.strerror})") from error
-    finally:
-        beside.unlink(missing_ok=True)
+    with outputs.whole(file) as beside, beside.open("wb") as stream:
+        np.savez(stream, **arrays)
 
 
 def load(file: Path) -> dict[str, ReferenceStatistics]:

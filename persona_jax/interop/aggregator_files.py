@@ -16,6 +16,7 @@ from persona_jax.models.aggregators import (
     EveryPhoto,
     SelfAttentionAggregator,
 )
+from persona_jax.runtime import checksums, finite
 
 SIZES = ("depth", "heads", "width", "pooling_heads")
 
@@ -46,6 +47,8 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
     Raises:
       UserError: not there, of another dimension than `dim`, or tensors that do not fit.
     """
+    names = ["aggregator.json", "aggregator.safetensors"]
+    checksums.verify(folder, names, "export it again")
     settings = folders.read_json(folder / "aggregator.json")
     kind, module = settings.get("kind"), None
     if settings.get("dim") != dim:
@@ -65,4 +68,7 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
         return aggregator, {}
     file = folder / "aggregator.safetensors"
     files = tensors.TensorFiles([file], str(file))
-    return aggregator, tensors.load_tree(abstract, files, dtype=jnp.float32)
+    params = tensors.load_tree(abstract, files, dtype=jnp.float32)
+    if huge := finite.beyond(params, float(np.finfo(np.float16).max)):
+        raise UserError(f"{file}: {huge}, which no aggregator has; export it again")
+    return aggregator, params

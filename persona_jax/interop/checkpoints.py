@@ -4,15 +4,15 @@ One folder a step, written in the background and renamed when whole:
 
     DIR/<step>/params  ema  opt_state    orbax trees
     DIR/<step>/meta                      JSON: every array's shape and dtype, the fingerprint
+    DIR/<step>/checksums.json            of all these files, verified when they are read
 
 The optimiser state lies apart, so that sampling reads only the tree it needs.
 """
 
 import contextlib
 import json
-import logging
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from persona_jax.errors import UserError
+from persona_jax.interop import orbax
+from persona_jax.runtime import checksums, finite
 
 TREES = ("params", "ema", "opt_state")
 LISTED = 12  # differences named in one error
@@ -41,13 +43,18 @@ class Checkpoints:
         self.directory = Path(directory).absolute()
         self.fingerprint = dict(fingerprint or {})
         self._last = None
-        _hush()
+        self._stack = contextlib.ExitStack()
+        orbax.hush()
         with self._writing("folder could not be prepared"):
             self.directory.mkdir(parents=True, exist_ok=True)
+            self._plain = self._stack.enter_context(orbax.plainly_named(self.directory))
             options = ocp.CheckpointManagerOptions(
-                max_to_keep=keep, async_options=ocp.AsyncOptions(barrier_sync_fn=_barrier)
+                max_to_keep=keep,
+                async_options=ocp.AsyncOptions(
+                    barrier_sync_fn=orbax.barrier, post_finalization_callback=self._write_checksums
+                ),
             )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            self._manager = ocp.CheckpointManager(self._plain, options=options)
 
     def __enter__(self) -> "Checkpoints":
         """Return itself."""
@@ -63,14 +70,19 @@ class Checkpoints:
         """Save the state (fields params, opt_state, ema or None) as that of ``step``.
 
         Returns once the arrays are copied off the devices, so the state may be donated next.
-        Raises UserError, here or in the next call, if the disk does not take it; the checkpoints
-        before stay as they are.
+        Raises UserError if the state is poisoned (:func:`poison`); here or in the next call, if the
+        disk does not take it. The checkpoints before stay as they are.
         """
         trees = _trees(state)
+        if reason := poison(trees):
+            raise UserError(
+                f"step {step}: {reason}; stopped, and that state is not saved: lower "
+                "config.optimizer.learning_rate or lengthen the warm-up, then run the same command "
+                "again"
+            )
         meta = {"arrays": _describe(trees), "fingerprint": self.fingerprint}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
-        with self._writing(f"of step {self._last} could not be written"):
-            self._manager.wait_until_finished()
+        self.wait()
         self._last = step
         with self._writing(f"of step {step} could not be written"):
             self._manager.save(
@@ -85,14 +97,23 @@ class Checkpoints:
         """Return when everything saved is on the disk. Raises UserError if it could not be."""
         with self._writing(f"of step {self._last} could not be written"):
             self._manager.wait_until_finished()
+            here = jax.process_index() or self._last is None or self._last in _steps(self.directory)
+            if not here:
+                raise FileNotFoundError(f"{self.directory / str(self._last)} is not there")
 
     def close(self) -> None:
         """Wait, then let go of the folder."""
         try:
             self.wait()
         finally:
-            with self._writing("folder could not be closed"):
+            with self._stack, self._writing("folder could not be closed"):
                 self._manager.close()
+
+    def _write_checksums(self) -> None:
+        """Called in process 0 when all files are written and the folder has not got its name."""
+        name = f"{self._last}.orbax-checkpoint-tmp"
+        (folder,) = (path for path in self._plain.iterdir() if path.name.startswith(name))
+        checksums.write(folder, [*TREES, "meta"])
 
     def restore(self, state: Any) -> Any:
         """Return the newest checkpoint that can be read, as a state like ``state``; None if empty.
@@ -101,23 +122,28 @@ class Checkpoints:
         back with the sharding given here, whatever mesh it was saved from. A damaged checkpoint
         is set aside (renamed) with a line on stderr, and the one before it read.
 
-        Raises UserError if the checkpoint is of another configuration, or all are damaged.
+        Raises UserError if the checkpoint is of another configuration, may not be read, or all are
+        damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         wanted = jax.tree.map(_abstract, _trees(state))
         for step in steps:
             try:
-                trees = self._read(step, wanted)
+                trees, reason = None, self._fault(step, list(wanted))
+                if not reason:
+                    trees = self._read(step, wanted)
+                    if reason := poison(trees):
+                        trees = None
             except UserError:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds
-                trees, reason = None, _one_line(error)
+                trees, reason = None, orbax.one_line(error)
             if _everywhere(trees is not None):
                 device_step = jax.device_put(np.int32(step), state.step.sharding)
                 return state.replace(step=device_step, **trees)
-            if trees is not None:
+            if not reason:
                 reason = "another process could not read it"
-            self._set_aside(step, reason)
+            self.set_aside(step, f"damaged ({reason})", "trying the one before")
         if steps:
             raise UserError(
                 f"{self.directory}: no checkpoint can be read; remove the folder to start over"
@@ -142,20 +168,28 @@ class Checkpoints:
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
         return {name: restored[name] for name in wanted}
 
-    def _set_aside(self, step: int, reason: str) -> None:
+    def _fault(self, step: int, trees: list[str]) -> str | None:
+        """What this process finds wrong with its share of a checkpoint's files."""
+        share = jax.process_index(), jax.process_count()
+        return _fault(self.directory / str(step), trees, share)
+
+    def set_aside(self, step: int, reason: str, then: str) -> None:
+        """Move a checkpoint that is not to be used into DIR.damaged; say why, and what comes next.
+
+        Every process calls it. Raises UserError if it cannot be moved.
+        """
+        self._last = None
         aside = self.directory.parent / f"{self.directory.name}.damaged" / str(step)
         if jax.process_index() == 0:
-            print(
-                f"{self.directory / str(step)}: damaged ({reason}); moved to {aside}, "
-                "trying the one before",
-                file=sys.stderr,
-            )
             number = 1
             while aside.exists():
                 aside = aside.with_name(f"{step}.{number}")
                 number += 1
-            aside.parent.mkdir(exist_ok=True)
-            (self.directory / str(step)).rename(aside)
+            with self._writing(f"of step {step} is {reason}, and could not be moved away"):
+                aside.parent.mkdir(exist_ok=True)
+                (self.directory / str(step)).rename(aside)
+            line = f"{self.directory / str(step)}: {reason}; moved to {aside}, {then}"
+            print(line, file=sys.stderr)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("checkpoint set aside")
         self._manager.reload()
@@ -166,7 +200,7 @@ class Checkpoints:
             yield
         except Exception as error:  # a full disk shows as OSError, ValueError or XlaRuntimeError
             raise UserError(
-                f"{self.directory}: checkpoint {what}: {_one_line(error)}; earlier "
+                f"{self.directory}: checkpoint {what}: {orbax.one_line(error)}; earlier "
                 "ones are intact: make room or mend the folder, then run the same command again"
             ) from error
 
@@ -178,59 +212,100 @@ def newest_step(directory: str | Path) -> int | None:
 
 
 def load_params(directory: str | Path, which: str = "params") -> Any:
-    """Return the newest readable tree of parameters as nested dicts of numpy arrays.
+    """Return the newest readable tree of parameters (see :func:`load_newest`)."""
+    return load_newest(directory, which)[1]
+
+
+def load_newest(directory: str | Path, which: str = "params") -> tuple[int, Any]:
+    """Return the step of the newest readable checkpoint, and its tree of parameters as nested
+    dicts of numpy arrays.
 
     which: "params", or "ema" (its running average, where the run kept one). Needs no model, no
     mesh and not the devices it was saved from; may be called while training goes on.
 
     Raises UserError if there is no checkpoint, no such tree in it, or all are damaged.
     """
-    _hush()
     directory = Path(directory).absolute()
+
+    def read(folder: Path) -> Any:
+        if not (folder / which).exists() and (folder / "params").exists():
+            raise UserError(f"{folder}: holds no {which!r}; train with it on, or use 'params'")
+        return orbax.read_numpy(folder / which)
+
+    return _newest(directory, which, read)
+
+
+def read_fingerprint(directory: str | Path) -> dict[str, Any]:
+    """What was trained, as the newest readable checkpoint says (see :class:`Checkpoints`).
+
+    Raises UserError if there is no checkpoint, or all are damaged.
+    """
+
+    def read(folder: Path) -> dict[str, Any]:
+        found = json.loads((folder / "meta/metadata").read_text())["fingerprint"]
+        if not isinstance(found, dict):
+            raise ValueError("does not say what was trained")
+        return found
+
+    return _newest(Path(directory).absolute(), "meta", read)[1]
+
+
+def _newest(directory: Path, item: str, read: Callable[[Path], Any]) -> tuple[int, Any]:
+    """The step of the newest checkpoint whose `item` is whole, and what `read` makes of it."""
+    orbax.hush()
     steps = _steps(directory)
     if not steps:
         raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
     for step in steps:
         folder = directory / str(step)
-        if not (folder / which).exists() and (folder / "params").exists():
-            raise UserError(f"{folder}: holds no {which!r}; train with it on, or use 'params'")
+        reason = _fault(folder, [item])
         try:
-            return _read_numpy(folder / which)
-        except Exception as error:
-            print(f"{folder}: damaged ({_one_line(error)}), trying the one before", file=sys.stderr)
+            if not reason:
+                found = read(folder)
+                if item not in TREES or not (reason := poison({item: found})):
+                    return step, found
+        except UserError:
+            raise
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            reason = orbax.one_line(error)
+        print(f"{folder}: damaged ({reason}), trying the one before", file=sys.stderr)
     raise UserError(f"{directory}: no checkpoint can be read; train again")
 
 
-def read_fingerprint(directory: str | Path) -> dict[str, Any]:
-    """What was trained, as the newest checkpoint says (see :class:`Checkpoints`).
+def _fault(folder: Path, trees: list[str], share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the files of some trees of a checkpoint; None where nothing is.
 
-    Raises UserError if there is no checkpoint, or it does not say.
+    Raises UserError where they may not be read, which is no damage.
     """
-    directory = Path(directory).absolute()
-    steps = _steps(directory)
-    if not steps:
-        raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
     try:
-        return json.loads((directory / str(steps[0]) / "meta/metadata").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{directory}/{steps[0]}: does not say what was trained") from error
+        return checksums.fault(folder, [*trees, "meta"], share)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: checkpoint cannot be read ({error.strerror}); mend that, and run the same "
+            "command again"
+        ) from error
 
 
 def _steps(directory: Path) -> list[int]:
     """Steps of whole checkpoints, newest first (unfinished ones carry another name)."""
-    if not directory.is_dir():
-        return []
-    return sorted((int(p.name) for p in directory.iterdir() if p.name.isdecimal()), reverse=True)
-
-
-def _read_numpy(folder: Path) -> Any:
-    handler = ocp.PyTreeCheckpointHandler()
     try:
-        names = jax.tree.map(lambda _: "", handler.metadata(folder).tree)
-        as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), names)
-        return handler.restore(folder, args=ocp.args.PyTreeRestore(names, restore_args=as_numpy))
-    finally:
-        handler.close()
+        names = [path.name for path in directory.iterdir()]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UserError(f"{directory}: cannot be read ({error.strerror})") from error
+    return sorted((int(n) for n in names if n.isdecimal() and n.isascii()), reverse=True)
+
+
+def poison(trees: Mapping[str, Any]) -> str | None:
+    """Names a number that neither training nor sampling recovers from; None where there is none:
+    in parameters and averages what is not finite or beyond float16, in which they are exported; in
+    the optimiser's state what is not finite."""
+    for name, tree in sorted(trees.items(), key=lambda item: TREES.index(item[0])):
+        limit = np.finfo(np.float32 if name == "opt_state" else np.float16).max
+        if found := finite.beyond({name: tree}, float(limit)):
+            return found
+    return None
 
 
 def _trees(state: Any) -> dict[str, Any]:
@@ -269,43 +344,3 @@ def _everywhere(fine: bool) -> bool:
     if jax.process_count() == 1:
         return fine
     return bool(np.all(multihost_utils.process_allgather(np.array(fine))))
-
-
-def _barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier between processes, but one whose writing has failed does not wait there.
-
-    The others wait elsewhere for what it could not write, all of them for minutes; so it raises
-    what went wrong, ends, and whoever started the processes ends the others.
-    """
-    if error := sys.exc_info()[1]:
-        raise error
-    ocp.multihost.get_barrier_sync_fn()(key=key, timeout_ms=timeout_ms)
-
-
-def _hush() -> None:
-    """Keep a failed read or write to the one line of the exception it also raises.
-
-    Orbax's threads log its traceback once more, and tensorstore's, finding the event loop gone,
-    print that as an exception nobody can catch.
-    """
-    logger = logging.getLogger("absl")
-    if _not_orbax in logger.filters:
-        return
-    logger.addFilter(_not_orbax)
-    before = sys.unraisablehook
-
-    def hook(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    sys.unraisablehook = hook
-
-
-def _not_orbax(record: logging.LogRecord) -> bool:
-    return "orbax" not in Path(record.pathname).parts
-
-
-def _one_line(error: BaseException) -> str:
-    text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    # Tensorstore begins with what it was doing and ends with why it could not.
-    return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"

@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, files, outside
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,13 +152,12 @@ def content_hash(folder: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file of a pipeline folder; UserError if it is missing or damaged."""
+    """A JSON file of a pipeline folder (:func:`persona_jax.runtime.outside.read_json`); UserError
+    if it is missing or damaged."""
     try:
-        return json.loads(file.read_text())
-    except FileNotFoundError:
+        return outside.read_json(file)
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: missing; is {file.parent.parent} a pipeline folder?") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{file}: not readable as JSON ({error})") from error
 
 
 def vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,12 +189,20 @@ def load_tower(
     config = read_json(folder / "config.json")
     if tower == "image_encoder" and isinstance(config.get("vision_config"), dict):
         config = vision_half(config)
-    module = build(tower, config, dtype)
-    abstract = abstract_params(module)
-    files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))
+    try:
+        module = build(tower, config, dtype)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}", error.details) from error
+    try:
+        abstract = abstract_params(module)
+    except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"{folder / 'config.json'}: its sizes do not make a {tower} ({reason})"
+        ) from error
     params = tensors.load_tree(
         abstract,
-        files,
+        tensors.TensorFiles(tensors.weight_files(folder), str(folder)),
         rename=_RENAME[tower],
         dtype=param_dtype,
         sharding=sharding(abstract) if callable(sharding) else sharding,
@@ -222,14 +229,15 @@ def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> No
         # unless told otherwise, and the towers of one pipeline must not disagree.
         named.pop("torch_dtype", None)
         named["dtype"] = "float32"
-    (folder / "config.json").write_text(json.dumps(named, indent=2) + "\n")
+    write_json(folder / "config.json", named)
     tensors.save_tree(params, folder / f"{stem}.safetensors")
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
     """Writes one of a pipeline folder's JSON files; its folder is made where absent."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(dict(content), indent=2) + "\n")
+    with files.whole_file(file) as part:
+        part.write_text(json.dumps(dict(content), indent=2) + "\n")
 
 
 def model_index(

@@ -18,6 +18,7 @@ from persona_jax.interop.torch_files import open_tensors
 from persona_jax.models import resampler
 from persona_jax.models.adapter import TOKENS, ImageProjection
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
+from persona_jax.runtime import files, finite
 
 
 def save_ip_adapter(
@@ -53,7 +54,8 @@ def save_ip_adapter_bin(file: Path, nested: Path) -> None:
     for name, tensor in load_file(file).items():
         part, _, rest = name.partition(".")
         out[part][rest] = tensor
-    torch.save(out, nested)
+    with files.whole_file(nested) as part, files.as_os_error(nested, RuntimeError):
+        torch.save(out, part)
 
 
 def plus_dim(file: Path) -> int | None:
@@ -92,8 +94,8 @@ def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_
         }
     )
     found = tensors.load_tree(abstract, files, dtype=jnp.float32)
-    if not all(bool(jnp.isfinite(leaf).all()) for leaf in jax.tree.leaves(found)):
-        raise UserError(f"{file}: numbers that are not finite; fetch or save it again")
+    if huge := finite.beyond(found, float(np.finfo(np.float16).max)):
+        raise UserError(f"{file}: {huge}, which no adapter has; fetch or save it again")
     numbered = [found["ip_adapter"][str(2 * i + 1)] for i in range(len(layers))]
     renamed = {
         layer: {"to_k": its["to_k_ip"], "to_v": its["to_v_ip"]}

@@ -4,13 +4,13 @@ Flax modules here carry torch's names, dots included, so a tensor's name is its 
 dots with the last part renamed, and conversion is a rename and a transpose.
 """
 
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
 from jax.typing import DTypeLike
@@ -18,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from persona_jax.errors import UserError, listed
-from persona_jax.runtime import memory
+from persona_jax.runtime import files as files_of
+from persona_jax.runtime import memory, outside
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
 # Integers for the position_ids of old files, which are passed over.
@@ -95,11 +96,21 @@ class TensorFiles:
     def read(self, name: str) -> np.ndarray:
         """One tensor in torch's layout."""
         with _open(self._file[name]) as handle:
-            return handle.get_tensor(name)
+            return only_floats(handle.get_tensor(name), f"{self._file[name]}: {name}")
+
+
+def only_floats(array: np.ndarray, where: str) -> np.ndarray:
+    """The array. Raises UserError where it is not of floating point, as weights are; a single
+    integer passes, as kohya's α may be one."""
+    alone = array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer)
+    if not alone and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{where} has type {array.dtype}, not a float; weights are read from those")
+    return array
 
 
 def _open(file: Path) -> Any:
     try:
+        outside.regular(file)
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -160,9 +171,12 @@ def _weights(folder: Path, single: str, index: str) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        return sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise UserError(f"{index}: not a readable index of shards ({error!r})") from error
+        shards = sorted(set(outside.read_json(index)["weight_map"].values()))
+    except (OSError, LookupError, TypeError, AttributeError) as error:
+        raise UserError(f"{index}: not a readable index of shards ({error!r:.200})") from error
+    for shard in shards:
+        files_of.name_below(index.parent, shard, f"{index}: shard")
+    return shards
 
 
 def load_tree(
@@ -290,7 +304,15 @@ def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = 
         torch_name(path): np.asarray(to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flat.items()
     }
-    part = file.with_name(file.name + ".part")
+    save_tensors(tensors, file, metadata)
+
+
+def save_tensors(
+    tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes named tensors as one safetensors file. Raises OSError where the disk does not take
+    it."""
     # transformers refuses a file that does not say whose layout it has.
-    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
-    part.replace(file)
+    about = {"format": "pt", **(metadata or {})}
+    with files_of.whole_file(file) as part, files_of.as_os_error(file, SafetensorError):
+        save_file(dict(tensors), part, metadata=about)

@@ -4,6 +4,7 @@ Those are pickles: torch reads them with ``weights_only``, which makes tensors a
 """
 
 import pickle
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,27 @@ from typing import Any
 import numpy as np
 
 from persona_jax.errors import UserError
-from persona_jax.interop.tensors import TensorFiles, Tensors
+from persona_jax.interop.tensors import TensorFiles, Tensors, only_floats
+from persona_jax.runtime import checksums, outside
 
 
 def open_tensors(file: Path) -> Tensors:
-    """The tensors of one file: safetensors, or anything else as torch's own."""
+    """The tensors of one file: safetensors, or anything else as torch's own.
+
+    Raises:
+      UserError: it cannot be read, or is not as the checksums beside it say.
+    """
+    checksums.verify(file.parent, [file.name], "fetch or export it again")
     named = file.suffix.lower() == ".safetensors"
     return TensorFiles([file], str(file)) if named else StateDict(file)
 
 
 class StateDict:
     """A PyTorch state dict, as :class:`persona_jax.interop.tensors.Tensors`; of nested ones, the
-    names are joined by dots."""
+    names are joined by dots. Tensors are read when they are asked for, not before."""
 
     def __init__(self, file: Path):
-        """Reads `file`; UserError where torch is missing or the file is no state dict."""
+        """Reads what `file` holds; UserError where torch is missing or it is no state dict."""
         try:
             import torch
         except ImportError as error:
@@ -33,26 +40,59 @@ class StateDict:
                 f"{file}: reading a PyTorch file takes torch; pip install torch, or give the same "
                 "tensors as .safetensors"
             ) from error
+        self.where = str(file)
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
+            outside.regular(file)
+            zipped = _is_stored_zip(file)
+            state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
             _refuse_trainers(file, state)
-            # (numpy knows no bfloat16)
-            self._tensors = {
-                name: (x.float() if x.dtype == torch.bfloat16 else x).numpy()
-                for name, x in _flat(state)
-            }
+            self._tensors = dict(_flat(state))
+            self.shapes = {name: tuple(x.shape) for name, x in self._tensors.items()}
+            expanded = [
+                name
+                for name, x in self._tensors.items()
+                if x.numel() * x.element_size() > x.untyped_storage().nbytes()
+            ]
         except pickle.UnpicklingError as error:
             raise UserError(f"{file}: holds more than tensors, and is not read for that") from error
         except (OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
             raise UserError(f"{file}: not a readable state dict ({_one_line(error)})") from error
-        except (KeyError, IndexError, OverflowError) as error:  # damaged inside
+        except (LookupError, ArithmeticError, AssertionError, RecursionError) as error:  # damaged
             raise UserError(f"{file}: not a readable state dict ({error!r:.200})") from error
-        self.where = str(file)
-        self.shapes = {name: tuple(array.shape) for name, array in self._tensors.items()}
+        if expanded:
+            raise UserError(
+                f"{file}: {expanded[0]} is {self.shapes[expanded[0]]}, more than the file holds of "
+                "it; save it again as it is, or as .safetensors"
+            )
 
     def read(self, name: str) -> np.ndarray:
         """One tensor in torch's layout."""
-        return self._tensors[name]
+        import torch
+
+        tensor = self._tensors[name]
+        if tensor.dtype == torch.bfloat16:  # numpy has none
+            tensor = tensor.float()
+        return only_floats(tensor.numpy(), f"{self.where}: {name}")
+
+
+def _is_stored_zip(file: Path) -> bool:
+    """Whether a file is a zip archive, as torch writes them; older ones are plain pickles.
+
+    Raises:
+      ValueError: one whose content is compressed, and might be of any size; torch never does so.
+    """
+    if not zipfile.is_zipfile(file):
+        return False
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError) as error:
+        raise ValueError(str(error)) from error
+    if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+        raise ValueError("its content is compressed, which torch does not do")
+    if sum(member.file_size for member in members) > file.stat().st_size:
+        raise ValueError("it says that it holds more than it does")
+    return True
 
 
 _TRAINERS = ("state_dict", "optimizer", "optimizer_states", "optimizer_state_dict", "global_step")

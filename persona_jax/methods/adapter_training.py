@@ -33,7 +33,7 @@ from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import buckets
-from persona_jax.runtime.run_folder import read_config
+from persona_jax.runtime.run_folder import read_run
 from persona_jax.training.state import StepFn, make_step
 
 LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[str, Array]]]
@@ -107,7 +107,7 @@ def init_from_run(workdir: Path, fresh: Mapping) -> dict:
     Raises:
       UserError: names every array that does not fit.
     """
-    which = "ema" if read_config(workdir).optimizer.ema_decay else "params"
+    which = "ema" if read_run(workdir).optimizer.ema_decay else "params"
     learnt = load_params(workdir / "checkpoints", which)
 
     def shapes(tree: Mapping) -> dict:

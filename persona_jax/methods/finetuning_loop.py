@@ -26,7 +26,7 @@ from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, checksums, files
 from persona_jax.runtime.mesh import (
     first_process,
     initialize_distributed,
@@ -38,6 +38,8 @@ from persona_jax.runtime.mesh import (
 from persona_jax.runtime.run_folder import refuse_another_run, write_run_files
 from persona_jax.training.loop import fit, locked
 from persona_jax.training.state import init_state
+
+LATENTS = "latents.npy"
 
 
 def finetune(config: ConfigDict, workdir: Path) -> None:
@@ -202,11 +204,27 @@ def class_images(
     hashes = [getattr(pipeline, name).hash for name in finetuning.TOWERS]
     settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
-    file = buckets.local(config.data.data_dir) / "class_pictures" / f"{name}.npy"
-    if not file.exists():
+    folder = buckets.local(config.data.data_dir) / "class_pictures" / name
+    shape = (count, *pipeline.latent_shape)
+    if reason := _fault(folder, shape):
+        if folder.exists():
+            print(f"class pictures {folder}: {reason}, painting again", flush=True)
         latents = _generate_class_images(pipeline, ids, config)
-        first_process(lambda: _write_whole(file, latents))
-    return {"class_latents": np.load(file, allow_pickle=False), "class_tokens": ids}
+        first_process(lambda: _write_latents(folder, latents))
+    return {"class_latents": np.load(folder / LATENTS, allow_pickle=False), "class_tokens": ids}
+
+
+def _fault(folder: Path, shape: tuple[int, ...]) -> str | None:
+    """What is wrong with kept latents, which must be of that shape; None where nothing is."""
+    if not (folder / LATENTS).exists():
+        return "not there"
+    try:
+        found = checksums.fault(folder) or np.load(folder / LATENTS, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        return f"damaged ({error})"
+    if isinstance(found, str):
+        return f"damaged ({found})"
+    return None if found.shape == shape else f"of shape {found.shape}, not {shape}"
 
 
 def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
@@ -223,11 +241,11 @@ def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDi
     return generation.in_batches(sampler, generation.sampler_params(pipeline), (), request)
 
 
-def _write_whole(file: Path, array: np.ndarray) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    beside = file.with_suffix(".part.npy")
-    np.save(beside, array)
-    beside.replace(file)
+def _write_latents(folder: Path, latents: np.ndarray) -> None:
+    files.remove(folder)
+    with files.whole_folder(folder) as inside:
+        np.save(inside / LATENTS, latents)
+        checksums.write(inside)
 
 
 def person_batches(
@@ -268,8 +286,12 @@ def _drawn(place_of: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarra
 
 
 def person_folder(workdir: Path, name: str) -> Path:
-    """Where a finished person's weights lie."""
-    return workdir / "people" / name
+    """Where a finished person's weights lie.
+
+    Raises:
+      UserError: `name` is no name, and would lead elsewhere.
+    """
+    return files.name_below(workdir / "people", name, "--person")
 
 
 def save_person(
@@ -277,18 +299,19 @@ def save_person(
 ) -> None:
     """Writes one person: towers as stock diffusers reads them, or a LoRA file in PEFT's layout.
 
-    ``person.json`` comes last: where it is, the person is finished.
+    The folder gets its name when all is there, with checksums.
     """
-    folder = person_folder(workdir, name)
-    folder.mkdir(parents=True, exist_ok=True)
-    for tower in learnt.keys() - {"lora"}:
-        half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
-        folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
-    if "lora" in learnt:
-        save_lora(learnt["lora"], folder / FILE, config.lora.alpha)
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
     about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
-    folders.write_json(folder / "person.json", about)
+    files.remove(person_folder(workdir, name))  # an unfinished one
+    with files.whole_folder(person_folder(workdir, name)) as folder:
+        for tower in learnt.keys() - {"lora"}:
+            half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
+            folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
+        if "lora" in learnt:
+            save_lora(learnt["lora"], folder / FILE, config.lora.alpha)
+        folders.write_json(folder / "person.json", about)
+        checksums.write(folder)
 
 
 def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
@@ -301,6 +324,7 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
     if not (folder / "person.json").exists():
         there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
+    checksums.verify(folder, None, "remove that folder and run the training again")
     frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         update = load_person_lora(workdir, name, pipeline, config)
@@ -324,5 +348,4 @@ def load_person_lora(
     abstract = jax.eval_shape(
         lambda: {"unet": lora.init(jax.random.key(0), pipeline.unet.params, config.lora.rank)}
     )
-    files = tensors.TensorFiles([file], str(file))
-    return tensors.load_tree(abstract, files)["unet"]
+    return tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)))["unet"]

@@ -135,6 +135,9 @@ def _parse(cls: type, raw: Mapping) -> CLIPTextConfig | CLIPVisionConfig:
         raise UserError(
             f"{cls.__name__}: hidden_act={config.hidden_act!r}; known: {sorted(_ACTIVATIONS)}"
         )
+    configs.divides("hidden_size", config.hidden_size, config.num_attention_heads, "heads")
+    if isinstance(config, CLIPVisionConfig) and config.image_size < config.patch_size:
+        raise UserError(f"image_size={config.image_size}: expected patch_size or more")
     return config
 
 

@@ -1,12 +1,25 @@
 """Reading a tower's ``config.json``: what is supported is a dataclass, all else is refused."""
 
 import dataclasses
+import types
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 from persona_jax.errors import UserError, listed
+from persona_jax.runtime import settings
 
 T = TypeVar("T")
+
+
+def _is_of(kind: Any, value: Any) -> bool:
+    """Whether a JSON value is of a field's type: plain, ``tuple[plain, ...]`` or one of several."""
+    if isinstance(kind, types.UnionType):
+        return any(_is_of(one, value) for one in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, list | tuple) and all(_is_of(get_args(kind)[0], x) for x in value)
+    if kind is not bool and isinstance(value, bool):
+        return False
+    return isinstance(value, (float, int) if kind is float else kind)
 
 
 def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T:
@@ -25,8 +38,7 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
 
     def understood(key: str, value: Any) -> bool:
         if key in fields:
-            plain = {float: (float, int), int: int, bool: bool, str: str}
-            return isinstance(value, plain.get(fields[key], (int, list, tuple)))
+            return _is_of(fields[key], value)
         return value in fixed[key] if key in fixed else value is None or value is False
 
     wrong = [
@@ -38,9 +50,16 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
         raise UserError(
             f"{cls.__name__}: unsupported settings in config.json: {listed(wrong, 300)}", wrong
         )
+    settings.check({key: raw[key] for key in raw if key in fields}, cls.__name__)
     values = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in raw.items()
         if key in fields
     }
     return cls(**values)
+
+
+def divides(key: str, value: int, parts: int, what: str) -> None:
+    """Raises UserError where a setting does not divide into that many parts."""
+    if value % parts:
+        raise UserError(f"{key}={value} does not divide by {parts}, {what}")

@@ -92,6 +92,13 @@ class UNetConfig:
         if len({len(getattr(config, name)) for name in per_level}) > 1:
             found = ", ".join(f"{len(getattr(config, name))} {name}" for name in per_level)
             raise UserError(f"UNetConfig: as many blocks down as up and as widths; found {found}")
+        if len(config.block_out_channels) > 8 or not config.block_out_channels:
+            raise UserError(f"UNetConfig: {len(config.block_out_channels)} blocks; 1 to 8 are read")
+        halved = 2 ** (len(config.block_out_channels) - 1)
+        configs.divides("sample_size", config.sample_size, halved, "what its blocks halve")
+        for width, heads in zip(config.block_out_channels, config.heads, strict=True):
+            configs.divides("block_out_channels", width, config.norm_num_groups, "norm_num_groups")
+            configs.divides("block_out_channels", width, heads, "heads")
         return config
 
     @property

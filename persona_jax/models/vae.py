@@ -55,6 +55,13 @@ class VAEConfig:
             raise UserError(
                 f"VAEConfig: unsupported blocks {sorted(strange)}; known: {sorted(known)}"
             )
+        blocks = len(config.block_out_channels)
+        if len({blocks, len(config.down_block_types), len(config.up_block_types)}) > 1:
+            raise UserError("VAEConfig: expected as many blocks down as up and as widths")
+        if not 1 <= blocks <= 8:
+            raise UserError(f"VAEConfig: {blocks} blocks; 1 to 8 are read")
+        for width in config.block_out_channels:
+            configs.divides("block_out_channels", width, config.norm_num_groups, "norm_num_groups")
         return config
 
     @property

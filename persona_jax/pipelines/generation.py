@@ -12,17 +12,21 @@ from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.sampler import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
+from persona_jax.errors import UserError
 from persona_jax.models import adapter
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines.pipeline import Pipeline
+from persona_jax.runtime import finite
 from persona_jax.runtime.compilation import compiler_options
 from persona_jax.runtime.mesh import local_sharding, replicated, traced_for
 
 LARGE = 2**30
 """Bytes of weights."""
+USUAL = 1e4
+"""Magnitude up to which latents, whose standard deviation is 1, can come of a picture."""
 
 
 @struct.dataclass
@@ -203,7 +207,8 @@ def of_each_picture(request: Request) -> list[bool]:
 
 
 def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
-    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; not jitted.
+    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; not jitted. Those of latents that are no
+    picture's (:data:`USUAL`) are nan.
 
     `frozen` has ``unet``, ``text_encoder`` and ``vae``.
     """
@@ -213,7 +218,8 @@ def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
     def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         latents = sample_latents(frozen, adapters, request)
         pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
-        return jnp.clip(pixels, -1.0, 1.0)
+        sound = (jnp.abs(latents) <= USUAL).all(axis=(1, 2, 3), keepdims=True)
+        return jnp.where(sound, jnp.clip(pixels, -1.0, 1.0), jnp.nan)
 
     return sample
 
@@ -236,7 +242,11 @@ def in_batches(
     request: Request,
     size: int = 32,
 ) -> Float[np.ndarray, "P H W C"]:
-    """A request for any number of pictures, or of latents, `size` at a time: one compilation."""
+    """A request for any number of pictures, or of latents, `size` at a time: one compilation.
+
+    Raises:
+      UserError: see :func:`each_batch`.
+    """
     count = len(request.keys)
     parts = (
         some_of(request, np.minimum(np.arange(start, start + size), count - 1))
@@ -252,12 +262,37 @@ def each_batch(
     requests: Iterable[Request],
     size: int,
 ) -> Iterator[Float[np.ndarray, "{size} H W C"]]:
-    """What a sampler makes of one request after the other, each for `size` pictures."""
+    """What a sampler makes of one request after the other, each for `size` pictures.
+
+    Raises:
+      UserError: what was painted is not finite; names the likely cause.
+    """
     # Once, not for every batch.
     everywhere = replicated(sampling_mesh(frozen, size))
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     for request in requests:
-        yield np.asarray(sampler(frozen, adapters, request))
+        painted = np.asarray(sampler(frozen, adapters, request))
+        refuse_not_finite(painted, frozen, adapters, request)
+        yield painted
+
+
+def refuse_not_finite(
+    painted: np.ndarray, frozen: Mapping, adapters: Sequence[Adapter], request: Request
+) -> None:
+    """Raises UserError, naming the likely cause, where pictures or latents are not finite."""
+    if np.isfinite(painted).all():
+        return
+    learnt = {str(i): adapter.params for i, adapter in enumerate(adapters)}
+    weights = {**frozen, "adapter": learnt}
+    inputs = {"references": request.references, "settings": (request.guidance, request.eta)}
+    cause = finite.beyond(weights) or finite.beyond(jax.tree.map(jnp.asarray, inputs))
+    remedy = "fetch, train or export that again"
+    if cause is None:
+        cause = finite.beyond(weights, float(np.finfo(np.float16).max))
+    if cause is None:
+        cause = f"guidance {float(request.guidance):g} and the scales given are too large"
+        remedy = "or the weights are damaged; take smaller ones"
+    raise UserError(f"what was sampled is not finite: {cause}; {remedy}")
 
 
 def some_of(request: Request, rows: np.ndarray) -> Request:

@@ -89,26 +89,37 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
     settings = pipeline.feature_extractor or {"size": side, "crop_size": side}
 
     def preprocess(photo: Image.Image) -> np.ndarray:
-        pixels = images.clip_preprocess(images.centre_crop(photo, crop), settings)
-        # (places beyond the tower's table would be NaN)
-        if pixels.shape != (side, side, 3):
-            raise UserError(
-                f"feature_extractor/preprocessor_config.json: makes pictures of {pixels.shape}, "
-                f"but the image encoder reads {side}×{side}; set size and crop_size to {side}"
-            )
-        return pixels
+        return _prepared(images.centre_crop(photo, crop), settings, side)
 
     def embed(params: Mapping, pixels: Array) -> Array:
         found = tower.module.apply({"params": params}, pixels)
         return (found.penultimate if patches else found.embedding).astype(jnp.float32)
 
     sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"
+    preprocess(Image.new("RGB", (side, side)))  # settings that do not fit are refused now
     if not patches:
         return ImageEncoder(sizes.projection_dim, preprocess, embed, tower.params, digest)
     nothing = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
     blank = jax.jit(embed)(tower.params, nothing)[0]
     digest += " patches"
     return ImageEncoder(sizes.hidden_size, preprocess, embed, tower.params, digest, blank)
+
+
+def _prepared(photo: Image.Image, settings: Mapping, side: int) -> Float[np.ndarray, "S S 3"]:
+    """CLIP's pixels of a photo. Raises UserError where `settings` do not make what the encoder
+    reads (places beyond its table would be NaN)."""
+    file = "feature_extractor/preprocessor_config.json"
+    try:
+        found = images.clip_preprocess(photo, settings)
+    except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{file}: cannot prepare photos by it ({error!r:.200})") from error
+    if found.shape != (side, side, 3) or not np.isfinite(found).all():
+        raise UserError(
+            f"{file}: makes pixels of {found.shape} of a photo, but the image encoder "
+            f"reads {side}×{side}, finite ones; set size and crop_size to {side}, or take the "
+            "extractor that belongs to it"
+        )
+    return found
 
 
 def _dlib_encoder(config: ConfigDict) -> ImageEncoder:

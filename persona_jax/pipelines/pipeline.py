@@ -22,6 +22,7 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
+from persona_jax.runtime import checksums
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,6 +108,8 @@ def load(
     """
     folder = folders.find(path_or_id)
     folders.refuse_other_families(folder)
+    parts = [*only, "scheduler", "tokenizer", "feature_extractor"]
+    checksums.verify(folder, parts, "fetch or make it again")
 
     def place(tower: str) -> Path:
         if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):

@@ -1,7 +1,6 @@
 """λ in its forms: one number, numbers by block or by layer, and regions of the picture."""
 
 import json
-import math
 from collections.abc import Mapping
 
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ from PIL import Image
 from persona_jax.errors import UserError
 from persona_jax.models.attention import LayerName
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
+from persona_jax.runtime import outside, settings
 
 Scale = float | dict[LayerName, float]
 
@@ -25,13 +25,15 @@ def read_scale(text: str, config: UNetConfig, flag: str = "--scale") -> Scale:
       UserError: neither, or blocks that this UNet does not have; names them.
     """
     try:
-        found = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{flag} {text}: neither a number nor JSON ({error})") from error
+        found = outside.parse_json(text, flag)
+    except UserError as error:
+        raise UserError(f"{flag} {text:.60}: neither a number nor JSON") from error
     if _is_number(found):
         return float(found)
     if not isinstance(found, dict):
-        raise UserError(f'{flag} {text}: a number, or blocks: {{"up": {{"block_0": 1}}}}')
+        raise UserError(
+            f'{flag} {text:.60}: {settings.FACTOR}, or blocks: {{"up": {{"block_0": 1}}}}'
+        )
     layers = cross_attention_layers(config)
     out = dict.fromkeys(layers, 0.0)
     sides = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
@@ -115,5 +117,4 @@ def combine(
 
 
 def _is_number(value: object) -> bool:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return value in settings.FACTOR

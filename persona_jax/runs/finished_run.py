@@ -13,7 +13,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
-from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.checkpoints import load_newest
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.methods import adapter_training, finetuning, finetuning_loop
 from persona_jax.models.adapter import Adapter
@@ -22,7 +22,8 @@ from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
-from persona_jax.runtime.run_folder import read_config
+from persona_jax.runtime import checksums
+from persona_jax.runtime.run_folder import read_run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Run:
       pipeline: the frozen base.
       encoder: what the adapter looks at photos with; None where there is none.
       adapter: None where weights belong to people.
+      step: of the checkpoint that was read, the newest whole one; None where none was.
     """
 
     workdir: Path
@@ -59,6 +61,7 @@ class Run:
     pipeline: Pipeline
     encoder: ImageEncoder | None = None
     adapter: Adapter | None = None
+    step: int | None = None
 
     @property
     def personal(self) -> bool:
@@ -95,19 +98,17 @@ def open_run(workdir: Path, crop: float | None = None, weights: str | None = Non
     Raises:
       UserError: no run there, or files that do not fit.
     """
-    config = read_config(workdir)
+    config = read_run(workdir)
     if crop is not None:
         config.data.crop = crop
     pipeline = open_pipeline(config)
     if config.method in finetuning.METHODS:
         return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    params, encoder = (
-        load_params(workdir / "checkpoints", which),
-        open_image_encoder(config, pipeline),
-    )
+    step, params = load_newest(workdir / "checkpoints", which)
+    encoder = open_image_encoder(config, pipeline)
     learnt = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
-    return Run(workdir, config, pipeline, encoder, learnt)
+    return Run(workdir, config, pipeline, encoder, learnt, step)
 
 
 def open_base(base: str) -> Run:
@@ -152,6 +153,7 @@ def open_adapter(path: Path, base: str, image_encoder: str | None = None, crop: 
     unet, tower = pipeline.unet, pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path
     if path.is_dir():
+        checksums.verify(path, ["aggregator.json"], "export it again")
         kind = folders.read_json(path / "aggregator.json").get("kind")
     else:
         # What it reads tells what it is; where both are as long, it is as published.

@@ -13,6 +13,8 @@ from persona_jax.data import images, photo_files
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation, scales
 from persona_jax.runs.finished_run import Run
+from persona_jax.runtime import settings
+from persona_jax.runtime.settings import number
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,7 +148,11 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         help="the person's photos; once more for another person or adapter",
     )
     flags.add_argument(
-        "--weights", type=float, nargs="+", action="append", help="how much each photo counts"
+        "--weights",
+        type=number(settings.NOT_NEGATIVE),
+        nargs="+",
+        action="append",
+        help="how much each photo counts",
     )
     flags.add_argument(
         "--scale",
@@ -162,7 +168,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
     )
     flags.add_argument(
         "--window",
-        type=float,
+        type=number(settings.SHARE),
         nargs=2,
         action="append",
         metavar=("FROM", "TO"),

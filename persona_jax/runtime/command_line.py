@@ -22,7 +22,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import buckets, memory
+from persona_jax.runtime import buckets, files, memory, settings
 from persona_jax.runtime.compilation import keep_compiled
 from persona_jax.runtime.mesh import use_cpu_cores
 from persona_jax.runtime.run_folder import leaves
@@ -77,7 +77,7 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argpar
 
 def _refuse(message: str) -> None:
     """In place of ArgumentParser.error, which prints the whole usage."""
-    raise UserError(f"command line: {message}; see --help")
+    raise UserError(f"command line: {message:.400}; see --help")
 
 
 def _exit_on_error(run: Callable[[], Any], verbose: bool = False) -> None:
@@ -109,9 +109,9 @@ def _tell(error: BaseException, verbose: bool = False) -> int:
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
-        text = " ".join(str(error).split())
-    elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        text = f"{error.strerror}: {error.filename or 'workdir'}"
+        text = str(error)
+    elif place := _of_the_disk(error):
+        text = place
     else:
         return 0
     details = getattr(error, "details", ())
@@ -123,6 +123,18 @@ def _tell(error: BaseException, verbose: bool = False) -> int:
     for line in details if verbose else ():
         print(f"  {line}", file=sys.stderr)
     return 2
+
+
+def _of_the_disk(error: BaseException | None) -> str | None:
+    """What a place does not allow, or a disk has no room for; None of another error."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in files.DISK:
+            return f"{error.filename or 'a file'}: {error.strerror}"
+        full = os.strerror(errno.ENOSPC)
+        if full in str(error):  # of libraries, whose errors are of their own kinds
+            return f"{full} ({type(error).__name__}); make room, then run the same command again"
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _leave(status: int) -> NoReturn:
@@ -154,7 +166,9 @@ def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser = config_parser(sys.modules[main.__module__].__doc__)
     parser.error = _refuse
     _add_verbose(parser)
-    parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
+    parser.add_argument(
+        "--workdir", required=True, type=settings.path, metavar="DIR", help="what this run writes"
+    )
     known, overrides = parser.parse_known_args(argv[1:])
     return load_config(known.config, overrides), buckets.local(known.workdir)
 
@@ -164,7 +178,9 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
     Raises UserError: see :func:`run_with_config`.
     """
-    return _override(_load_config(value), list(overrides))
+    config = _override(_load_config(value), list(overrides))
+    settings.check(config, f"--config {value}")
+    return config
 
 
 def _load_config(value: str) -> ConfigDict:
@@ -195,16 +211,16 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
         if match and match[1] not in before and f"no{match[1]}" not in before:
             near = difflib.get_close_matches(match[1], before, n=3, cutoff=0.5)
             hint = f"; did you mean {' or '.join(near)}?" if near else ""
-            raise UserError(f"--config.{match[1]}: no such key{hint}")
+            raise UserError(f"--config.{match[1]:.80}: no such key{hint}")
     values = flags.FlagValues()
     argv = ["", *overrides]
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
     except Exception as error:  # absl's and ml_collections' own kinds, some not flags.Error
-        raise UserError(f"command line: {error}") from error
+        raise UserError(f"command line: {' '.join(str(error).split()):.300}") from error
     if left:
-        raise UserError(f"command line: unexpected {left[0]!r}; see --help")
+        raise UserError(f"command line: unexpected {left[0]!r:.80}; see --help")
     after = leaves(values.config)
     for key, old in before.items():  # the one type ml_collections does not check
         if (
@@ -212,5 +228,7 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
             and {type(x) for x in after[key]} - {type(x) for x in old}
             and old
         ):
-            raise UserError(f"--config.{key}: found {after[key]!r}, expected the like of {old!r}")
+            raise UserError(
+                f"--config.{key}: found {after[key]!r:.150}, expected the like of {old!r:.150}"
+            )
     return values.config

@@ -8,16 +8,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from persona_jax.errors import UserError, shown
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, files
 
 
-def try_folder(out: str | Path, flag: str, files: str = "") -> Path:
+def try_folder(out: str | Path, flag: str, names: str = "") -> Path:
     """The folder that a flag names, in which files can be written; what it lacks is not made yet.
 
     Args:
       out: as it was given; may be in a bucket.
       flag: which flag.
-      files: pattern (:mod:`re`) of the names to be written.
+      names: pattern (:mod:`re`) of the files to be written.
 
     Raises:
       UserError: nothing can be written there, or a folder stands where a file is to be.
@@ -30,7 +30,7 @@ def try_folder(out: str | Path, flag: str, files: str = "") -> Path:
         place.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=place) as probe:
             probe.write(b"0")
-        folders = [x.name for x in os.scandir(place) if x.is_dir() and re.fullmatch(files, x.name)]
+        folders = [x.name for x in os.scandir(place) if x.is_dir() and re.fullmatch(names, x.name)]
         for path in absent:
             with contextlib.suppress(OSError):  # of use to somebody else meanwhile
                 path.rmdir()
@@ -48,30 +48,27 @@ def try_file(out: str | Path, flag: str) -> Path:
     """The file that a flag names, which can be written. Raises as :func:`try_folder`."""
     place = buckets.local(out)
     try_folder(place.parent, flag, re.escape(place.name))
-    if not place.name or len(os.fsencode(place.name)) > 240:
+    if not place.name or len(os.fsencode(place.name)) > 230:
         raise UserError(f"{flag} {shown(out)}: no name for a file; choose another")
     return place
 
 
 @contextlib.contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """Where to write what gets `file` as its name when it is all there, and not before.
+    """:func:`persona_jax.runtime.files.whole_file` for what a flag asked for, in a folder that is
+    made where absent.
 
     Raises:
       UserError: it cannot be written; what had that name before is as it was.
     """
-    beside = file.with_name(f".incomplete-{os.getpid()}-{file.name}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        yield beside
-        os.replace(beside, file)
+        with files.whole_file(file) as beside:
+            yield beside
     except OSError as error:
         raise UserError(
             f"{shown(file)}: cannot be written ({_reason(error)}); make room or write elsewhere"
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            beside.unlink(missing_ok=True)
 
 
 def write_text(file: Path, text: str) -> None:

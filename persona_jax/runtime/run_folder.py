@@ -2,7 +2,6 @@
 
 import importlib.metadata
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from persona_jax.errors import UserError
+from persona_jax.runtime import files, outside, settings
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
@@ -46,9 +46,8 @@ def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
             ("config.json", config.to_json(indent=2)),
             ("run.json", json.dumps(run, indent=2)),
         ):
-            beside = workdir / f"{name}.new"
-            beside.write_text(text + "\n")
-            os.replace(beside, workdir / name)
+            with files.whole_file(workdir / name) as beside:
+                beside.write_text(text + "\n")
     except OSError as error:
         raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
 
@@ -60,11 +59,38 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(_tuples(json.loads(path.read_text()))).lock()
+        return ConfigDict(_tuples(outside.read_json(path))).lock()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {workdir} a run's workdir?") from error
     except (ValueError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a configuration ({error}); was it edited?") from error
+
+
+RUN = {"method": str, "pipeline": str, "dtype": str, "data.crop": float, "data.data_dir": str}
+RUN |= {"sampling.steps": int, "sampling.guidance": float, "sampling.eta": float}
+RUN_OF_METHOD = {
+    "adapter": {"image_encoder.kind": str, "image_encoder.path": str, "aggregator.kind": str}
+    | {"optimizer.ema_decay": float, "references.n": int},
+    "dreambooth": {"token": str, "nouns": tuple, "train_text_encoder": bool},
+    "lora": {"token": str, "nouns": tuple, "lora.rank": int, "lora.alpha": float},
+}
+"""What reading a finished run takes of its configuration."""
+
+
+def read_run(workdir: str | Path) -> ConfigDict:
+    """The configuration of a run of persona_jax.train (see :func:`read_config`).
+
+    Raises UserError if it is of another command, or settings are missing.
+    """
+    config, where = read_config(workdir), str(Path(workdir) / "config.json")
+    settings.require(config, {"method": str}, where)
+    if config.method not in RUN_OF_METHOD:
+        raise UserError(f"{where}: method={config.method!r:.40}; known: {', '.join(RUN_OF_METHOD)}")
+    settings.require(config, RUN | RUN_OF_METHOD[config.method], where)
+    if config.method == "adapter" and config.aggregator.kind == "self_attention":
+        sizes = ("depth", "heads", "width", "pooling_heads")
+        settings.require(config, {f"aggregator.{name}": int for name in sizes}, where)
+    return config
 
 
 def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[str]) -> None:

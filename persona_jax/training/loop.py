@@ -4,7 +4,6 @@ import contextlib
 import fcntl
 import json
 import math
-import os
 import signal
 import sys
 import threading
@@ -22,12 +21,24 @@ from tqdm import tqdm
 
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints
-from persona_jax.runtime import buckets
+from persona_jax.runtime import buckets, files, finite
 from persona_jax.runtime.mesh import batch_sharding, put_batch, replicated
 from persona_jax.training.events import EventFile
 from persona_jax.training.state import StepFn, TrainState
 
 Callback = tuple[int, Callable[[int, TrainState], None]]
+
+
+class NotFinite(UserError):
+    """The loss or the gradient of a step is not finite."""
+
+    def __init__(self, step: int, what: str):
+        """step: counted from 1; what: says which number is what."""
+        self.step = step
+        super().__init__(
+            f"step {step}: {what}; stopped, and that state is not saved: lower "
+            "config.optimizer.learning_rate or lengthen the warm-up"
+        )
 
 
 def fit(
@@ -57,11 +68,16 @@ def fit(
     Writes workdir/checkpoints, metrics.jsonl (one line per log_every steps, means over them) and
     tensorboard. SIGTERM and SIGINT finish the step, save, and raise SystemExit(128 + signal).
 
-    Raises UserError if the loss or gradient is not finite (that state is never saved), if another
-    run uses workdir, if the checkpoint is of another configuration, or if the disk is full.
+    Raises UserError if the loss or gradient is not finite or a parameter has grown beyond use (that
+    state is never saved, and the checkpoint that the very next step fails from is set aside), if
+    another run uses workdir, if the checkpoint is of another configuration, or if the disk is full.
     """
     workdir = Path(workdir)
-    with locked(workdir), Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints:
+    with (
+        locked(workdir),
+        Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints,
+        _blamed(checkpoints, frozen, batches_from),
+    ):
         state = _resume(checkpoints, state)
         start = int(state.step)
         with _Log(workdir, start, steps, log_every) as log, _stop_signals() as signals:
@@ -137,6 +153,34 @@ def _next_batch(mesh: Mesh, batches: Iterator[Any], step: int) -> Any:
         raise UserError(f"the data ended before step {step}; it has to repeat") from None
 
 
+@contextlib.contextmanager
+def _blamed(
+    checkpoints: Checkpoints, frozen: Any, batches_from: Callable[[int], Iterator[Any]]
+) -> Iterator[None]:
+    """Where a step fails, looks for what it failed from: its batch, the frozen weights, or the
+    checkpoint just before, which is then set aside: the same command goes on from one before."""
+    try:
+        yield
+    except NotFinite as error:
+        bad = finite.beyond({"batch": next(batches_from(error.step - 1)), "frozen": frozen})
+        if _in_any_process(bool(bad)):
+            raise UserError(
+                f"step {error.step}: {bad or 'data of another process is not finite'}; stopped, "
+                "and that state is not saved: what is trained on is damaged; fetch or make it again"
+            ) from error
+        checkpoints.wait()
+        if checkpoints.latest() == error.step - 1:
+            reason = "the step from it is not finite"
+            checkpoints.set_aside(error.step - 1, reason, "so the next run starts before it")
+        raise
+
+
+def _in_any_process(what: bool) -> bool:
+    if jax.process_count() == 1:
+        return what
+    return bool(np.any(multihost_utils.process_allgather(np.array(what))))
+
+
 def _resume(checkpoints: Checkpoints, state: TrainState) -> TrainState:
     if checkpoints.latest() is None:
         return state
@@ -184,16 +228,13 @@ class _Log:
     def read(self, step: int, metrics: dict[str, Any]) -> bool:
         """Wait for one step's metrics and log them; return whether the run was told to stop.
 
-        Raises UserError if the loss or the gradient is not finite.
+        Raises NotFinite if the loss or the gradient is not finite.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         examples, stop = int(values.pop("examples")), values.pop("stop")
         for name in ("loss", "grad_norm"):
             if not math.isfinite(values.get(name, 0.0)):
-                raise UserError(
-                    f"step {step}: {name} is {values[name]}; stopped, and that state is not saved: "
-                    "lower config.optimizer.learning_rate or lengthen the warm-up"
-                )
+                raise NotFinite(step, f"{name} is {values[name]}")
         if self._main:
             self._add(step, values, examples)
         return bool(stop)
@@ -242,13 +283,12 @@ def _drop_beyond(path: Path, step: int) -> None:
     def kept(line: str) -> bool:
         try:
             return json.loads(line)["step"] <= step
-        except ValueError:
+        except (ValueError, LookupError, TypeError):
             return False
 
-    lines = [line for line in path.read_text().splitlines() if kept(line)]
-    beside = path.with_suffix(".jsonl.new")
-    beside.write_text("".join(line + "\n" for line in lines))
-    os.replace(beside, path)
+    lines = [line for line in path.read_text(errors="replace").splitlines() if kept(line)]
+    with files.whole_file(path) as part:
+        part.write_text("".join(line + "\n" for line in lines))
 
 
 @contextlib.contextmanager

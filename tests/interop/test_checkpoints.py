@@ -1,3 +1,5 @@
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import Checkpoints, load_params, newest_step
+from persona_jax.runtime import checksums
 
 
 @flax.struct.dataclass
@@ -113,6 +116,99 @@ def test_load_params_needs_no_template(tmp_path):
         checkpoints.save(3, state(3, ema=False))
     with pytest.raises(UserError, match="holds no 'ema'"):
         load_params(tmp_path, "ema")
+
+
+def flip(file, place, bit):
+    data = bytearray(file.read_bytes())
+    data[place] ^= 1 << bit
+    file.write_bytes(bytes(data))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's
+def test_no_flipped_bit_is_read(tmp_path, capfd):
+    """One bit, anywhere in what a tree is read from: the checkpoint before, and a line."""
+    save(tmp_path / "whole", 1, 2)
+    files = [p for p in sorted((tmp_path / "whole/2").rglob("*")) if p.is_file()]
+    sizes = np.asarray([p.stat().st_size for p in files], float)
+    random = np.random.default_rng(0)
+    # By size, and every file once.
+    chosen = [*range(len(files)), *random.choice(len(files), 30, p=sizes / sizes.sum())]
+    for number, i in enumerate(chosen):
+        copy = tmp_path / str(number)
+        shutil.copytree(tmp_path / "whole", copy)
+        name = files[i].relative_to(tmp_path / "whole")
+        flip(copy / name, int(random.integers(sizes[i])), int(random.integers(8)))
+        capfd.readouterr()
+        tree = load_params(copy)
+        if name.parts[1] in ("params", "meta"):
+            equal(tree, jax.tree.map(np.asarray, state(1).params))
+            assert f"{copy / '2'}: damaged ({'/'.join(name.parts[1:])} is not as" in (
+                capfd.readouterr().err
+            )
+        elif name.parts[1] in ("ema", "opt_state"):
+            equal(tree, jax.tree.map(np.asarray, state(2).params))  # was not read
+        if name.parts[1] in ("params", "meta", "ema", "opt_state") and number % 3 == 0:
+            with Checkpoints(copy) as checkpoints:
+                equal(checkpoints.restore(state(0)), state(1))
+            assert "is not as it was written" in capfd.readouterr().err
+        shutil.rmtree(copy)
+
+
+def test_poisoned_states_are_neither_saved_nor_read(tmp_path, capfd):
+    save(tmp_path, 1)
+    bad = state(2)
+    bad.params["half"] = bad.params["half"] * 0 + 1e30
+    with Checkpoints(tmp_path) as checkpoints:
+        with pytest.raises(UserError, match=r"step 2: params\.half .* 1e\+30; .*is not saved"):
+            checkpoints.save(2, bad)
+        checkpoints.save(2, state(2))
+    assert newest_step(tmp_path) == 2
+    # One from before states were checked.
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("persona_jax.interop.checkpoints.poison", lambda trees: None)
+        with Checkpoints(tmp_path, keep=9) as checkpoints:
+            checkpoints.save(3, bad.replace(step=state(3).step))
+            checkpoints.save(4, bad.replace(step=state(4).step))
+    equal(load_params(tmp_path), jax.tree.map(np.asarray, state(2).params))
+    with Checkpoints(tmp_path) as checkpoints:
+        equal(checkpoints.restore(state(0)), state(2))
+    told = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(told) == 4
+    assert all("damaged (params.half has a number of magnitude 1e+30)" in x for x in told)
+
+
+@pytest.mark.parametrize("name", ["mine [1]", "a\\b", "all*", "why?", "[!x]", os.fsdecode(b"\xff")])
+def test_folders_named_like_patterns(tmp_path, name):
+    """What Orbax and tensorstore take for a pattern, or for another path."""
+    folder = tmp_path / name / "c"
+    (tmp_path / "allies/c").mkdir(parents=True)  # what the pattern would find
+    save(folder, 1, 2, 3)
+    assert saved(folder) == ["2", "3"]
+    equal(load_params(folder), jax.tree.map(np.asarray, state(3).params))
+    with Checkpoints(folder) as checkpoints:
+        equal(checkpoints.restore(state(0)), state(3))
+    assert {p.name for p in tmp_path.iterdir()} == {name, "allies"}
+
+
+def saved(folder):
+    return sorted(p.name for p in folder.iterdir())
+
+
+def test_what_may_not_be_read_is_not_set_aside(tmp_path, monkeypatch):
+    save(tmp_path / "c", 1, 2)
+
+    def refused(file):
+        raise PermissionError(13, "Permission denied", str(file))
+
+    monkeypatch.setattr(checksums, "digest", refused)
+    with pytest.raises(UserError, match=r"c/2: checkpoint cannot be read \(Permission denied\)"):
+        load_params(tmp_path / "c")
+    with (
+        Checkpoints(tmp_path / "c") as checkpoints,
+        pytest.raises(UserError, match="cannot be read"),
+    ):
+        checkpoints.restore(state(0))
+    assert saved(tmp_path / "c") == ["1", "2"]
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's

@@ -128,14 +128,16 @@ def test_older_layouts_are_the_same_file(base, loaded, tmp_path, pairs):
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
-def test_alpha_beside_the_tensors_counts(base, loaded, tmp_path):
+@pytest.mark.parametrize(("alpha", "dtype"), [(1.5, np.float32), (1, np.int64)])
+def test_alpha_beside_the_tensors_counts(base, loaded, tmp_path, alpha, dtype):
     file, _ = write_lora(base, tmp_path, ATTENTION, text=False, alpha=3.0, metadata=False)
-    more = load_file(file) | {f"{KEY}.alpha": np.array(1.5, np.float32)}
+    more = load_file(file) | {f"{KEY}.alpha": np.array(alpha, dtype)}
     save_file(more, tmp_path / "alpha.safetensors")
     frozen = generation.sampler_params(loaded)
     one, other = (load_lora(f, frozen)["unet"] for f in (file, tmp_path / "alpha.safetensors"))
     name = KEY.removeprefix("unet.")
-    np.testing.assert_allclose(other[name]["lora_B"]["kernel"], one[name]["lora_B"]["kernel"] / 2)
+    expected = one[name]["lora_B"]["kernel"] * alpha / 3
+    np.testing.assert_allclose(other[name]["lora_B"]["kernel"], expected, rtol=1e-6)
 
 
 def kohya(tensors: dict, alphas: dict[str, float]) -> dict:

@@ -102,6 +102,10 @@ def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
     # Beside the encoder itself, as a whole CLIP repository has it.
     file = tmp_path / "base/image_encoder/preprocessor_config.json"
     file.write_text(json.dumps({"size": 24, "crop_size": 24}))
+    with pytest.raises(UserError, match=r"\(24, 24, 3\) of .*encoder reads 16×16"):
+        open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
+    # Photos of that size alone would do.
+    file.write_text(json.dumps({"do_resize": False, "do_center_crop": False}))
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
-    with pytest.raises(UserError, match=r"\(24, 24, 3\), but the image encoder reads 16×16"):
-        encoder.preprocess(photo)
+    with pytest.raises(UserError, match=r"\(30, 30, 3\) of .*encoder reads 16×16"):
+        encoder.preprocess(Image.new("RGB", (40, 30)))

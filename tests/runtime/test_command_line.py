@@ -173,7 +173,7 @@ def test_config_round_trip(tmp_path):
     with pytest.raises(UserError, match=r"is .* a run's workdir"):
         read_config(tmp_path)
     (tmp_path / "run" / "config.json").write_text('{"steps": ')
-    with pytest.raises(UserError, match="not a configuration"):
+    with pytest.raises(UserError, match="not readable as JSON"):
         read_config(tmp_path / "run")
 
 

@@ -14,6 +14,7 @@ import toy
 from tensorboardX.proto import event_pb2
 
 from persona_jax.errors import UserError
+from persona_jax.interop.checkpoints import Checkpoints
 
 TOY = Path(__file__).with_name("toy.py")
 
@@ -142,9 +143,58 @@ def test_sigterm_saves_and_exits(tmp_path, processes):
 
 
 def test_not_a_number_stops_at_the_step_and_is_not_saved(tmp_path):
-    with pytest.raises(UserError, match=r"step 7: loss is nan.*learning_rate"):
+    with pytest.raises(UserError, match=r"step 7: batch\.x is not finite"):
         toy.train(tmp_path, steps=20, save_every=1, nan_at=7)
-    assert saved(tmp_path) == [5, 6]
+    assert saved(tmp_path) == [5, 6]  # it was not their fault
+
+
+def fit(workdir, *, rate=1e-2, frozen=None, steps=6):
+    """save_every=1; at another learning rate, or with other frozen weights."""
+    mesh, towers = toy.make_mesh(), frozen or toy.frozen()
+    optimizer = toy.make_optimizer(toy.config(learning_rate=rate, warmup_steps=0))
+    return toy.fit(
+        toy.init_state(toy.params(), optimizer, mesh),
+        toy.make_step(toy.loss_fn, optimizer, mesh),
+        toy.place(towers, toy.shard_params(mesh, towers)),
+        toy.batches_from, steps=steps, workdir=workdir, mesh=mesh, save_every=1, log_every=1,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("rate", [1e30, 1e6, np.nan])
+def test_a_poisoned_state_is_not_saved_and_the_remedy_works(tmp_path, rate):
+    with pytest.raises(
+        UserError, match=r"step 1: params\.\S+ (has a number|is not finite).*learning_rate"
+    ):
+        fit(tmp_path, rate=rate)
+    assert saved(tmp_path) == []
+    assert int(fit(tmp_path).step) == 6
+
+
+def test_a_checkpoint_that_the_next_step_fails_from_is_set_aside(tmp_path, capfd):
+    """Two steps back, as far as there are checkpoints."""
+    fit(tmp_path, steps=1)
+    with Checkpoints(tmp_path / "checkpoints", 9) as checkpoints:
+        state = checkpoints.restore(toy.init_state(
+            toy.params(), toy.make_optimizer(toy.config()), toy.make_mesh()
+        ))  # fmt: skip
+        # Finite numbers, within float16, from which the loss is not.
+        scale = jax.numpy.full_like(state.params["out"]["scale"], 6e4)
+        kernel = jax.numpy.full_like(state.params["out"]["kernel"], 6e4)
+        bad = state.replace(params=state.params | {"out": {"kernel": kernel, "scale": scale}})
+        for step in (2, 3):
+            checkpoints.save(step, bad)
+    for step in (3, 2):
+        with pytest.raises(UserError, match=f"step {step + 1}: grad_norm is inf"):
+            fit(tmp_path)
+        assert (
+            f"checkpoints/{step}: the step from it is not finite; moved" in capfd.readouterr().err
+        )
+    assert int(fit(tmp_path).step) == 6
+
+
+def test_frozen_weights_that_are_not_finite_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"step 1: frozen\.tower is not finite"):
+        fit(tmp_path, frozen={"tower": toy.frozen()["tower"] * np.nan})
 
 
 def test_a_second_run_on_the_same_workdir_is_refused(tmp_path):
