@@ -307,7 +307,8 @@ def test_a_missing_shard_is_named(tmp_path):
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": 3}'])
 def test_a_damaged_index_is_named(content, tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(content)
-    with pytest.raises(UserError, match=r"model\.safetensors\.index\.json: not a readable index"):
+    words = "(not a readable index|not readable as JSON|expected a JSON object)"
+    with pytest.raises(UserError, match=rf"model\.safetensors\.index\.json: {words}"):
         weight_files(tmp_path)
 
 
