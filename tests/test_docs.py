@@ -19,7 +19,7 @@ from persona_jax.errors import UserError
 from persona_jax.metrics import distributions
 from persona_jax.models import aggregators
 from persona_jax.pipelines import image_encoders
-from persona_jax.runtime.command_line import config_parser
+from persona_jax.runtime.command_line import VERBOSE, config_parser
 from persona_jax.runtime.run_folder import leaves
 
 ROOT = PACKAGE.parent
@@ -168,8 +168,8 @@ def test_flags_and_keys_anywhere_exist(page, known_flags, known_keys):
                 assert flag in flags, f"{page_id(page)}: {flag}"
 
 
-OF_OTHERS = {"--check", "--slow", "--base", "--help"}
-"""ruff's, the tests' own, `python -m persona_jax.base.ship`'s and everybody's."""
+OF_OTHERS = {"--check", "--slow", "--base", "--help", VERBOSE}
+"""Flags of ruff, of the tests, of ``persona_jax.base.ship``, and of every command."""
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -242,13 +242,14 @@ def test_the_example_of_an_image_encoder():
 
 
 def test_the_example_of_a_metric():
-    precision = example("precision", distributions)
+    coverage = example("coverage", distributions)
     real = np.random.default_rng(0).normal(size=(50, 4))
-    assert precision(real, real) == 1.0
-    assert precision(real + 100.0, real) == 0.0
-    assert precision(np.concatenate([real, real + 100.0]), real) == 0.5
-    with pytest.raises(UserError, match="more than 3"):
-        precision(real, real[:3])
+    assert coverage(real, real) == 1.0
+    assert coverage(real + 100.0, real) == 0.0
+    far = np.where(np.arange(50)[:, None] < 25, real, real + 100.0)
+    assert coverage(real[:25], far) == 0.5
+    with pytest.raises(UserError, match="more than 5"):
+        coverage(real, real[:5])
 
 
 def test_readme_uses_names_that_the_package_has():
