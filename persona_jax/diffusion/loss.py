@@ -1,4 +1,4 @@
-"""The training loss: E ‖ε − ε_θ(z_t, t, c)‖² (design §1), its noise a function of the example."""
+"""The training loss: E ‖ε − ε_θ(z_t, t, c)‖² (docs/design.md, "The method")."""
 
 from collections.abc import Callable
 
@@ -18,7 +18,7 @@ def example_keys(
     seed: Int[Array, ""] | int, step: Int[Array, ""] | int, index: Int[Array, " B"]
 ) -> Key[Array, " B"]:
     """A key per example, ``[B]``, from (seed, step, global index) alone: the same whatever the
-    number of devices or processes (design §4)."""
+    number of devices or processes (docs/design.md, "Seeds and data order")."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 

@@ -163,7 +163,9 @@ def trained_unet(config: ConfigDict, pipeline: Pipeline) -> UNet2DConditionModel
 
 
 def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
-    """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch (design §1).
+    """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch.
+
+    Equation and conditions: docs/design.md, "The method".
 
     The batch is what :func:`persona_jax.data.loader.batches` gives; the frozen tree is
     :func:`adapter_frozen_params`'.

@@ -1,7 +1,8 @@
 """Aggregators: a set of reference embeddings [B, N, D] with weights [B, N] → one [B, D].
 
 A weight of 0 removes a photo everywhere, weight w counts it w times, and the empty set gives
-exactly the zero vector, which is the unconditional branch of stock IP-Adapter (design §2.3).
+exactly the zero vector, which is the unconditional branch of stock IP-Adapter (docs/design.md,
+"Sets and masks").
 """
 
 import dataclasses

@@ -1,4 +1,4 @@
-"""Attention, and the sources of keys and values that steer the UNet (design §2.1)."""
+"""Attention, and the sources that steer the UNet (docs/design.md, "Sources of keys and values")."""
 
 import math
 from collections.abc import Mapping

@@ -1,4 +1,4 @@
-"""Aggregators, design §2.3 line by line."""
+"""Aggregators: docs/design.md, "Sets and masks", line by line."""
 
 import functools
 
