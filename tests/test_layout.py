@@ -20,6 +20,7 @@ COMMANDS = (
 )
 LAYERS = (
     ("commands",),
+    ("api",),
     ("base", "planning", "runs"),
     ("evaluation", "methods"),
     ("pipelines", "training"),

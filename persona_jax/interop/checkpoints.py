@@ -189,7 +189,7 @@ def load_params(directory: str | Path, which: str = "params") -> Any:
     directory = Path(directory).absolute()
     steps = _steps(directory)
     if not steps:
-        raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
+        raise UserError(f"{directory}: no checkpoint here; train first, or check the folder's name")
     for step in steps:
         folder = directory / str(step)
         if not (folder / which).exists() and (folder / "params").exists():
@@ -209,7 +209,7 @@ def read_fingerprint(directory: str | Path) -> dict[str, Any]:
     directory = Path(directory).absolute()
     steps = _steps(directory)
     if not steps:
-        raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
+        raise UserError(f"{directory}: no checkpoint here; train first, or check the folder's name")
     try:
         return json.loads((directory / str(steps[0]) / "meta/metadata").read_text())["fingerprint"]
     except (OSError, ValueError, KeyError) as error:

@@ -39,7 +39,7 @@ def load_lora(file: Path, towers: Mapping[str, Mapping]) -> dict[str, LoraTree]:
         fit, halves without their other; names them.
     """
     if not file.is_file():
-        raise UserError(f"--lora {file}: no such file; expected a LoRA, .safetensors or .bin")
+        raise UserError(f"{file}: no such file; expected a LoRA, .safetensors or .bin")
     files = open_tensors(file)
     if any(name.startswith(("lora_unet_", "lora_te_")) for name in files.shapes):
         raise UserError(

@@ -75,7 +75,7 @@ def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: 
         reference.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
     except ValueError as error:
         raise UserError(
-            f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
+            f"verify: diffusers cannot load a LoRA ({error}); pip install peft", argument="verify"
         ) from error
     ours = our_sampler(run.pipeline, towers)()
     return accepted(apart(ours, diffusers_latents(reference, run.pipeline)))
@@ -95,7 +95,10 @@ def open_diffusers(folder: Path) -> Any:
         import diffusers
         import torch
     except ImportError as error:
-        raise UserError("--verify takes diffusers and torch; pip install -e '.[torch]'") from error
+        raise UserError(
+            "verify: takes diffusers and torch; pip install 'persona-jax[torch]'",
+            argument="verify",
+        ) from error
     reference = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
@@ -169,7 +172,8 @@ def accepted(difference: float) -> float:
     """
     if not difference <= MOST:
         raise UserError(
-            f"--verify: latents differ by {difference:.1e} from stock diffusers', more than "
-            f"{MOST:.0e}; nothing was written. In bfloat16 (--config.dtype) they always do"
+            f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
+            f"{MOST:.0e}; nothing was written. In bfloat16 (config.dtype) they always do",
+            argument="verify",
         )
     return difference

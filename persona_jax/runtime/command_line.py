@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ def run_with_config(
     errors. Exits the process on an error. argv: sys.argv where not given.
     """
     argv = list(sys.argv if argv is None else argv)
-    _exit_on_error(lambda: main(*_parse_config(argv, main)))
+    _exit_on_error(lambda: main(*_parse_config(argv, main)), {"config", "workdir"})
 
 
 def run_with_arguments(
@@ -56,7 +57,8 @@ def run_with_arguments(
     """
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
-    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])))
+    own = {action.dest for action in parser._actions if action.option_strings}
+    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), own)
 
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -72,7 +74,8 @@ def _refuse(message: str) -> None:
     raise UserError(f"command line: {message}; see --help")
 
 
-def _exit_on_error(run: Callable[[], Any]) -> None:
+def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str]) -> None:
+    """Runs a command. own: names of its flags, without dashes."""
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
     memory.give_back_after_compilation()
@@ -81,7 +84,7 @@ def _exit_on_error(run: Callable[[], Any]) -> None:
         with buckets.keeping():
             run()
     except (Exception, KeyboardInterrupt) as error:
-        status = _tell(error)
+        status = _tell(error, own)
         if not status:
             if not jax.distributed.is_initialized():
                 raise
@@ -89,18 +92,35 @@ def _exit_on_error(run: Callable[[], Any]) -> None:
         _leave(status or 1)
 
 
-def _tell(error: BaseException) -> int:
+def _tell(error: BaseException, own: AbstractSet[str]) -> int:
     """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours."""
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
-        text = " ".join(str(error).split())
+        text = with_flags(" ".join(str(error).split()), error.argument, own)
     elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         text = f"{error.strerror}: {error.filename or 'workdir'}"
     else:
         return 0
     print(f"error: {text}", file=sys.stderr)
     return 2
+
+
+def with_flags(text: str, argument: str, own: AbstractSet[str]) -> str:
+    """An error of the library's with the flags of a command in it: ``config.a.b=`` becomes
+    ``--config.a.b=``, and the argument at fault is named as a flag, where the command has them.
+
+    Args:
+      text: of the error.
+      argument: see :class:`persona_jax.errors.UserError`.
+      own: names of the command's flags, without dashes.
+    """
+    if "config" in own:
+        text = re.sub(r"(?<![-\w.])config\.(?=[\w.]+=)", "--config.", text)
+    if not argument or argument not in own:
+        return text
+    begins = re.match(rf"{re.escape(argument)}\b", text)
+    return f"--{text}" if begins else f"{text} (--{argument})"
 
 
 def _leave(status: int) -> NoReturn:

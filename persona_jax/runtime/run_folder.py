@@ -50,7 +50,9 @@ def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
             beside.write_text(text + "\n")
             os.replace(beside, workdir / name)
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+        raise UserError(
+            f"workdir {workdir}: {error.strerror}; choose another", argument="workdir"
+        ) from error
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -82,8 +84,9 @@ def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[s
     ]
     if changes:
         raise UserError(
-            f"--workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
-            "choose another workdir, or go on with the configuration it has"
+            f"workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
+            "choose another workdir, or go on with the configuration it has",
+            argument="workdir",
         )
 
 
