@@ -46,7 +46,8 @@ PERSONAL = {
 def data() -> ConfigDict:
     return ConfigDict(
         {
-            # or "folder": one folder per person, named by data.folder; or "portraits"
+            # or "folder": one folder per person, named by data.folder; or drawn: "portraits",
+            # "portraits2" (128 px and more; no base that ships has seen them yet)
             "dataset": "lfw",
             "data_dir": "data",
             "manual_dir": "",  # where the archive lies; data_dir/manual if empty
@@ -57,7 +58,7 @@ def data() -> ConfigDict:
             "validation_people": -1,  # -1: all who remain with enough photos
             "least_photos": 10,  # of a validation or test person: nine references and a target
             "seed": 0,  # of the division of people
-            "portraits": {  # who is drawn, where the dataset is "portraits"
+            "portraits": {  # who is drawn, where the dataset is drawn
                 "people": {"train": 2048, "validation": 256, "test": 256},
                 "photos": 10,
                 "size": 64,
@@ -170,7 +171,8 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "width": 128,
                 "pooling_heads": 8,
             },
-            "references": {"n": 10, "fixed": False},
+            # wrong: share of the examples with a minority of photos of other people among them
+            "references": {"n": 10, "fixed": False, "wrong": 0.0},
             "flip": True,
             "drop": {"image": 0.05, "text": 0.05, "both": 0.05},
             "min_snr_gamma": 0.0,  # 0: off

@@ -17,10 +17,12 @@ import dataclasses
 import shutil
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
 from persona_jax.data import photo_files
@@ -29,8 +31,11 @@ from persona_jax.interop import cards, folders
 from persona_jax.interop.aggregator_files import save_aggregator
 from persona_jax.interop.checkpoints import read_fingerprint
 from persona_jax.interop.ip_adapter import save_ip_adapter, save_ip_adapter_bin
+from persona_jax.interop.lora_files import FILE, KOHYA_FILE, save_kohya, save_lora
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import adapter
+from persona_jax.models.towers import TOWERS
+from persona_jax.pipelines.pipeline import load as load_pipeline
 from persona_jax.pipelines.pipeline import save as save_pipeline
 from persona_jax.runs import diffusers_reference, finished_run
 from persona_jax.runtime import buckets
@@ -46,6 +51,7 @@ def main(arguments: argparse.Namespace) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: there is something already; name another folder")
     write = {"ip-adapter": write_adapter, "diffusers": write_pipeline, "lora": write_lora}
+    refuse_flags_without_use(arguments)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}-") as temporary:
@@ -60,6 +66,21 @@ def main(arguments: argparse.Namespace) -> None:
     print(f"written to {out}; {out / 'README.md'} says how to use it")
     if difference is not None:
         print(f"stock diffusers paints the same: latents differ by {difference:.1e}, relatively")
+
+
+def refuse_flags_without_use(arguments: argparse.Namespace) -> None:
+    """Refuses flags that a format has no use for.
+
+    Raises:
+      UserError: names them.
+    """
+    adapters = arguments.format == "ip-adapter"
+    flags = ("person",) if adapters else ("bin", "photos", "weights")
+    if given := [f"--{flag}" for flag in flags if getattr(arguments, flag)]:
+        raise UserError(
+            f"--format {arguments.format} has no use for {', '.join(given)}; leave it out, or take "
+            f"--format {'lora or diffusers' if adapters else 'ip-adapter'}"
+        )
 
 
 def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
@@ -85,34 +106,62 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         if learnt.blank is not None:  # photo by photo
             both = both[:, 0]
         save_file({"image_embeds": both}, folder / "image_embeds.safetensors")
-    text = cards.ip_adapter(run.config, trained, learnt.aggregator.kind, bool(arguments.photos))
-    (folder / "README.md").write_text(text)
+    kind, named = learnt.aggregator.kind, bool(arguments.photos)
+    card = cards.ip_adapter(run.config, trained, kind, named, missing_extractor(run))
+    (folder / "README.md").write_text(card)
     if not arguments.verify:
         return None
     return diffusers_reference.adapter_difference(run, folder, folders.find(run.config.pipeline))
+
+
+def missing_extractor(run: finished_run.Run) -> dict[str, Any] | None:
+    """What a run's CLIP encoder prepares photos by, where the base's folder does not say: settings
+    of transformers' CLIPImageProcessor."""
+    base, encoder = folders.find(run.config.pipeline), run.pipeline.image_encoder
+    if encoder is None or (base / "feature_extractor/preprocessor_config.json").exists():
+        return None
+    side = encoder.module.config.image_size
+    named = {"size": {"shortest_edge": side}, "crop_size": {"height": side, "width": side}}
+    known = run.pipeline.feature_extractor or named
+    return {key: known[key] for key in folders.clip_preprocessing(side) if key in known}
 
 
 def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
     """A pipeline folder."""
     config = read_config(workdir)
     if "method" not in config:
+        if arguments.person:
+            raise UserError(f"--person {arguments.person}: {workdir} is a base, which knows nobody")
         source = workdir / "pipeline"
         if not (source / "unet").is_dir():
             raise UserError(f"{source}: no finished base there")
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        if arguments.dtype != "float32":
+            cast_towers(folder, DTYPES[arguments.dtype])
         (folder / "README.md").write_text(cards.base(config))
         return diffusers_reference.base_difference(folder) if arguments.verify else None
     run, about, towers = open_finetuned(workdir, arguments)
+    dtype = DTYPES[arguments.dtype]
     changed = {
         name: dataclasses.replace(
-            getattr(run.pipeline, name),
-            params=jax.tree.map(lambda x: np.asarray(x, DTYPES[arguments.dtype]), towers[name]),
+            tower,
+            params=jax.tree.map(lambda x: np.asarray(x, dtype), towers.get(name, tower.params)),
         )
-        for name in finetuning.TOWERS
+        for name in TOWERS
+        if (tower := getattr(run.pipeline, name)) is not None
     }
     save_pipeline(dataclasses.replace(run.pipeline, **changed), folder)
     (folder / "README.md").write_text(cards.person(run.config, about, arguments.person))
     return diffusers_reference.base_difference(folder) if arguments.verify else None
+
+
+def cast_towers(folder: Path, dtype: DTypeLike) -> None:
+    """Writes the towers of a pipeline folder once more, in another type."""
+    parts = load_pipeline(str(folder))
+    for name in TOWERS:
+        tower = getattr(parts, name)
+        params = jax.tree.map(lambda x: np.asarray(x, dtype), tower.params)
+        folders.save_tower(folder / name, name, tower.config, params)
 
 
 def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
@@ -120,8 +169,9 @@ def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> fl
     run, about, towers = open_finetuned(workdir, arguments)
     if run.config.method != "lora":
         raise UserError(f"--format lora: {workdir} is a run of {run.config.method}")
-    name = "pytorch_lora_weights.safetensors"
-    shutil.copy(finetuning_loop.person_folder(workdir, arguments.person) / name, folder / name)
+    update = finetuning_loop.load_person_lora(workdir, arguments.person, run.pipeline, run.config)
+    for save, name in ((save_lora, FILE), (save_kohya, KOHYA_FILE)):
+        save(update, folder / name, run.config.lora.alpha, DTYPES[arguments.dtype])
     (folder / "README.md").write_text(cards.lora(run.config, about, arguments.person))
     if not arguments.verify:
         return None
@@ -181,7 +231,12 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--weights", choices=("ema", "params"), help="running average or last step; ema if there"
     )
-    flags.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    flags.add_argument(
+        "--dtype",
+        choices=tuple(DTYPES),
+        default="float32",
+        help="of the weights; an aggregator's and image_embeds stay float32",
+    )
     flags.add_argument(
         "--bin", action="store_true", help="ip_adapter.bin too, for old readers (takes torch)"
     )

@@ -202,7 +202,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         action="extend",
         default=[],
-        help="LoRA files in diffusers' layout",
+        help="LoRA files in the layout of diffusers, PEFT or kohya",
     )
     flags.add_argument(
         "--lora_scale", type=float, nargs="+", action="extend", help="how much each counts; 1"

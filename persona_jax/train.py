@@ -63,6 +63,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             batch_size=config.batch_size,
             n=config.references.n,
             fixed=config.references.fixed,
+            wrong=config.references.wrong,
             flip=config.flip,
             seed=config.seed,
             start_step=start,

@@ -11,11 +11,13 @@ import pytest
 import torch
 import torch_models
 from PIL import Image
+from safetensors import safe_open
 from safetensors.numpy import load_file
 from world import adapter_config, config_of, shaken, write_adapter, write_people
 
 from persona_jax import export, sample
 from persona_jax.interop.checkpoints import load_params
+from persona_jax.interop.lora_files import FILE
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
@@ -49,6 +51,8 @@ def world(tmp_path_factory):
         write_adapter(config, root / name)
     for name in ("dreambooth", "lora"):
         config = config_of(name, "lfw")
+        if name == "lora":
+            config.lora.alpha = 16.0  # of rank 4
         config.pipeline = str(root / "base")
         write_person(config, root / name)
     return root
@@ -217,6 +221,9 @@ def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys
     run_export(world, name, tmp_path / "out", *flags)
     assert "stock diffusers paints the same" in capsys.readouterr().out
     assert 'Call this person "sks person"' in (tmp_path / "out/README.md").read_text()
+    if form == "lora":  # in a person's folder, too
+        with safe_open(world / name / "people/ann" / FILE, framework="numpy") as handle:
+            assert json.loads(handle.metadata()["lora_adapter_metadata"])["unet.lora_alpha"] == 16
 
 
 def test_a_base_is_exported_whole(world, tmp_path, capsys):
@@ -238,6 +245,10 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
         ("lora", ["--format", "lora", "--person", "nobody"], "no such person"),
         ("sa", ["--format", "ip-adapter", "--photos", "nowhere.png"], "nowhere.png"),
         ("nothing", ["--format", "ip-adapter"], "nothing"),
+        ("lora", ["--format", "lora", "--person", "ann", "--bin"], "no use for --bin"),
+        ("lora", ["--format", "lora", "--person", "ann", "--weights", "ema"], "use for --weights"),
+        ("lora", ["--format", "diffusers", "--person", "ann", "--photos", "a"], "for --photos"),
+        ("sa", ["--format", "ip-adapter", "--person", "ann"], "no use for --person"),
     ],
 )
 def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
@@ -248,6 +259,32 @@ def test_what_cannot_be_exported(world, tmp_path, capsys, name, flags, words):
     assert error.startswith("error: ")
     assert words in error
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "flags"),
+    [
+        ("avg", "ip-adapter", []),
+        ("lora", "lora", ["--person", "ann"]),
+        ("lora", "diffusers", ["--person", "ann"]),
+        ("base", "diffusers", []),
+    ],
+)
+def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, form, flags):
+    if name == "base":
+        shutil.copytree(world / "base", tmp_path / "base/pipeline")
+        config = config_of("base", "lfw").to_dict()
+        (tmp_path / "base/config.json").write_text(json.dumps(config))
+    where = tmp_path if name == "base" else world
+    run_export(where, name, tmp_path / "out", "--format", form, "--dtype", "float16", *flags)
+    files = set((tmp_path / "out").rglob("*.safetensors"))
+    files -= {tmp_path / "out/aggregator.safetensors"}
+    assert files
+    for file in files:
+        found = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
+        assert found == {np.dtype("float16")}, file
+    if form == "diffusers":
+        torch_models.open_diffusers(tmp_path / "out")
 
 
 def test_what_is_there_is_left_alone(world, tmp_path, capsys):

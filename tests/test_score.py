@@ -145,7 +145,7 @@ def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeyp
         (["--pictures", "{tmp}/empty"], "no pictures in this folder"),
         (["--pictures", "{tmp}/nowhere"], "nowhere: no such folder"),
         (["--pictures", "{tmp}/broken/a.png"], "a.png: Not a directory"),
-        (["--save", "{tmp}/broken/a.png/x.npz"], "--save .*Not a directory"),
+        (["--save", "{tmp}/broken/a.png/x.npz"], "--save .*File exists"),
         (["--pictures", "{tmp}/mixed"], r"b.png: 8x16 pixels, but a.png has 16x16"),
         (["--pictures", "{tmp}/broken"], "a.png: not a readable picture"),
         (["--splits", "25"], "24 pictures in 25 splits"),

@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from persona_jax.data.people_folder import some
-from persona_jax.data.photos import Photos, load_photos
+from persona_jax.data.photos import DRAWN, Photos, load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.data.splits import People, grouped_people, photos_of, split_people
 
@@ -23,7 +23,7 @@ def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
     )
     if photos.skipped:
         print(f"{len(photos.skipped)} files are left out: {some(photos.skipped)}", flush=True)
-    if config.dataset == "portraits":
+    if config.dataset in DRAWN:
         return photos, grouped_people(photos.people)
     people = split_people(
         photos.people,

@@ -54,3 +54,20 @@ def leave_one_out(
     references[:count] = rng.choice(others, count, replace=False)
     mask = (np.arange(n - 1) < count).astype(np.float32)
     return Example(int(target), references, mask, bool(flip and rng.random() < 0.5))
+
+
+def with_wrong_photos(
+    example: Example, strangers: Int[np.ndarray, " S"], rng: np.random.Generator
+) -> Example:
+    """The example with a minority of its references, one or more, replaced by photos of other
+    people at random places; unchanged where it has fewer than three.
+
+    strangers: rows of photos of other people to draw from, as many as the example has places.
+    """
+    count = int(example.mask.sum())
+    if count < 3:
+        return example
+    wrong = int(rng.integers(1, (count - 1) // 2, endpoint=True))
+    references = example.references.copy()
+    references[rng.choice(count, wrong, replace=False)] = strangers[:wrong]
+    return example._replace(references=references)

@@ -11,7 +11,7 @@ import grain
 import numpy as np
 from jaxtyping import Int
 
-from persona_jax.data.leave_one_out import leave_one_out
+from persona_jax.data.leave_one_out import leave_one_out, with_wrong_photos
 from persona_jax.data.records import Arrays
 from persona_jax.errors import UserError
 
@@ -28,6 +28,7 @@ def batches(
     fixed: bool,
     flip: bool,
     seed: int,
+    wrong: float = 0.0,
     start_step: int = 0,
     process_index: int = 0,
     process_count: int = 1,
@@ -42,6 +43,7 @@ def batches(
       n: photos drawn for an example, the target included: N = n - 1.
       fixed: always as many references as there can be (see leave_one_out).
       flip: mirror half of the examples.
+      wrong: share of the examples that hold a minority of photos of other people.
       start_step: the first batch; nothing before it is read or drawn.
 
     Yields:
@@ -49,19 +51,33 @@ def batches(
       "mask" [B, N], "index" [B] int32: the example's place in the global order, modulo 2³¹}.
 
     Raises:
-      UserError: a person with one photo, or a batch that cannot be shared out evenly.
+      UserError: a person with one photo, a batch that cannot be shared out evenly, a share that is
+        none, or nobody else to take wrong photos from.
     """
+    if not 0 <= wrong <= 1 or (wrong and len(people_photos) < 2):
+        raise UserError(
+            f"config.references.wrong={wrong}: a share of 0 to 1, with {len(people_photos)} people "
+            "(two or more) to take photos of others from"
+        )
     if n < 2:
         raise UserError(f"n = {n} photos per example: expected at least 2 (a target and one more)")
     if alone := sum(len(photos) < 2 for photos in people_photos):
         raise UserError(f"{alone} people have fewer than 2 photos; train on the others")
-    targets = np.concatenate(people_photos).tolist()
+    rows = np.concatenate(people_photos)
+    targets = rows.tolist()
+    starts = np.cumsum([0, *(len(photos) for photos in people_photos)])
     persons = np.repeat(np.arange(len(people_photos)), [len(p) for p in people_photos])
 
     def draw(index: int, position: int) -> dict[str, np.ndarray]:
         photos = people_photos[persons[position]]
         rng = np.random.default_rng((seed, index))
         example = leave_one_out(photos, targets[position], rng, n=n, fixed=fixed, flip=flip)
+        if wrong and rng.random() < wrong:
+            # Positions of all photos but the person's own, which stand together.
+            own, first = len(photos), starts[persons[position]]
+            drawn = rng.integers(len(targets) - own, size=n - 1)
+            strangers = rows[np.where(drawn < first, drawn, drawn + own)]
+            example = with_wrong_photos(example, strangers, rng)
         return {**_as_arrays(example._asdict()), "index": _int32(index)}
 
     def gather(drawn: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -27,13 +27,17 @@ from persona_jax.data import archive as lfw_archive
 from persona_jax.data import captions, photo_files
 from persona_jax.data.people_folder import LABELS, PeopleFolder, legible, list_people, some
 from persona_jax.data.portraits.builder import Portraits, Settings
+from persona_jax.data.portraits2.builder import Portraits2
 from persona_jax.errors import UserError
 from persona_jax.runtime import buckets
 from persona_jax.runtime.locks import alone
 
 log = logging.getLogger(__name__)
 
-DATASETS = ("portraits", "lfw", "folder")
+DRAWN = {"portraits": Portraits, "portraits2": Portraits2}
+"""The data sets that a program draws."""
+
+DATASETS = (*DRAWN, "lfw", "folder")
 SPLIT = "photos"
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
@@ -79,7 +83,8 @@ class Photos:
 
     def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
         """A further feature of every photo, where the dataset has it: "identity" and "scene" of
-        portraits (see data/portraits/traits.py), or their "full_caption" ``[P]``."""
+        portraits (see data/portraits/traits.py), "traits" and "photo_scene" of portraits2, or their
+        "full_caption" ``[P]``."""
         values = [self.source[row][name] for row in self.rows]
         return np.asarray([v.decode() if isinstance(v, bytes) else v for v in values])
 
@@ -99,14 +104,14 @@ def load_photos(
     """Photos of a dataset, built on first use and whenever its source has changed.
 
     Args:
-      dataset: "portraits", drawn by a program; "lfw"; or "folder" for one folder per person
+      dataset: one of :data:`DRAWN`; "lfw"; or "folder" for one folder per person
         (`folder/person/photo.jpg`).
       data_dir: where built datasets are kept.
       manual_dir: "lfw": where the archive is or is to be downloaded to, and optionally
         `captions_meta.tsv`; `data_dir/manual` by default. A built dataset needs it no more.
       folder: "folder": the photos; may hold a `captions_meta.tsv` of its own.
       sha256: "lfw": digest of one more archive to accept beside those in third_party/.
-      portraits: "portraits": who to draw.
+      portraits: who to draw.
 
     Raises:
       UserError: no archive, unknown checksum, damaged archive, unknown dataset, empty folder, a
@@ -116,8 +121,8 @@ def load_photos(
     if dataset == "lfw":
         manual = buckets.local(manual_dir or data_dir / "manual")
         return _read(_build_lfw(data_dir, manual, sha256))
-    if dataset == "portraits":
-        return _read(_build_portraits(data_dir, portraits))
+    if dataset in DRAWN:
+        return _read(_build_drawn(data_dir, dataset, portraits))
     if dataset == "folder":
         if folder is None:
             raise UserError('dataset "folder": no folder given; set config.data.folder=DIR')
@@ -313,10 +318,12 @@ def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.Dat
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
 
-def _build_portraits(data_dir: pathlib.Path, settings: Settings) -> tfds.core.DatasetBuilder:
+def _build_drawn(
+    data_dir: pathlib.Path, dataset: str, settings: Settings
+) -> tfds.core.DatasetBuilder:
     with alone(data_dir):
-        place = data_dir / f"portraits-{settings.digest}"
-        builder = Portraits(data_dir=place, settings=settings, file_format=ARRAY_RECORD)
+        place = data_dir / f"{dataset}-{settings.digest}"
+        builder = DRAWN[dataset](data_dir=place, settings=settings, file_format=ARRAY_RECORD)
         return builder if builder.data_path.exists() else _prepare(builder, None)
 
 

@@ -94,6 +94,70 @@ STABLE_DIFFUSION = {
 """``scheduler_config.json`` of Stable Diffusion 1.x, as read by DDIM."""
 
 
+_SAMPLERS = (
+    "DDIMScheduler",
+    "DDIMInverseScheduler",
+    "DDIMParallelScheduler",
+    "DDPMScheduler",
+    "DDPMParallelScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverMultistepInverseScheduler",
+    "DPMSolverSDEScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "SASolverScheduler",
+    "TCDScheduler",
+    "UniPCMultistepScheduler",
+)
+"""diffusers' samplers of one diffusion process: their files describe the same noise."""
+
+
+def sampler_of(raw: Mapping[str, Any]) -> str:
+    """Whose ``scheduler_config.json`` it is: diffusers' name of the class, DDIM's where none is.
+
+    Raises:
+      UserError: flow matching, EDM, or a class that is not known.
+    """
+    name = raw.get("_class_name", "DDIMScheduler")
+    known = isinstance(name, str) and name in _SAMPLERS
+    if known and raw.get("use_flow_sigmas") is not True:
+        return name
+    kind = f"{name:.80}" if isinstance(name, str) else repr(name)[:80]
+    for mark, process in (("EDM", "EDM's preconditioned model"), ("Flow", "flow matching")):
+        if mark in kind or (mark == "Flow" and known):
+            kind += f" ({process})"
+    raise UserError(
+        f"scheduler_config.json: _class_name={kind}; read are Stable Diffusion's samplers, such as "
+        "DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler and DPMSolverMultistepScheduler"
+    )
+
+
+def for_ddim(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of ``DDIMScheduler.from_config(pipe.scheduler.config)``, where `pipe` is stock's
+    StableDiffusionPipeline of the same folder.
+
+    The pipeline turns clipping off and the offset on, in the files that have them. Those that
+    another sampler saved often leave them out, and then DDIM's own defaults count: clipping is on.
+
+    Args:
+      raw: the content of ``scheduler_config.json``.
+
+    Raises:
+      UserError: see :func:`sampler_of`.
+    """
+    own = sampler_of(raw) == "DDIMScheduler"
+    set_ = {"clip_sample": False, "steps_offset": 1}
+    return {**raw, **{key: value for key, value in set_.items() if own or key in raw}}
+
+
 def sampling_steps(schedule: Schedule, count: int) -> tuple[np.ndarray, np.ndarray]:
     """The `count` steps a sampler visits, from noise to picture, and the step after each.
 

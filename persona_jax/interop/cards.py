@@ -1,9 +1,16 @@
-"""What is written beside exported files: what they are, on which base, and how to use them."""
+"""What is written beside exported files: what they are, on which base, and how to use them.
+
+The code in them runs as it is printed, up to the lines that name the base and the photos.
+"""
 
 from collections.abc import Mapping
+from pathlib import PurePosixPath
 from typing import Any
 
 from ml_collections import ConfigDict
+
+from persona_jax.interop.folders import SHIPPED
+from persona_jax.interop.lora_files import FILE, KOHYA_FILE
 
 _AGGREGATES = {
     "resampler": "the set of the photos' embeddings, which its resampler reads together",
@@ -14,13 +21,34 @@ _AGGREGATES = {
     "self_attention": "self-attention over the set of the photos' embeddings",
 }
 
+_LOAD_PHOTO = """
+def load_photo(path):
+    \"\"\"Turned as EXIF says, and cut to the central square, as in training.\"\"\"
+    photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+    side = max(1, round(CROP * min(photo.size)))
+    left, top = (photo.width - side) // 2, (photo.height - side) // 2
+    return photo.crop((left, top, left + side, top + side))
 
-PAGE = """
-from aggregator import load  # the file beside this one
+"""
+
+_STOCK_ALONE = """
+**For stock diffusers alone.** IP-Adapter's own code and ComfyUI take a Plus file to read an image
+encoder's penultimate states, patch by patch; this one reads whole `image_embeds`, one for each
+photo. They load it without complaint where the sizes happen to agree, and paint nonsense.
+"""
+
+_PLUS = """
+As published Plus files do, it reads the image encoder's penultimate states; photo by photo.
 """
 
 
-def ip_adapter(config: ConfigDict, trained: Mapping[str, Any], kind: str, photos: bool) -> str:
+def ip_adapter(
+    config: ConfigDict,
+    trained: Mapping[str, Any],
+    kind: str,
+    photos: bool,
+    extractor: Mapping[str, Any] | None = None,
+) -> str:
     """Of an adapter.
 
     Args:
@@ -28,59 +56,118 @@ def ip_adapter(config: ConfigDict, trained: Mapping[str, Any], kind: str, photos
       trained: its checkpoint's fingerprint.
       kind: the aggregator's.
       photos: whether there are embeddings of photos beside it.
+      extractor: the settings of CLIPImageProcessor, where the base has none.
     """
-    made = (
-        ""
-        if not photos
-        else """
-`image_embeds.safetensors` holds `image_embeds`, made of the photos that were named at the export:
-`ip_adapter_image_embeds=[load_file("image_embeds.safetensors")["image_embeds"]]`.
-"""
-    )
-    see = """photos = [Image.open(path).convert("RGB") for path in PHOTOS]
-pixels = pipe.feature_extractor(photos, return_tensors="pt").pixel_values
-with torch.no_grad():
-    embeddings = pipe.image_encoder(pixels).image_embeds[None]"""
-    if config.image_encoder.kind != "clip":
-        see = f"""with torch.no_grad():
-    embeddings = FACES  # [1, N, D]: what the {config.image_encoder.kind} network sees"""
-    pool = """    image = load("aggregator.json")(embeddings)
-both = torch.cat([torch.zeros_like(image), image])[:, None]"""
-    needs, given = PAGE, "ip_adapter_image_embeds=[both]"
-    if kind == "resampler":
-        needs, pool = "", "both = torch.cat([torch.zeros_like(embeddings), embeddings])[:, None]"
-    if kind == "plus":
-        needs, pool, given = "", "", "ip_adapter_image=[photos]"
-        see = 'photos = [Image.open(path).convert("RGB") for path in PHOTOS]'
     layout = "Plus" if kind in ("resampler", "plus") else "plain"
+    notes = {"resampler": _STOCK_ALONE, "plus": _PLUS}.get(kind, "")
+    clip = config.image_encoder.kind == "clip"
+    parts = _reading(config, kind, extractor) if clip else _embeds_file(config)
+    made = """
+`image_embeds.safetensors` holds `image_embeds`, made of the photos that were named at the export,
+nothing (zeros, or no picture) before them: give
+`ip_adapter_image_embeds=[load_file("image_embeds.safetensors")["image_embeds"]]` in place of the
+above, and at a guidance of 1 the second half alone, `[1:]`.
+"""
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
 In IP-Adapter's {layout} layout. What it is given is {_AGGREGATES[kind]}.
-
+{notes}
 {_base(config, trained["unet"])}
 It reads image embeddings of the encoder of hash `{trained["eye"]}`.
 
 ```python
-import torch
-from diffusers import StableDiffusionPipeline
-from PIL import Image
-{needs}
-pipe = StableDiffusionPipeline.from_pretrained(BASE)
+{parts}```
+
+One person a call: diffusers gives all pictures of a batch the same photos. Photos are cut to their
+central part, a fraction of {config.data.crop:g} of the shorter side.
+{made if photos else ""}"""
+
+
+def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None) -> str:
+    """Code from photos to a picture, with CLIP's encoder."""
+    plus, resampler = kind == "plus", kind == "resampler"
+    encoder, more, classes = "", "", []
+    if path := config.image_encoder.path:
+        inside = PurePosixPath(path).parts[2:]
+        hub = inside and not path.startswith((".", "/", "~"))
+        place = f'"{"/".join(PurePosixPath(path).parts[:2])}", subfolder="{"/".join(inside)}"'
+        encoder += (
+            "image_encoder = CLIPVisionModelWithProjection.from_pretrained("
+            f"{place if hub else repr(path)})  # of the hash above\n"
+        )
+        more += ", image_encoder=image_encoder"
+        classes.append("CLIPVisionModelWithProjection")
+    if extractor is not None:
+        encoder += f"feature_extractor = CLIPImageProcessor(**{dict(extractor)!r})\n"
+        more += ", feature_extractor=feature_extractor"
+        classes.append("CLIPImageProcessor")
+    imported = f"from transformers import {', '.join(sorted(classes))}\n" if classes else ""
+    if not plus and not resampler:
+        imported += "\nfrom aggregator import load  # the file beside this one\n"
+    if plus:
+        read = "photos = [load_photo(path) for path in PHOTOS]\n"
+    else:
+        pooled = "embeddings" if resampler else 'load("aggregator.json")(embeddings)'
+        read = f"""photos = [load_photo(path) for path in PHOTOS]
+pixels = pipe.feature_extractor(photos, return_tensors="pt")
+with torch.no_grad():
+    embeddings = pipe.image_encoder(pixels.pixel_values).image_embeds[None]  # [1, N, D]
+    image = {pooled}[:, None]
+# With guidance, what is to be moved away from comes first: no photo at all.
+embeds = torch.cat([torch.zeros_like(image), image]) if GUIDANCE > 1 else image
+"""
+    torch = "" if plus else "import torch\n"
+    given = "ip_adapter_image=[photos]" if plus else "ip_adapter_image_embeds=[embeds]"
+    return f"""{torch}from diffusers import DDIMScheduler, StableDiffusionPipeline
+from PIL import Image, ImageOps
+{imported}
+{_base_line(config)}
+PHOTOS = ["1.jpg", "2.jpg", "3.jpg"]  # of one person
+CROP, GUIDANCE = {config.data.crop:g}, {config.sampling.guidance:g}
+
+{_LOAD_PHOTO}
+{encoder}pipe = StableDiffusionPipeline.from_pretrained(BASE{more}, safety_checker=None)
+{_ADAPTER}
+{read}{_painting(config, given)}"""
+
+
+_DDIM = """if type(pipe.scheduler) is not DDIMScheduler:
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config)"""
+
+_ADAPTER = f"""{_DDIM}
 pipe.load_ip_adapter(
     ".", subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
-)
-{see}
-{pool}
-pipe(
-    "a photo of a smiling person",
-    {given},
-    guidance_scale={config.sampling.guidance:g},
-).images[0].save("out.png")
-```
+)"""
 
-Photos are cut to their central part first, a fraction of {config.data.crop:g} of the shorter side.
-{made}"""
+
+def _embeds_file(config: ConfigDict) -> str:
+    """Code from the embeddings of named photos, where the encoder is none of diffusers'."""
+    return f"""from diffusers import DDIMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
+
+{_base_line(config)}
+GUIDANCE = {config.sampling.guidance:g}
+pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
+{_ADAPTER}
+# Of the photos that were named with --photos at the export: what the {config.image_encoder.kind}
+# network sees has no place in diffusers.
+embeds = load_file("image_embeds.safetensors")["image_embeds"]
+embeds = embeds if GUIDANCE > 1 else embeds[1:]
+{_painting(config, "ip_adapter_image_embeds=[embeds]")}"""
+
+
+def _painting(config: ConfigDict, given: str) -> str:
+    sampling = config.sampling
+    return f"""pipe.set_ip_adapter_scale({sampling.scale:g})
+pipe(
+    "a photo of a person",
+    {given},
+    guidance_scale=GUIDANCE,
+    num_inference_steps={sampling.steps},
+    eta={sampling.eta:g},
+).images[0].save("out.png")
+"""
 
 
 def person(config: ConfigDict, about: Mapping[str, Any], name: str) -> str:
@@ -88,20 +175,46 @@ def person(config: ConfigDict, about: Mapping[str, Any], name: str) -> str:
     return f"""{_head("dreambooth")}
 # A pipeline that knows {name}
 
-Call this person "{about["called"]}" in prompts; `StableDiffusionPipeline.from_pretrained(".")`.
+Call this person "{about["called"]}" in prompts.
 
-{_base(config, about["unet"])}"""
+{_base(config, about["unet"])}
+```python
+{_text_alone(config, about, 'BASE = "."  # this folder', "")}```
+"""
 
 
 def lora(config: ConfigDict, about: Mapping[str, Any], name: str) -> str:
     """Of a LoRA file."""
+    load = f'pipe.load_lora_weights(".", weight_name="{FILE}")  # takes peft\n'
     return f"""{_head("lora")}
 # A LoRA of {name}
 
-Call this person "{about["called"]}" in prompts. On the base, `pipe.load_lora_weights(".")`
-(diffusers needs peft for it).
+Call this person "{about["called"]}" in prompts.
 
-{_base(config, about["unet"])}"""
+`{FILE}` is in PEFT's layout, its α, {config.lora.alpha:g}, in the metadata, which
+diffusers 0.34 and newer read; `{KOHYA_FILE}` is the same in kohya's layout with α as tensors, for
+ComfyUI, A1111's web UI and older diffusers.
+
+{_base(config, about["unet"])}
+```python
+{_text_alone(config, about, _base_line(config), load)}```
+"""
+
+
+def _text_alone(config: ConfigDict, about: Mapping[str, Any], base: str, load: str) -> str:
+    sampling = config.sampling
+    return f"""from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+{base}
+pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
+{_DDIM}
+{load}pipe(
+    "a photo of a {about["called"]}",
+    guidance_scale={sampling.guidance:g},
+    num_inference_steps={sampling.steps},
+    eta={sampling.eta:g},
+).images[0].save("out.png")
+"""
 
 
 def base(config: ConfigDict) -> str:
@@ -120,3 +233,10 @@ def _head(tag: str) -> str:
 
 def _base(config: ConfigDict, unet: str) -> str:
     return f"It belongs to the base `{config.pipeline}`, whose UNet has the hash `{unet}`.\n"
+
+
+def _base_line(config: ConfigDict) -> str:
+    if config.pipeline in SHIPPED:
+        inside = f'files("persona_jax") / "assets/{config.pipeline}/pipeline"'
+        return f"from importlib.resources import files\n\nBASE = str({inside})"
+    return f"BASE = {config.pipeline!r}"

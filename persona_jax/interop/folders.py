@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,9 +56,17 @@ def _rename_vae(name: str) -> str:
 _BARE_CLIP = ("embeddings.", "encoder.", "final_layer_norm.", "pre_layrnorm.", "post_layernorm.")
 
 
+_OTHER_HALF = {
+    "text_model": ("text_projection.weight",),  # of CLIPTextModelWithProjection
+    "vision_model": ("text_model.", "text_projection.", "logit_scale"),  # of CLIPModel
+}
+
+
 def _rename_clip(prefix: str) -> Callable[[str], str | None]:
     def rename(name: str) -> str | None:
         if name.endswith("embeddings.position_ids"):  # a constant that old files carry
+            return None
+        if name.startswith(_OTHER_HALF[prefix]):  # stock passes these over, too
             return None
         return f"{prefix}.{name}" if name.startswith(_BARE_CLIP) else name
 
@@ -84,6 +93,11 @@ def find(path_or_id: str) -> Path:
     local = buckets.local(path_or_id)
     if path_or_id and local.is_dir():
         return local
+    if path_or_id and local.is_file():
+        raise UserError(
+            f"{path_or_id}: a single file, where a folder is read; open it with diffusers "
+            "(StableDiffusionPipeline.from_single_file), save_pretrained(FOLDER), and give FOLDER"
+        )
     owner, name, *inside = [*path_or_id.split("/"), ""]
     here = local.exists() or buckets.is_bucket(path_or_id)
     if not owner or owner in (".", "..", "~") or not name or here:
@@ -109,6 +123,24 @@ def find(path_or_id: str) -> Path:
     return Path(snapshot) / prefix
 
 
+def refuse_other_families(folder: Path) -> None:
+    """Names the family of a pipeline folder that is not of Stable Diffusion 1.x's or 2.x's kind.
+
+    Raises:
+      UserError: it is another.
+    """
+    index = folder / "model_index.json"
+    name = read_json(index).get("_class_name") if index.is_file() else None
+    parts = [part for part in ("transformer", "text_encoder_2") if (folder / part).is_dir()]
+    other = isinstance(name, str) and re.match(r"StableDiffusion(XL|3|Cascade)|(?!Stable)", name)
+    if other or parts:
+        has = f"has {' and '.join(f'{part}/' for part in parts)}"
+        raise UserError(
+            f"{folder}: {f'a {name:.60}' if other else has}; read are pipelines of Stable "
+            "Diffusion 1.x and 2.x (StableDiffusionPipeline)"
+        )
+
+
 def content_hash(folder: Path) -> str:
     """sha256 (hex) over a tower folder's config.json and weights, in the order of their names."""
     digest = hashlib.sha256()
@@ -127,6 +159,12 @@ def read_json(file: Path) -> dict:
         raise UserError(f"{file}: missing; is {file.parent.parent} a pipeline folder?") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: not readable as JSON ({error})") from error
+
+
+def vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings of a whole CLIPModel's vision tower, as that tower alone is saved with."""
+    own = {key: value for key, value in config["vision_config"].items() if key != "architectures"}
+    return own | {key: config[key] for key in ("projection_dim",) if key in config}
 
 
 def load_tower(
@@ -150,6 +188,8 @@ def load_tower(
       UserError: settings or tensors that do not fit, all named.
     """
     config = read_json(folder / "config.json")
+    if tower == "image_encoder" and isinstance(config.get("vision_config"), dict):
+        config = vision_half(config)
     module = build(tower, config, dtype)
     abstract = abstract_params(module)
     files = tensors.TensorFiles(tensors.weight_files(folder), str(folder))

@@ -5,6 +5,7 @@ dots with the last part renamed, and conversion is a rename and a transpose.
 """
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from persona_jax.errors import UserError
+from persona_jax.errors import UserError, listed
 from persona_jax.runtime import memory
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
@@ -106,23 +107,55 @@ def _open(file: Path) -> Any:
         ) from error
 
 
+STEMS = ("diffusion_pytorch_model", "model")
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a tower's folder: one file, or the shards its index names."""
-    for stem in ("diffusion_pytorch_model", "model"):
-        single = folder / f"{stem}.safetensors"
-        index = folder / f"{stem}.safetensors.index.json"
-        if single.exists():
-            return [single]
-        if index.exists():
-            shards = _shards(index)
-            missing = [shard for shard in shards if not (folder / shard).exists()]
-            if missing:
-                raise UserError(f"{index}: shards {', '.join(missing)} are missing; fetch them")
-            return [folder / shard for shard in shards]
+    """The safetensors files of a tower's folder: one file, or the shards its index names; where
+    there are none but those of a variant (``model.fp16.safetensors``), these.
+
+    Raises:
+      UserError: none, several variants, or shards that are missing.
+    """
+    for stem in STEMS:
+        if found := _weights(folder, f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            return found
+    variants = _variants(folder)
+    if len(variants) > 1:
+        raise UserError(
+            f"{folder}: weights of the variants {listed(sorted(variants))}, and none without; "
+            "rename the ones to read, without the variant"
+        )
+    for variant in variants:
+        for stem in STEMS:
+            names = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
+            if found := _weights(folder, *names):
+                return found
+    others = sorted(x.name for x in folder.glob("*") if x.suffix in (".bin", ".ckpt", ".msgpack"))
+    there = f"; there is {listed(others)}: save it as safetensors (diffusers does)"
     raise UserError(
         f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors "
-        "(or their .index.json); weights are read from safetensors"
+        f"(or their .index.json){there if others else '; weights are read from safetensors'}"
     )
+
+
+def _variants(folder: Path) -> set[str]:
+    """``fp16`` and the like, as diffusers names them."""
+    stems = "|".join(STEMS)
+    shapes = rf"(?:{stems})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
+    found = (re.fullmatch(shapes, path.name) for path in folder.glob("*"))
+    return {match[1] or match[2] for match in found if match}
+
+
+def _weights(folder: Path, single: str, index: str) -> list[Path]:
+    if (folder / single).exists():
+        return [folder / single]
+    if not (folder / index).exists():
+        return []
+    shards = _shards(folder / index)
+    if missing := [shard for shard in shards if not (folder / shard).exists()]:
+        raise UserError(f"{folder / index}: shards {listed(missing)} are missing; fetch them")
+    return [folder / shard for shard in shards]
 
 
 def _shards(index: Path) -> list[str]:
@@ -153,7 +186,8 @@ def load_tree(
       The tree of device arrays.
 
     Raises:
-      UserError: one message naming every missing, unexpected, misshapen and doubled tensor.
+      UserError: missing, unexpected, misshapen and doubled tensors, the first of each by name and
+        all in its details; or what kind of file it is.
     """
     expected = traverse_util.flatten_dict(dict(abstract))
     published: dict[str, str] = {}
@@ -180,6 +214,7 @@ def load_tree(
     ]
     _refuse(
         files.where,
+        files.shapes,
         missing=sorted(set(names) - set(published)),
         unexpected=sorted(set(published) - set(names)),
         misshapen=misshapen,
@@ -207,16 +242,48 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
 
-def _refuse(where: str, **problems: list[str]) -> None:
-    found = [
-        f"{len(names)} {kind}: {', '.join(names)}" for kind, names in problems.items() if names
-    ]
+def _refuse(where: str, names: Iterable[str], **problems: list[str]) -> None:
+    found = {kind: said for kind, said in problems.items() if said}
     if found:
-        raise UserError(f"{where}: the tensors do not fit; " + "; ".join(found))
+        told = "; ".join(f"{len(said)} {kind}: {listed(said)}" for kind, said in found.items())
+        raise UserError(
+            f"{where}: {foreign_kind(names) or f'the tensors do not fit; {told}'}",
+            [f"{kind}: {name}" for kind, said in found.items() for name in said],
+        )
 
 
-def save_tree(params: Mapping, file: Path) -> None:
-    """Writes a parameter tree as one safetensors file in torch's names and layouts."""
+_FOREIGN = {
+    "_orig_mod.": "saved from a model that torch.compile had wrapped (names start with _orig_mod.);"
+    " save its _orig_mod, or take the prefix off the names",
+    "module.": "saved from a model that DistributedDataParallel had wrapped (names start with "
+    "module.); save its module, or take the prefix off the names",
+    "model.diffusion_model.": "a checkpoint in Stability's single-file layout; open it with "
+    "diffusers (StableDiffusionPipeline.from_single_file) and save_pretrained a folder",
+    "image_proj_model.": "a raw checkpoint of IP-Adapter's trainer; rename image_proj_model. to "
+    "image_proj. and adapter_modules. to ip_adapter., and leave unet. out",
+    "adapter_modules.": "a raw checkpoint of IP-Adapter's trainer; rename image_proj_model. to "
+    "image_proj. and adapter_modules. to ip_adapter., and leave unet. out",
+    "state_dict.": "a trainer's whole checkpoint; save what is under state_dict alone",
+    "optimizer": "a trainer's whole checkpoint, with its optimizer; save the weights alone",
+    "base_model.model.": "a LoRA in PEFT's layout; give it with --lora",
+    "lora_unet_": "a LoRA in kohya's layout; give it with --lora",
+}
+
+
+def foreign_kind(names: Iterable[str]) -> str:
+    """What tensors of these names are, where they are known but not read; else empty."""
+    for name in names:
+        for prefix, told in _FOREIGN.items():
+            if name.startswith(prefix):
+                return f"{told} ({name:.80})"
+    return ""
+
+
+def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = None) -> None:
+    """Writes a parameter tree as one safetensors file in torch's names and layouts.
+
+    metadata: texts to keep in the file's header.
+    """
     flat = traverse_util.flatten_dict(dict(params))
     tensors = {
         # (ascontiguousarray would make a vector of a scalar)
@@ -225,5 +292,5 @@ def save_tree(params: Mapping, file: Path) -> None:
     }
     part = file.with_name(file.name + ".part")
     # transformers refuses a file that does not say whose layout it has.
-    save_file(tensors, part, metadata={"format": "pt"})
+    save_file(tensors, part, metadata={"format": "pt", **(metadata or {})})
     part.replace(file)

@@ -2,7 +2,9 @@
 
     embedding = load("aggregator.json")(embeddings)      # [B, N, D] → [B, D]
     both = torch.cat([torch.zeros_like(embedding), embedding])[:, None]
-    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1
+    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1: one person a call
+
+At ``guidance_scale=1`` diffusers takes ``embedding[:, None]`` alone.
 
 `embeddings` are what the pipeline's image encoder makes of the photos (``image_embeds``), N of any
 number. `weights` ``[B, N]`` count photos more or less, and 0 leaves one out.
@@ -45,8 +47,16 @@ class SetBlock(nn.Module):
         return x + self.fc2(nn.functional.gelu(self.fc1(self.norm2(x)), approximate="tanh"))
 
 
+def agreement(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """Mean cosine of each photo to all of its set, by their weights, [B, N, D] → [B, N]."""
+    unit = nn.functional.normalize(embeddings, dim=-1, eps=1e-6)
+    shares = weights / weights.sum(dim=1, keepdim=True)
+    return torch.einsum("bnd,bmd,bm->bn", unit, unit, shares)
+
+
 class AttentionPooling(nn.Module):
-    """A query per head reads the set; each head pools its own slice of a linear map of it."""
+    """A query per head reads the set, and photos that agree with the rest count more; each head
+    pools its own slice of a linear map of the set."""
 
     def __init__(self, dim: int, heads: int):
         """`dim` of the embeddings, shared out among `heads`."""
@@ -54,6 +64,7 @@ class AttentionPooling(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
         self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
         self.query = nn.Parameter(torch.zeros(heads, dim // heads))
+        self.consensus = nn.Parameter(torch.zeros(heads))
 
     def forward(self, seen: Tensor, x: Tensor, weights: Tensor) -> Tensor:
         """What decides, and what is pooled, [B, N, D] → [B, D]."""
@@ -62,6 +73,7 @@ class AttentionPooling(nn.Module):
             y.unflatten(-1, (heads, size)) for y in (self.to_k(self.norm(seen)), self.to_v(x))
         )
         logits = torch.einsum("hd,bnhd->bhn", self.query, keys) * size**-0.5
+        logits = logits + 20.0 * self.consensus[:, None] * agreement(x, weights)[:, None]
         shares = weighted_softmax(logits[:, :, None], weights)[:, :, 0]
         return torch.einsum("bhn,bnhd->bhd", shares, values).flatten(1)
 

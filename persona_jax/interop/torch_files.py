@@ -16,7 +16,8 @@ from persona_jax.interop.tensors import TensorFiles, Tensors
 
 def open_tensors(file: Path) -> Tensors:
     """The tensors of one file: safetensors, or anything else as torch's own."""
-    return TensorFiles([file], str(file)) if file.suffix == ".safetensors" else StateDict(file)
+    named = file.suffix.lower() == ".safetensors"
+    return TensorFiles([file], str(file)) if named else StateDict(file)
 
 
 class StateDict:
@@ -34,6 +35,7 @@ class StateDict:
             ) from error
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
+            _refuse_trainers(file, state)
             # (numpy knows no bfloat16)
             self._tensors = {
                 name: (x.float() if x.dtype == torch.bfloat16 else x).numpy()
@@ -51,6 +53,19 @@ class StateDict:
     def read(self, name: str) -> np.ndarray:
         """One tensor in torch's layout."""
         return self._tensors[name]
+
+
+_TRAINERS = ("state_dict", "optimizer", "optimizer_states", "optimizer_state_dict", "global_step")
+
+
+def _refuse_trainers(file: Path, state: Any) -> None:
+    """A trainer's checkpoint holds more than weights."""
+    found = [key for key in _TRAINERS if isinstance(state, Mapping) and key in state]
+    if found:
+        raise UserError(
+            f"{file}: a trainer's whole checkpoint (it has {', '.join(found)}); save the weights "
+            "alone, as .safetensors"
+        )
 
 
 def _flat(state: Mapping, prefix: str = "") -> Iterator[tuple[str, Any]]:

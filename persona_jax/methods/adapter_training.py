@@ -84,7 +84,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
             f"for {config.pipeline}; set config.init_from= to start afresh"
         )
     place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(config.init_from)
-    if place.suffix in (".safetensors", ".bin"):
+    if place.suffix.lower() in (".safetensors", ".bin"):
         learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
         if learnt["image_proj"].keys() != fresh["image_proj"].keys():
             plus = "latents" in learnt["image_proj"]

@@ -20,6 +20,7 @@ from persona_jax.data.photos import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
+from persona_jax.interop.lora_files import FILE, save_lora
 from persona_jax.methods import finetuning
 from persona_jax.models import lora
 from persona_jax.models.vae import AutoencoderKL
@@ -284,7 +285,7 @@ def save_person(
         half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
         folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
     if "lora" in learnt:
-        tensors.save_tree({"unet": learnt["lora"]}, folder / "pytorch_lora_weights.safetensors")
+        save_lora(learnt["lora"], folder / FILE, config.lora.alpha)
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
     about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
     folders.write_json(folder / "person.json", about)
@@ -302,14 +303,26 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
     frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
-        file = folder / "pytorch_lora_weights.safetensors"
-        abstract = jax.eval_shape(
-            lambda: {"unet": lora.init(jax.random.key(0), frozen["unet"], config.lora.rank)}
-        )
-        learnt = tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)))
-        return finetuning.apply(config, frozen, {"lora": learnt["unet"]})
+        update = load_person_lora(workdir, name, pipeline, config)
+        return finetuning.apply(config, frozen, {"lora": update})
     own = {
         tower: folders.load_tower(folder / tower, tower, param_dtype=jnp.float32).params
         for tower in finetuning.trained(config)
     }
     return finetuning.apply(config, frozen, own)
+
+
+def load_person_lora(
+    workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
+) -> lora.LoraTree:
+    """A finished person's low-rank update of the UNet; its α is the config's, and not counted in.
+
+    Raises:
+      UserError: tensors that do not fit.
+    """
+    file = person_folder(workdir, name) / FILE
+    abstract = jax.eval_shape(
+        lambda: {"unet": lora.init(jax.random.key(0), pipeline.unet.params, config.lora.rank)}
+    )
+    files = tensors.TensorFiles([file], str(file))
+    return tensors.load_tree(abstract, files)["unet"]

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
-from persona_jax.errors import UserError
+from persona_jax.errors import UserError, listed
 
 T = TypeVar("T")
 
@@ -30,12 +30,14 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
         return value in fixed[key] if key in fixed else value is None or value is False
 
     wrong = [
-        f"{key}={value!r}"
+        f"{key}={value!r:.60}"
         for key, value in raw.items()
         if not key.startswith("_") and not understood(key, value)
     ]
     if wrong:
-        raise UserError(f"{cls.__name__}: unsupported settings in config.json: {', '.join(wrong)}")
+        raise UserError(
+            f"{cls.__name__}: unsupported settings in config.json: {listed(wrong, 300)}", wrong
+        )
     values = {
         key: tuple(value) if isinstance(value, list) else value
         for key, value in raw.items()

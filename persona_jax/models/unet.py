@@ -80,6 +80,14 @@ class UNetConfig:
             raise UserError(
                 f"UNetConfig: unsupported blocks {sorted(strange)}; known: {sorted(known)}"
             )
+        if config.in_channels != config.out_channels:
+            kinds = {9: "inpainting", 5: "depth to image", 8: "instruct-pix2pix", 7: "upscaling"}
+            kind = f" ({kinds[config.in_channels]})" if config.in_channels in kinds else ""
+            raise UserError(
+                f"UNetConfig: in_channels={config.in_channels}, out_channels="
+                f"{config.out_channels}{kind}; read are UNets that predict noise from latents "
+                "alone, of as many channels: text to image"
+            )
         per_level = ("block_out_channels", "down_block_types", "up_block_types", "heads")
         if len({len(getattr(config, name)) for name in per_level}) > 1:
             found = ", ".join(f"{len(getattr(config, name))} {name}" for name in per_level)

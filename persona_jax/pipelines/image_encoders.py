@@ -78,16 +78,26 @@ def open_image_encoder(config: ConfigDict, pipeline: Pipeline) -> ImageEncoder:
 
 
 def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncoder:
-    tower, settings = pipeline.image_encoder, pipeline.feature_extractor
-    if tower is None or settings is None:
+    tower = pipeline.image_encoder
+    if tower is None:
         raise UserError(
-            "the pipeline has no image_encoder or no feature_extractor; name an image_encoder "
+            "the pipeline has no image_encoder; name an image_encoder "
             "(config.image_encoder.path=FOLDER_OR_HUB_ID)",
             argument="image_encoder",
         )
+    side = tower.module.config.image_size
+    # Where nobody says, as CLIP's: transformers' defaults at the tower's size.
+    settings = pipeline.feature_extractor or {"size": side, "crop_size": side}
 
     def preprocess(photo: Image.Image) -> np.ndarray:
-        return images.clip_preprocess(images.centre_crop(photo, crop), settings)
+        pixels = images.clip_preprocess(images.centre_crop(photo, crop), settings)
+        # (places beyond the tower's table would be NaN)
+        if pixels.shape != (side, side, 3):
+            raise UserError(
+                f"feature_extractor/preprocessor_config.json: makes pictures of {pixels.shape}, "
+                f"but the image encoder reads {side}×{side}; set size and crop_size to {side}"
+            )
+        return pixels
 
     def embed(params: Mapping, pixels: Array) -> Array:
         found = tower.module.apply({"params": params}, pixels)

@@ -5,6 +5,7 @@ code; stock diffusers opens what :func:`save` writes.
 """
 
 import dataclasses
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
-from persona_jax.diffusion.schedule import Schedule
+from persona_jax.diffusion.schedule import Schedule, for_ddim, sampler_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
@@ -49,19 +50,38 @@ class Pipeline:
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
         """Token ids padded to the text tower's length, and warnings for prompts cut short."""
-        return tokenize(self.tokenizer, prompts)
+        tower = self.text_encoder
+        return tokenize(self.tokenizer, prompts, tower and tower.module.config.vocab_size)
 
 
-def tokenize(tokenizer: Any, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
-    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut."""
+def tokenize(
+    tokenizer: Any, prompts: Sequence[str], rows: int | None = None
+) -> tuple[Int[np.ndarray, "B T"], list[str]]:
+    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut.
+
+    Args:
+      tokenizer: as from :func:`load_tokenizer`.
+      prompts: texts.
+      rows: of the text tower's embedding table; None: not known.
+
+    Raises:
+      UserError: a token whose id the table does not have.
+    """
     length = tokenizer.model_max_length
     warnings = [
         f"prompt of {count} tokens cut to {length}: {prompt[:60]!r}…"
         for prompt in prompts
         if (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > length
     ]
-    ids = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    return np.asarray(ids["input_ids"], np.int32), warnings
+    told = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    ids = np.asarray(told["input_ids"], np.int32)
+    if rows is not None and ids.size and not 0 <= ids.max() < rows:
+        token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+        raise UserError(
+            f"tokenizer: token {token!r:.60} has the id {ids.max()}, but the text tower's table "
+            f"has {rows} rows, 0 to {rows - 1}; take the tokenizer and text_encoder of one pipeline"
+        )
+    return ids, warnings
 
 
 def load(
@@ -86,6 +106,7 @@ def load(
       UserError: what is missing or does not fit, by name.
     """
     folder = folders.find(path_or_id)
+    folders.refuse_other_families(folder)
 
     def place(tower: str) -> Path:
         if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):
@@ -107,27 +128,88 @@ def load(
         else None
         for tower in TOWERS
     }
+    refuse_parts_that_do_not_fit(folder, loaded)
     scheduler = folders.read_json(folder / "scheduler" / "scheduler_config.json")
-    # StableDiffusionPipeline sets these two whatever the file says, or does not say.
-    schedule = Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1})
-    extractor = folder / "feature_extractor" / "preprocessor_config.json"
+    schedule = Schedule.from_json(for_ddim(scheduler))
+    text = loaded["text_encoder"]
+    positions = text.module.config.max_position_embeddings if text else None
     return Pipeline(
         **loaded,
         schedule=schedule,
         scheduler_config=scheduler,
-        tokenizer=load_tokenizer(folder / "tokenizer"),
-        feature_extractor=folders.read_json(extractor) if extractor.exists() else None,
+        tokenizer=load_tokenizer(folder / "tokenizer", positions),
+        feature_extractor=_feature_extractor(
+            folder, place("image_encoder") if loaded["image_encoder"] else None
+        ),
     )
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``."""
+def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None]) -> None:
+    """Refuses towers of different pipelines in one folder.
+
+    Raises:
+      UserError: names both settings.
+    """
+    for one, key, other, theirs in (
+        ("unet", "in_channels", "vae", "latent_channels"),
+        ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
+    ):
+        if loaded[one] is None or loaded[other] is None:
+            continue
+        have, want = (getattr(loaded[x].module.config, k) for x, k in ((one, key), (other, theirs)))
+        if have != want:
+            raise UserError(
+                f"{folder}: {one}/config.json has {key}={have}, but {other}/config.json "
+                f"{theirs}={want}; take both from one pipeline"
+            )
+
+
+def _feature_extractor(folder: Path, encoder: Path | None) -> dict[str, Any] | None:
+    """A pipeline's own, or what lies beside the image encoder; None: nowhere."""
+    beside = [encoder, encoder.parent / "feature_extractor"] if encoder else []
+    for place in (folder / "feature_extractor", *beside):
+        file = place / "preprocessor_config.json"
+        if file.exists():
+            return folders.read_json(file)
+    return None
+
+
+CLIP_LENGTH = 77
+"""Tokens of a prompt where neither tokenizer nor text tower says."""
+
+
+def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
+    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``, or
+    ``tokenizer.json``.
+
+    Args:
+      folder: of the tokenizer.
+      positions: of the text tower, which a prompt's tokens must not exceed; None: not known. A
+        tokenizer without ``model_max_length`` gets it from there.
+
+    Raises:
+      UserError: files that are missing or cannot be read.
+    """
     from transformers import CLIPTokenizer
 
     missing = [name for name in ("vocab.json", "merges.txt") if not (folder / name).is_file()]
     if missing and not (folder / "tokenizer.json").is_file():
         raise UserError(f"{folder}: no {' and no '.join(missing)}; a tokenizer needs them")
-    return CLIPTokenizer.from_pretrained(str(folder))
+    try:
+        tokenizer = CLIPTokenizer.from_pretrained(str(folder))
+        length = int(tokenizer.model_max_length)
+    except Exception as error:  # transformers' and tokenizers' own kinds, bare ones among them
+        told = " ".join(str(error).split())
+        raise UserError(
+            f"{folder}: not a readable CLIP tokenizer ({told:.200}); fetch it again"
+        ) from error
+    if length > 10**6:  # transformers' 1e30: nobody said
+        length = positions or CLIP_LENGTH
+    length = min(length, positions or length)
+    if length < 2:
+        raise UserError(f"{folder}: model_max_length={length}; a prompt takes 2 tokens or more")
+    tokenizer.model_max_length = length
+    return tokenizer
 
 
 def embed_captions(
@@ -139,9 +221,11 @@ def embed_captions(
       UserError: a pipeline without ``text_projection.safetensors``; those trained here have it.
     """
     text = folders.load_tower(folder / "text_encoder", "text_encoder")
-    ids, _ = tokenize(load_tokenizer(folder / "tokenizer"), captions)
+    config = text.module.config
+    tokenizer = load_tokenizer(folder / "tokenizer", config.max_position_embeddings)
+    ids, _ = tokenize(tokenizer, captions, config.vocab_size)
     files = tensors.TensorFiles([folder / "text_projection.safetensors"], str(folder))
-    shape = (text.module.config.hidden_size, text.module.config.projection_dim)
+    shape = (config.hidden_size, config.projection_dim)
     abstract = {
         "text_projection": {"kernel": jax.ShapeDtypeStruct(shape, jnp.float32)},
         "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
@@ -192,10 +276,25 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
     :func:`dtype_on`); the image encoder only where the method reads with it."""
     dtype = dtype_on(config, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
-    return load(
+    pipeline = load(
         config.pipeline,
         only=TOWERS if own_encoder else [tower for tower in TOWERS if tower != "image_encoder"],
         image_encoder=config.image_encoder.path if own_encoder else None,
         dtype=dtype,
         param_dtype=dtype,
     )
+    if note := sampler_note(pipeline):
+        print(note, file=sys.stderr)
+    return pipeline
+
+
+def sampler_note(pipeline: Pipeline) -> str:
+    """What is said of a folder whose sampler is not DDIM; empty where it is."""
+    name = sampler_of(pipeline.scheduler_config)
+    if name == "DDIMScheduler":
+        return ""
+    clipped = (
+        "; it clips, as diffusers' DDIM does where scheduler_config.json has no clip_sample: add "
+        '"clip_sample": false there if pictures are dull'
+    )
+    return f"note: DDIM samples in place of {name}{clipped * pipeline.schedule.clip_sample}"

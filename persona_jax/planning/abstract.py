@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
-from persona_jax.diffusion.schedule import Schedule
+from persona_jax.diffusion.schedule import Schedule, for_ddim
 from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.interop.folders import Tower
@@ -164,7 +164,7 @@ def open_abstract(config: ConfigDict, dtype: DTypeLike) -> Pipeline:
     return Pipeline(
         **towers,
         image_encoder=None,
-        schedule=Schedule.from_json({**scheduler, "clip_sample": False, "steps_offset": 1}),
+        schedule=Schedule.from_json(for_ddim(scheduler)),
         scheduler_config=scheduler,
         tokenizer=_Tokenizer(length),
         feature_extractor=None,

@@ -14,6 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from persona_jax.errors import UserError
+from persona_jax.interop import lora_files
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import UNPOOLED
 from persona_jax.pipelines import generation, pipeline
@@ -65,20 +66,20 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
         found = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
         theirs = diffusers_latents(reference, run.pipeline, ip_adapter_image_embeds=[both])
         worst = max(worst, apart(found, theirs))
-    return accepted(worst)
+    return accepted(worst, run.pipeline)
 
 
 def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: Path) -> float:
     """Of a LoRA file that stock diffusers loads on the base; `towers` are ours with it merged."""
     reference = open_diffusers(base)
     try:
-        reference.load_lora_weights(str(folder), weight_name="pytorch_lora_weights.safetensors")
+        reference.load_lora_weights(str(folder), weight_name=lora_files.FILE)
     except ValueError as error:
         raise UserError(
             f"verify: diffusers cannot load a LoRA ({error}); pip install peft", argument="verify"
         ) from error
     ours = our_sampler(run.pipeline, towers)()
-    return accepted(apart(ours, diffusers_latents(reference, run.pipeline)))
+    return accepted(apart(ours, diffusers_latents(reference, run.pipeline)), run.pipeline)
 
 
 def base_difference(folder: Path) -> float:
@@ -86,7 +87,7 @@ def base_difference(folder: Path) -> float:
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
     ours = our_sampler(parts)()
-    return accepted(apart(ours, diffusers_latents(open_diffusers(folder), parts)))
+    return accepted(apart(ours, diffusers_latents(open_diffusers(folder), parts)), parts)
 
 
 def open_diffusers(folder: Path) -> Any:
@@ -102,7 +103,8 @@ def open_diffusers(folder: Path) -> Any:
     reference = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
-    reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
+    if type(reference.scheduler) is not diffusers.DDIMScheduler:
+        reference.scheduler = diffusers.DDIMScheduler.from_config(reference.scheduler.config)
     reference.set_progress_bar_config(disable=True)
     return reference
 
@@ -164,16 +166,18 @@ def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
     return float(np.linalg.norm(ours - wide) / np.linalg.norm(wide))
 
 
-def accepted(difference: float) -> float:
-    """The difference.
+def accepted(difference: float, parts: Pipeline) -> float:
+    """The difference of what was painted on a pipeline.
 
     Raises:
       UserError: above :data:`MOST`.
     """
-    if not difference <= MOST:
-        raise UserError(
-            f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
-            f"{MOST:.0e}; nothing was written. In bfloat16 (config.dtype) they always do",
-            argument="verify",
-        )
-    return difference
+    if difference <= MOST:
+        return difference
+    half = parts.unet.module.dtype not in (None, jnp.float32)
+    cause = f"; it was painted in {parts.unet.module.dtype}, use float32 (config.dtype)"
+    raise UserError(
+        f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
+        f"{MOST:.0e}; nothing was written{cause if half else ''}",
+        argument="verify",
+    )

@@ -42,7 +42,7 @@ def run_with_config(
     errors. Exits the process on an error. argv: sys.argv where not given.
     """
     argv = list(sys.argv if argv is None else argv)
-    _exit_on_error(lambda: main(*_parse_config(argv, main)), {"config", "workdir"})
+    _exit_on_error(lambda: main(*_parse_config(argv, main)), {"config", "workdir"}, VERBOSE in argv)
 
 
 def run_with_arguments(
@@ -57,8 +57,16 @@ def run_with_arguments(
     """
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
+    _add_verbose(parser)
     own = {action.dest for action in parser._actions if action.option_strings}
-    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), own)
+    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), own, VERBOSE in argv)
+
+
+VERBOSE = "--verbose"
+
+
+def _add_verbose(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(VERBOSE, action="store_true", help="errors list everything they are about")
 
 
 def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argparse.Namespace:
@@ -74,7 +82,7 @@ def _refuse(message: str) -> None:
     raise UserError(f"command line: {message}; see --help")
 
 
-def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str]) -> None:
+def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str], verbose: bool = False) -> None:
     """Runs a command. own: names of its flags, without dashes."""
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
@@ -84,7 +92,7 @@ def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str]) -> None:
         with buckets.keeping():
             run()
     except (Exception, KeyboardInterrupt) as error:
-        status = _tell(error, own)
+        status = _tell(error, own, verbose)
         if not status:
             if not jax.distributed.is_initialized():
                 raise
@@ -92,8 +100,15 @@ def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str]) -> None:
         _leave(status or 1)
 
 
-def _tell(error: BaseException, own: AbstractSet[str]) -> int:
-    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours."""
+LONGEST = 480
+"""Characters of an error; more are printed with --verbose."""
+
+
+def _tell(error: BaseException, own: AbstractSet[str], verbose: bool = False) -> int:
+    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours.
+
+    own: names of the command's flags. verbose: print all of it, its details a line each.
+    """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
@@ -102,7 +117,14 @@ def _tell(error: BaseException, own: AbstractSet[str]) -> int:
         text = f"{error.strerror}: {error.filename or 'workdir'}"
     else:
         return 0
+    details = getattr(error, "details", ())
+    if not verbose and (len(text) > LONGEST or details):
+        more = " (--verbose: all of it)"
+        text = text if len(text) + len(more) <= LONGEST else f"{text[: LONGEST - len(more) - 1]}…"
+        text += more
     print(f"error: {text}", file=sys.stderr)
+    for line in details if verbose else ():
+        print(f"  {line}", file=sys.stderr)
     return 2
 
 
@@ -151,6 +173,7 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
 def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser = config_parser(sys.modules[main.__module__].__doc__)
     parser.error = _refuse
+    _add_verbose(parser)
     parser.add_argument("--workdir", required=True, metavar="DIR", help="what this run writes")
     known, overrides = parser.parse_known_args(argv[1:])
     return load_config(known.config, overrides), buckets.local(known.workdir)

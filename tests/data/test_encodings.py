@@ -1,5 +1,6 @@
 import json
 import shutil
+import weakref
 
 import numpy as np
 import pytest
@@ -196,3 +197,26 @@ def test_an_interrupted_job_goes_on_where_it_was(photos, tmp_path, small_shards)
     assert left == {"00000-of-00004", "00001-of-00004"}
     _, encoder = encode(photos, tmp_path)
     assert len(encoder.sizes) == 2
+
+
+def test_one_decoded_photo_is_held_at_a_time(photos, tmp_path, monkeypatch):
+    """Of photos of many megapixels a batch would take gigabytes."""
+    seen, most = [], []
+    whole = type(photos).image
+
+    def image(self, row):
+        picture = whole(self, row)
+        seen.append(weakref.ref(picture))
+        most.append(sum(one() is not None for one in seen))
+        return picture
+
+    monkeypatch.setattr(type(photos), "image", image)
+    job, _ = make_job(photos, tmp_path)
+
+    def go_through(pictures):
+        return {"levels": np.stack([np.float32(np.asarray(x).mean()) for x in pictures])}
+
+    object.__setattr__(job, "encode_images", go_through)
+    assert run(job).arrays["levels"].shape == (7, 2)
+    assert len(most) == 7
+    assert max(most) <= 2

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from persona_jax.data.leave_one_out import leave_one_out
+from persona_jax.data.leave_one_out import leave_one_out, with_wrong_photos
 
 PHOTOS = np.array([7, 3, 11, 20, 0, 5])
 
@@ -59,3 +59,17 @@ def test_mistakes():
     for photos, target, n in [([1], 1, 10), ([1, 2], 3, 10), ([1, 2], 1, 1)]:
         with pytest.raises(ValueError, match="need 2"):
             leave_one_out(np.array(photos), target, rng, n=n, fixed=False, flip=False)
+
+
+def test_wrong_photos_are_a_minority_at_random_places():
+    strangers = np.arange(100, 109)
+    rng, places = np.random.default_rng(0), Counter()
+    for example in draws(np.arange(10), 7, 500):
+        mixed = with_wrong_photos(example, strangers, rng)
+        count = int(example.mask.sum())
+        wrong = mixed.references >= 100
+        assert wrong.sum() == 0 if count < 3 else 1 <= wrong.sum() < count / 2
+        assert not wrong[count:].any()
+        np.testing.assert_array_equal(mixed.references[~wrong], example.references[~wrong])
+        places.update(np.flatnonzero(wrong).tolist())
+    assert set(places) == set(range(9))

@@ -61,6 +61,22 @@ def test_examples_are_of_one_person_and_flip_as_a_whole():
     assert all((batch["moments"] % 1 == 0).all() for batch in take(10, flip=False))
 
 
+def test_wrong_photos_come_from_other_people_in_the_share_asked_for():
+    mixed = own = 0
+    for batch in take(100, wrong=0.5):
+        for b in range(8):
+            tags = batch["embeddings"][b, batch["mask"][b] > 0, 0] - 1
+            person = OWNER[int(batch["moments"][b].flat[0])]
+            wrong = OWNER[tags.astype(int)] != person
+            assert 2 * wrong.sum() < len(tags)
+            own += len(tags) >= 3
+            mixed += wrong.any()
+    assert abs(mixed / own - 0.5) < 0.1
+    assert_same(take(1)[0], take(1, wrong=0.0)[0])
+    with pytest.raises(UserError, match=r"wrong=1\.5"):
+        take(1, wrong=1.5)
+
+
 def test_every_photo_once_an_epoch_in_a_new_order():
     stream = take(11, batch_size=4)  # Two epochs of 22.
     targets = np.concatenate([batch["tokens"][:, 0] for batch in stream])

@@ -11,6 +11,7 @@ from persona_jax.diffusion.schedule import (
     STABLE_DIFFUSION,
     Schedule,
     add_noise,
+    for_ddim,
     min_snr_weight,
     prediction_target,
     sampling_steps,
@@ -148,3 +149,22 @@ def test_min_snr_weights():
 def test_settings_of_other_families_are_refused_by_name(key, value):
     with pytest.raises(UserError, match=key):
         Schedule.from_json(STABLE_DIFFUSION | {key: value})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "flow matching"),
+        ({"_class_name": "FlowMatchHeunDiscreteScheduler"}, "flow matching"),
+        ({"_class_name": "EDMEulerScheduler"}, "EDM"),
+        ({"_class_name": "EDMDPMSolverMultistepScheduler"}, "EDM"),
+        ({"_class_name": "DPMSolverMultistepScheduler", "use_flow_sigmas": True}, "flow matching"),
+        ({"_class_name": "VQDiffusionScheduler"}, "VQDiffusionScheduler"),
+        ({"_class_name": "Mine" * 1000}, "MineMine"),
+        ({"_class_name": ["a"]}, "a"),
+    ],
+)
+def test_other_processes_are_refused_by_name(changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        for_ddim(STABLE_DIFFUSION | changes)
+    assert len(str(error.value)) < 500

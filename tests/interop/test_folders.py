@@ -2,6 +2,7 @@
 
 import json
 
+import diffusers
 import huggingface_hub
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch_models
+import transformers
 from flax import traverse_util
 from safetensors.torch import load_file, save_file
 
@@ -90,6 +92,75 @@ def test_sharded_files(tower, models, folder):
         folders.load_tower(folder / tower, tower)
 
 
+@pytest.mark.parametrize("tower", ["unet", "text_encoder"])
+@pytest.mark.parametrize("shards", [None, "20KB"])
+def test_weights_of_a_variant_alone_are_read(tower, shards, models, folder):
+    (folder / tower / FILES[tower]).unlink()
+    more = {"max_shard_size": shards} if shards else {}
+    models[tower].save_pretrained(folder / tower, variant="fp16", **more)
+    assert not (folder / tower / FILES[tower]).exists()
+    loaded = folders.load_tower(folder / tower, tower)
+    assert_is(loaded.params, models[tower])
+    if not shards:  # beside another variant, whoever has both must say which
+        name = FILES[tower].replace(".safetensors", ".{}.safetensors")
+        (folder / tower / name.format("ema")).touch()
+        with pytest.raises(UserError, match=r"variants ema, fp16, and none without"):
+            folders.load_tower(folder / tower, tower)
+
+
+def test_weights_of_another_kind_of_file_are_named(folder):
+    (folder / "unet" / FILES["unet"]).rename(folder / "unet/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"there is diffusion_pytorch_model\.bin: save it as"):
+        folders.load_tower(folder / "unet", "unet")
+
+
+def test_the_vision_half_of_a_whole_clip_model(folder):
+    """What people download: its config is nested, and old ones list all that transformers knows."""
+    torch.manual_seed(0)
+    config = transformers.CLIPConfig(
+        text_config=SETTINGS["text_encoder"],
+        vision_config=SETTINGS["image_encoder"],
+        projection_dim=12,
+    )
+    whole = transformers.CLIPModel(config)
+    whole.save_pretrained(folder / "clip")
+    file = folder / "clip/config.json"
+    settings = json.loads(file.read_text())
+    settings["vision_config"] |= {
+        **{
+            "length_penalty": 1.0,
+            "max_length": 20,
+            "num_beams": 1,
+            "temperature": 1.0,
+            "top_k": 50,
+        },
+        **{"top_p": 1.0, "repetition_penalty": 1.0, "typical_p": 1.0, "pruned_heads": {}},
+        **{"diversity_penalty": 0.0, "num_beam_groups": 1, "architectures": None},
+    }
+    file.write_text(json.dumps(settings))
+    loaded = folders.load_tower(folder / "clip", "image_encoder")
+    folders.save_tower(folder / "half", "image_encoder", loaded.config, loaded.params)
+    half = transformers.CLIPVisionModelWithProjection.from_pretrained(folder / "half").eval()
+    pixels = torch.from_numpy(torch_models.normal(1, 3, 16, 16))
+    with torch.no_grad():
+        expected = whole.eval().get_image_features(pixels)
+        expected = getattr(expected, "pooler_output", expected)
+        found = half(pixels).image_embeds
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+    seen = jnp.asarray(torch_models.nhwc(pixels))
+    ours = loaded.module.apply({"params": loaded.params}, seen).embedding
+    assert torch_models.relative(ours, expected) < 1e-5
+
+
+def test_a_projection_inside_a_text_encoder_is_passed_over_as_stock_does(models, folder):
+    edit(
+        folder / "text_encoder" / FILES["text_encoder"],
+        lambda tensors: tensors | {"text_projection.weight": torch.zeros(16, 16)},
+    )
+    loaded = folders.load_tower(folder / "text_encoder", "text_encoder")
+    assert_is(loaded.params, models["text_encoder"])
+
+
 OLD = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 
 
@@ -161,8 +232,70 @@ def test_what_does_not_fit_is_named_in_one_error(tower, folder):
     assert "2 missing" in message
     assert "1 unexpected" in message
     assert "1 misshapen" in message
-    assert all(name in message for name in expected)
+    details = "\n".join(error.value.details)
+    assert all(name in details for name in expected)
+    assert renamed in message
     assert "\n" not in message
+    assert len(message) < 500
+
+
+KINDS = [
+    ({"unet_config": {"in_channels": 9}}, "in_channels=9, out_channels=4 .inpainting"),
+    ({"unet_config": {"in_channels": 5}}, "depth to image"),
+    ({"unet_config": {"in_channels": 8}}, "instruct-pix2pix"),
+    ({"unet_config": {"out_channels": 8}}, "in_channels=4, out_channels=8"),
+]
+
+
+@pytest.mark.parametrize(("changes", "words"), KINDS)
+def test_unets_for_something_else_are_named(changes, words, folder):
+    settings = SETTINGS["unet"] | changes["unet_config"]
+    diffusers.UNet2DConditionModel(**settings).save_pretrained(folder / "unet")
+    with pytest.raises(UserError, match=words):
+        folders.load_tower(folder / "unet", "unet")
+
+
+@pytest.mark.parametrize(
+    ("rename", "words"),
+    [
+        (lambda name: f"_orig_mod.{name}", "torch.compile"),
+        (lambda name: f"module.{name}", "DistributedDataParallel"),
+        (lambda name: f"model.diffusion_model.{name}", "single-file layout"),
+        (lambda name: f"state_dict.{name}", "trainer's whole checkpoint"),
+        (lambda name: f"nobody.knows.{name}", "of them|unexpected"),
+    ],
+)
+def test_files_of_another_kind_are_named_in_few_words(rename, words, folder):
+    file = folder / "unet" / FILES["unet"]
+    edit(file, lambda tensors: {rename(name): x for name, x in tensors.items()})
+    with pytest.raises(UserError, match=words) as error:
+        folders.load_tower(folder / "unet", "unet")
+    assert len(str(error.value)) < 500
+    assert len(error.value.details) > 100
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("StableDiffusionXLPipeline", None),
+        ("StableDiffusion3Pipeline", None),
+        ("FluxPipeline", None),
+        (None, "text_encoder_2"),
+        (None, "transformer"),
+    ],
+)
+def test_folders_of_another_family_are_named(name, part, folder):
+    folders.refuse_other_families(folder)
+    if name:
+        folders.write_json(folder / "model_index.json", {"_class_name": name})
+    if part:
+        (folder / part).mkdir()
+    with pytest.raises(UserError, match=name or part):
+        folders.refuse_other_families(folder)
+    for known in ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline"):
+        folders.write_json(folder / "model_index.json", {"_class_name": known})
+        if not part:
+            folders.refuse_other_families(folder)
 
 
 def test_half_precision_towers_cast_on_loading_are_what_stock_reads_after_saving(models, folder):
@@ -215,7 +348,7 @@ def test_a_file_is_not_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").touch()
-    with pytest.raises(UserError, match="a/file: no such folder"):
+    with pytest.raises(UserError, match=r"a/file: a single file.*from_single_file"):
         folders.find("a/file")
 
 

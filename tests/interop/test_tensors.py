@@ -257,9 +257,10 @@ def test_every_name_is_listed_however_many(tmp_path):
     save_file(strange, tmp_path / "a.safetensors")
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.safetensors")
-    assert all(
-        name in str(error.value) for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"]
-    )
+    told = "\n".join(error.value.details)
+    assert all(name in told for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"])
+    assert "40 unexpected: strange.0" in str(error.value)
+    assert len(str(error.value)) < 500
 
 
 def test_one_tensor_under_two_names_is_refused(tmp_path):
@@ -316,5 +317,8 @@ def test_a_damaged_index_is_named(content, tmp_path):
 
 def test_a_folder_without_weights_is_named(tmp_path):
     (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(UserError, match=r"there is pytorch_model\.bin: save it as safetensors"):
+        weight_files(tmp_path)
+    (tmp_path / "pytorch_model.bin").unlink()
     with pytest.raises(UserError, match=r"weights are read from safetensors"):
         weight_files(tmp_path)

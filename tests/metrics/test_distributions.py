@@ -118,11 +118,41 @@ def test_a_uniform_marginal_rewards_a_single_class():
     assert d.inception_score(one_class, 0, 1, uniform=True)[0] == pytest.approx(10.0)
 
 
+def manifold(points: np.ndarray, centres: np.ndarray, k: int) -> float:
+    """Share of points within the k-th-neighbour balls of the centres, by definition."""
+    hits = 0
+    for point in points:
+        for i, centre in enumerate(centres):
+            others = np.delete(centres, i, axis=0)
+            radius = np.sort(np.linalg.norm(others - centre, axis=1))[k - 1]
+            if np.linalg.norm(point - centre) <= radius:
+                hits += 1
+                break
+    return hits / len(points)
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_precision_and_recall_by_definition(k):
+    rng = np.random.default_rng(0)
+    real, generated = rng.normal(size=(40, 3)), rng.normal(0.8, 0.7, size=(30, 3))
+    precision, recall = d.precision_recall(generated, real, k)
+    assert precision == pytest.approx(manifold(generated, real, k))
+    assert recall == pytest.approx(manifold(real, generated, k))
+    assert precision > recall  # narrower than the real ones
+
+
+def test_precision_and_recall_of_the_same_and_of_far_pictures():
+    real = np.random.default_rng(0).normal(size=(20, 4))
+    assert d.precision_recall(real, real) == (1.0, 1.0)
+    assert d.precision_recall(real + 100, real) == (0.0, 0.0)
+
+
 @pytest.mark.parametrize(
     ("wrong", "word"),
     [
         (lambda: d.inception_score(np.zeros((5, 3)), 0), "5 pictures in 10 splits"),
         (lambda: d.kernel_distance(np.zeros((1, 3)), np.zeros((9, 3)), 0), "KID needs 2"),
+        (lambda: d.precision_recall(np.zeros((3, 2)), np.zeros((9, 2))), "more than 3"),
         (lambda: d.moments(np.full((3, 2), np.nan)), "not finite"),
         (lambda: d.moments(np.zeros((1, 2))).covariance, "needs 2 pictures"),
         (

@@ -15,6 +15,7 @@ from persona_jax.models.aggregators import (
     Aggregator,
     AverageMLP,
     SelfAttentionAggregator,
+    agreement,
     weighted_softmax,
 )
 
@@ -217,7 +218,7 @@ def test_self_attention_moves_in_every_parameter():
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     }
-    assert moving(params) == {"pool/query", "pool/to_v/kernel"}
+    assert moving(params) == {"pool/query", "pool/consensus", "pool/to_v/kernel"}
     optimizer = optax.sgd(0.5)
     state = optimizer.init(params)
     for _ in range(3):
@@ -241,6 +242,28 @@ def test_pooling_heads_may_each_trust_another_photo():
     close(shares.sum(axis=-1), np.ones((B, MODULE.pooling_heads)))
     assert np.all(np.asarray(shares)[np.broadcast_to(w[:, None] == 0, shares.shape)] == 0)
     assert np.asarray(shares)[0].std(axis=0).max() > 1e-3
+
+
+def test_agreement_is_the_mean_cosine_to_the_set():
+    x = np.asarray(photos())
+    unit = x / np.linalg.norm(x, axis=-1, keepdims=True)
+    for b, w in enumerate(np.asarray(SETS)):
+        cosine = unit[b] @ unit[b].T
+        expected = [np.average(cosine[i], weights=w) for i in range(N)]
+        close(agreement(photos(), SETS)[b], expected)
+
+
+def test_photos_of_somebody_else_are_outvoted():
+    """Three of nine: with trust in agreement they get next to nothing."""
+    keys = jax.random.split(jax.random.key(5), 3)
+    person, other = (jax.random.normal(key, (B, 1, D)) for key in keys[:2])
+    x = 0.3 * jax.random.normal(keys[2], (B, N, D)) + jnp.concatenate(
+        [jnp.repeat(person, 6, axis=1), jnp.repeat(other, 3, axis=1)], axis=1
+    )
+    params = jax.tree.map(lambda leaf: leaf, start("self_attention"))
+    params["pool"]["consensus"] = jnp.ones(MODULE.pooling_heads)
+    _, shares = MODULE.apply({"params": params}, x, jnp.ones((B, N)))
+    assert shares[..., 6:].sum(axis=-1).max() < 0.05
 
 
 def test_weighted_softmax_is_a_softmax_with_log_weights():

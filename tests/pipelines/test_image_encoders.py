@@ -1,20 +1,24 @@
 """Which encoder a config gets, and what is said where it cannot be had."""
 
+import json
 import re
+import shutil
 
 import jax
 import numpy as np
 import pytest
+import torch_models
+import transformers
 from PIL import Image
 from world import SHARED, config_of
 
-from persona_jax.data import outside
+from persona_jax.data import images, outside
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights
 from persona_jax.interop.tensors import save_tree
 from persona_jax.models.facenet import FaceNet
 from persona_jax.pipelines.image_encoders import open_image_encoder
-from persona_jax.pipelines.pipeline import Pipeline
+from persona_jax.pipelines.pipeline import Pipeline, load
 
 
 def dlib_config(**changes):
@@ -83,3 +87,21 @@ def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
     seen = encoder.encode([Image.fromarray(p) for p in pixels])
     assert seen.shape == (2, 512)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
+
+
+def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
+    """transformers' defaults at the tower's size; and a size that the tower cannot read."""
+    torch_models.write_pipeline(tmp_path / "base")
+    shutil.rmtree(tmp_path / "base/feature_extractor")
+    encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
+    photo = Image.fromarray(np.random.default_rng(0).integers(0, 255, (40, 30, 3), np.uint8))
+    square = images.centre_crop(photo, config_of("sa").data.crop)
+    stock = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
+    expected = stock(square, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
+    np.testing.assert_allclose(encoder.preprocess(photo), expected, atol=1e-5)
+    # Beside the encoder itself, as a whole CLIP repository has it.
+    file = tmp_path / "base/image_encoder/preprocessor_config.json"
+    file.write_text(json.dumps({"size": 24, "crop_size": 24}))
+    encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
+    with pytest.raises(UserError, match=r"\(24, 24, 3\), but the image encoder reads 16×16"):
+        encoder.preprocess(photo)

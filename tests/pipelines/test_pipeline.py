@@ -93,6 +93,56 @@ def test_the_tokenizer_is_saved_for_old_and_new_readers(theirs, ours, tmp_path, 
     assert not caplog.records  # nor anything from transformers
 
 
+def test_a_token_beyond_the_table_is_refused(copy):
+    """Textual inversion adds such tokens; a table read beyond its end gives NaN."""
+    tokenizer = pipeline.load_tokenizer(copy / "tokenizer")
+    rows = json.loads((copy / "text_encoder/config.json").read_text())["vocab_size"]
+    tokenizer.add_tokens([f"<cat{i}>" for i in range(rows + 1 - len(tokenizer))])
+    tokenizer.save_pretrained(copy / "tokenizer")
+    loaded = pipeline.load(str(copy), only=["text_encoder"])
+    assert loaded.tokenize(["a man"])[0].max() < rows
+    with pytest.raises(UserError, match=rf"<cat\d+>.* id {rows}, .* {rows} rows"):
+        loaded.tokenize(["a man", f"a photo of <cat{rows - len(loaded.tokenizer) + 1}>"])
+
+
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (("vocab.json", "merges.txt"), None),
+        (("tokenizer.json",), None),
+        (("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), None),
+        (("vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"), 200),
+    ],
+)
+def test_the_text_towers_length_counts_where_the_tokenizer_has_none(
+    ours, copy, tmp_path, kept, said
+):
+    expected, _ = pipeline.load(str(ours), only=["text_encoder"]).tokenize(PROMPTS)
+    for file in (copy / "tokenizer").iterdir():
+        if file.name not in kept:
+            file.unlink()
+    config = copy / "tokenizer/tokenizer_config.json"
+    if config.exists():
+        settings = json.loads(config.read_text()) | {"model_max_length": said}
+        config.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
+    loaded = pipeline.load(str(copy))
+    np.testing.assert_array_equal(loaded.tokenize(PROMPTS)[0], expected)
+    # What is saved says it, so that stock can open it.
+    pipeline.save(loaded, tmp_path / "saved")
+    assert torch_models.open_diffusers(tmp_path / "saved").tokenizer.model_max_length == 16
+
+
+@pytest.mark.parametrize("file", ["vocab.json", "merges.txt", "tokenizer.json"])
+def test_a_damaged_tokenizer_is_named(copy, file):
+    for other in (copy / "tokenizer").iterdir():
+        if other.name != file and (file == "tokenizer.json" or other.name == "tokenizer.json"):
+            other.unlink()
+    (copy / "tokenizer" / file).write_text("{" if file.endswith("json") else "#\nwords")
+    with pytest.raises(UserError, match="tokenizer: not a readable CLIP tokenizer") as error:
+        pipeline.load(str(copy), only=["text_encoder"])
+    assert "\n" not in str(error.value)
+
+
 def test_a_pipeline_without_eye(theirs, tmp_path):
     """As Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
     bare = shutil.copytree(theirs, tmp_path / "bare")
@@ -144,6 +194,67 @@ def test_the_schedule_is_the_one_that_stock_would_use(changes, copy):
     config = torch_models.open_diffusers(copy).scheduler.config
     assert schedule.clip_sample is config.clip_sample is False
     assert schedule.steps_offset == config.steps_offset == 1
+
+
+OTHERS = [
+    *("PNDMScheduler", "EulerDiscreteScheduler", "EulerAncestralDiscreteScheduler"),
+    *("DPMSolverMultistepScheduler", "DPMSolverSinglestepScheduler", "UniPCMultistepScheduler"),
+    *("LMSDiscreteScheduler", "HeunDiscreteScheduler", "DDPMScheduler", "LCMScheduler"),
+    *("DEISMultistepScheduler", "KDPM2DiscreteScheduler", "TCDScheduler", "DDIMInverseScheduler"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_sampler_is_read_as_ddim_from_config_reads_it(name, copy):
+    """As that sampler saves it, and with settings added or left out."""
+    betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    getattr(diffusers, name).from_config(betas).save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps(index | {"scheduler": ["diffusers", name]}))
+    file = copy / "scheduler/scheduler_config.json"
+    saved = json.loads(file.read_text())
+    left_out = {key: saved[key] for key in ("_class_name", *betas)}
+    for settings in (
+        saved,
+        left_out,
+        left_out | {"clip_sample": True},
+        left_out | {"clip_sample": False, "steps_offset": 1},
+        saved | {"steps_offset": 3, "timestep_spacing": "trailing", "set_alpha_to_one": False},
+    ):
+        file.write_text(json.dumps(settings))
+        stock = diffusers.DDIMScheduler.from_config(
+            torch_models.open_diffusers(copy).scheduler.config
+        )
+        loaded = pipeline.load(str(copy), only=[])
+        ours, theirs = loaded.schedule, stock.config
+        assert ours.clip_sample is theirs.clip_sample
+        assert ours.steps_offset == theirs.steps_offset
+        assert ours.spacing == theirs.timestep_spacing
+        assert ours.prediction == theirs.prediction_type
+        assert ours.final_alpha_cumprod == pytest.approx(float(stock.final_alpha_cumprod))
+        np.testing.assert_allclose(ours.alphas_cumprod, stock.alphas_cumprod, rtol=1e-4)
+        note = pipeline.sampler_note(loaded)
+        assert f"DDIM samples in place of {name}" in note
+        assert ("clip_sample" in note) is ours.clip_sample
+
+
+@pytest.mark.parametrize(
+    ("tower", "make", "changes", "words"),
+    [
+        (
+            "unet",
+            torch_models.make_unet,
+            {"in_channels": 6, "out_channels": 6},
+            "latent_channels=4",
+        ),
+        ("unet", torch_models.make_unet, {"cross_attention_dim": 24}, "hidden_size=16"),
+    ],
+)
+def test_parts_of_two_pipelines_are_refused(copy, tower, make, changes, words):
+    make(torch_models.TINY_UNET | changes).save_pretrained(copy / tower)
+    with pytest.raises(UserError, match=words):
+        pipeline.load(str(copy))
 
 
 def test_sizes(theirs):

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import subprocess
@@ -6,7 +7,8 @@ import sys
 import pytest
 from ml_collections import ConfigDict
 
-from persona_jax.errors import UserError
+from persona_jax.errors import UserError, listed
+from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import (
     config_difference,
     read_config,
@@ -194,3 +196,31 @@ def test_another_run_in_the_workdir_is_refused(tmp_path):
     other = ConfigDict({"steps": 5, "model": {"kind": "b", "width": 2}})
     with pytest.raises(UserError, match=r'model.kind: "a", now "b"'):
         refuse_another_run(tmp_path, other, ["model"])
+
+
+def refuse(message: str, capsys, *flags: str) -> list[str]:
+    """What a command that refuses prints."""
+
+    def main(arguments):
+        raise UserError(message, [f"tensor {i}" for i in range(1000)])
+
+    with pytest.raises(SystemExit) as stop:
+        run_with_arguments(argparse.ArgumentParser(), main, ["refuse", *flags])
+    assert stop.value.code == 2
+    return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize("length", [20, 470, 490, 35000])
+def test_errors_are_short_and_all_of_them_is_to_be_had(capsys, length):
+    (line,) = refuse("x" * length, capsys)
+    assert len(line) < 500
+    assert line.endswith("(--verbose: all of it)")
+    first, *details = refuse("x" * length, capsys, "--verbose")
+    assert first == f"error: {'x' * length}"
+    assert details == [f"  tensor {i}" for i in range(1000)]
+
+
+def test_names_are_listed_as_far_as_they_go():
+    assert listed(["a", "b"]) == "a, b"
+    assert listed([str(i) for i in range(1000)], 12) == "0, 1, 2, 3 and 996 more"
+    assert len(listed(["x" * 10**6] * 2)) < 150
