@@ -166,7 +166,12 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME[:ARG]",
+        help="configuration: one of the package's (sa:tiny), or a file (my/config.py:tiny)",
+    )
     return parser
 
 
@@ -187,11 +192,32 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return _override(_load_config(value), list(overrides))
 
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Those that come with the package; in a checkout, a link to the repository's folder."""
+
+
+def find_config(path: str) -> Path:
+    """The file of a configuration: as named, or one of the package's, by name ("sa") or by its
+    place in the repository ("configs/sa.py").
+
+    Raises UserError if there is none.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    name = file.name.removesuffix(".py")
+    known = sorted(x.stem for x in CONFIGS.glob("*.py") if x.stem != "common")
+    if name in known and path in (name, f"{name}.py", f"configs/{name}.py"):
+        return CONFIGS / f"{name}.py"
+    raise UserError(
+        f"--config {path:.200}: no such file, nor one of the package's: {', '.join(known)}"
+    )
+
+
 def _load_config(value: str) -> ConfigDict:
     """FILE.py[:ARG] -> its get_config([ARG]); the file may import its neighbours."""
-    path, *arguments = value.split(":", 1)
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
+    name, *arguments = value.split(":", 1)
+    path = str(find_config(name))
     folder = str(Path(path).absolute().parent)
     sys.path.insert(0, folder)
     try:
