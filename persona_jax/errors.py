@@ -31,7 +31,8 @@ def shown(name: object) -> str:
 
 def listed(names: Sequence[str], room: int = 120) -> str:
     """The first names, as many as `room` characters take but at least one, and how many more."""
-    chosen, length = [], 0
+    chosen: list[str] = []
+    length = 0
     for name in names:
         length += len(name) + 2
         if chosen and length > room:

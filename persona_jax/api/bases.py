@@ -6,9 +6,16 @@ import jax
 from jax.typing import DTypeLike
 from ml_collections import ConfigDict
 
+from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
 from persona_jax.pipelines import pipeline
 from persona_jax.pipelines.pipeline import Pipeline
+
+
+def loaded(tower: Tower | None) -> Tower:
+    """A tower that is known to have been loaded."""
+    assert tower is not None
+    return tower
 
 
 class Base:
@@ -32,7 +39,7 @@ class Base:
     @property
     def hash(self) -> str:
         """Of the UNet."""
-        return self.parts.unet.hash
+        return loaded(self.parts.unet).hash
 
     @property
     def image_size(self) -> int:

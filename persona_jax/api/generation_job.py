@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from persona_jax.api.adapters import LoadedAdapter
+from persona_jax.api.bases import loaded
 from persona_jax.api.results import Images, Progress
 from persona_jax.data import images as pictures
 from persona_jax.diffusion.sampler import picture_noise
@@ -90,7 +91,7 @@ class GenerationJob:
         ids, self.warnings = parts.tokenize(distinct)
         rows = [distinct.index(prompt) for prompt in prompts]
         self._ids, self._negative_ids = ids[rows], ids[distinct.index(negative_prompt)]
-        side = max(size[1] * parts.vae.module.config.downscale, LEAST_SIDE)
+        side = max(size[1] * loaded(parts.vae).module.config.downscale, LEAST_SIDE)
         self.references = [
             reference_sets.squares(one, owner.crop, side)
             for one, owner in zip(sets, adapters, strict=True)
@@ -98,7 +99,7 @@ class GenerationJob:
         self._references = [
             reference_sets.references(
                 owner.encoder,
-                parts.unet.module.config,
+                loaded(parts.unet).module.config,
                 one,
                 default=settings.scale,
                 num=self._batch,

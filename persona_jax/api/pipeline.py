@@ -17,7 +17,7 @@ from persona_jax.api.adapters import (
     frozen_params,
     with_loras,
 )
-from persona_jax.api.bases import Base
+from persona_jax.api.bases import Base, loaded
 from persona_jax.api.generation_job import GenerationJob
 from persona_jax.api.results import Images, Progress
 from persona_jax.data import images as pictures
@@ -155,12 +155,11 @@ class PersonaPipeline(Base):
                 f"person: {person.path} cannot be combined with photos or LoRA files",
                 argument="person",
             )
-        for one in (*adapters, *([person] if person else [])):
+        opened: list[LoadedAdapter | LoadedPerson] = [*adapters, *([person] if person else [])]
+        for one in opened:
             if one.base_hash != self.hash:
                 raise UserError(f"{one.path}: it was opened for another base than {self.source}")
-        defaults = next(
-            (one.settings for one in (*adapters, person) if one), default_settings(self.source)
-        )
+        defaults = opened[0].settings if opened else default_settings(self.source)
         settings = SamplingSettings(
             steps=defaults.steps if steps is None else steps,
             guidance=float(defaults.guidance if guidance is None else guidance),
@@ -198,7 +197,7 @@ class PersonaPipeline(Base):
 
     def decode(self, latents: Float[np.ndarray, "B h w C"]) -> list[Image.Image]:
         """Images of latents, as :meth:`generate_latents` and :class:`Progress` have them."""
-        pixels = self._program("decode", 0)(self.parts.vae.params, latents)
+        pixels = self._program("decode", 0)(loaded(self.parts.vae).params, latents)
         return [Image.fromarray(x) for x in pictures.to_uint8(np.asarray(pixels))]
 
     def __repr__(self) -> str:
@@ -227,8 +226,8 @@ class PersonaPipeline(Base):
         Raises:
           UserError: not a multiple of what VAE and UNet halve, or not the size of `latents`.
         """
-        halvings = len(self.parts.unet.module.config.block_out_channels) - 1
-        downscale = self.parts.vae.module.config.downscale
+        halvings = len(loaded(self.parts.unet).module.config.block_out_channels) - 1
+        downscale = loaded(self.parts.vae).module.config.downscale
         least = downscale * 2**halvings
         if latents is not None:
             if np.ndim(latents) != 4 or latents.shape[3] != self.parts.latent_shape[2]:

@@ -90,7 +90,8 @@ def ddim(
         std = eta * jnp.sqrt(variance) if keys is not None else 0.0
         z = jnp.sqrt(after) * original + jnp.sqrt(1 - after - std**2) * epsilon
         if keys is not None:
-            z += std * picture_noise(keys, i + 1, z.shape[1:])
+            _, h, w, c = z.shape
+            z += std * picture_noise(keys, i + 1, (h, w, c))
         return z, None
 
     inputs = (jnp.arange(steps), jnp.asarray(t), now, after)

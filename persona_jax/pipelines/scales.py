@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -53,7 +54,7 @@ def parse_scale(found: object, config: UNetConfig) -> Scale:
             raise _wrong(f"scale: no {side!r:.60}; a UNet has down, mid and up")
         blocks = sorted({int(layer.split(".")[1]) for layer in there if side != "mid"})
         if not isinstance(value, Mapping):
-            named = {f"block_{i}": value for i in blocks} if blocks else {"": value}
+            named: Mapping = {f"block_{i}": value for i in blocks} if blocks else {"": value}
         else:
             named = value
         for block, numbers in named.items():
@@ -128,6 +129,6 @@ def combine(
     return {layer: jnp.asarray(by_layer[layer] * covered) for layer, covered in places.items()}
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float | int]:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return number and math.isfinite(value)

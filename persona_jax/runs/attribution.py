@@ -78,6 +78,7 @@ def attribute(
       resample: other references → the same pictures again.
     """
     weights = np.asarray(references.weights[0])
+    assert adapter.aggregator.module is not None
     _, heads = adapter.aggregator.module.apply(
         {"params": adapter.params["aggregator"]},
         references.embeddings[:1],

@@ -133,21 +133,25 @@ def references(
       UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
     """
     scale = default if photo_set.scale is None else photo_set.scale
-    read = scales.read_scale if isinstance(scale, str) else scales.parse_scale
-    scale, places = read(scale, config), None
+    by_layer = (
+        scales.read_scale(scale, config)
+        if isinstance(scale, str)
+        else scales.parse_scale(scale, config)
+    )
+    places, negative = None, None
     if photo_set.mask is not None:
         places = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
     seen, own = _encode(encoder, photo_set.photos, "photo"), photo_set.counts
-    negative = None
     if len(photo_set.negative):
         away = _encode(encoder, photo_set.negative, "negative photo")
         slots = max(len(seen), len(away))
-        negative = tuple(repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
+        ones = np.ones(len(away), np.float32)
+        negative = (repeat(_filled(away, slots), num), repeat(_filled(ones, slots), num))
         seen, own = _filled(seen, slots), _filled(own, slots)
     return generation.References(
         repeat(seen, num),
         repeat(own, num),
-        scales.combine(scale, places),
+        scales.combine(by_layer, places),
         negative,
         photo_set.window,
     )

@@ -18,7 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value}; a ConfigDict that is empty counts as a value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         below = leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
         flat |= below or {f"{prefix}{key}": value}
