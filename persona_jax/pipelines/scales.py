@@ -130,5 +130,6 @@ def combine(
 
 
 def _is_number(value: object) -> TypeGuard[float | int]:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    return number and math.isfinite(value)
+    return (
+        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    )
