@@ -130,6 +130,4 @@ def combine(
 
 
 def _is_number(value: object) -> TypeGuard[float | int]:
-    return (
-        isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    )
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
