@@ -30,6 +30,7 @@ from persona_jax.runs.finished_run import SamplingSettings
 from persona_jax.runs.reference_sets import ReferenceSet
 from persona_jax.runtime.compilation import compiler_options
 
+Latents = Float[np.ndarray, "num h w C"]
 BATCH = 8
 """Images generated at once, where nobody says."""
 
@@ -54,7 +55,7 @@ class Options(TypedDict, total=False):
     eta: Number | None
     height: int | None
     width: int | None
-    latents: Float[np.ndarray, "num h w C"] | None
+    latents: Latents | None
     batch_size: int
     callback: Callable[[Progress], None] | None
 
@@ -102,7 +103,7 @@ class PersonaPipeline(Base):
         eta: Number | None = None,
         height: int | None = None,
         width: int | None = None,
-        latents: Float[np.ndarray, "num h w C"] | None = None,
+        latents: Latents | None = None,
         batch_size: int = BATCH,
         callback: Callable[[Progress], None] | None = None,
     ) -> GenerationJob:
@@ -191,7 +192,7 @@ class PersonaPipeline(Base):
         prompt: str | Sequence[str] = "a photo of a person",
         photos: Sequence[Photo] | None = None,
         **options: Unpack[Options],
-    ) -> Float[np.ndarray, "num h w C"]:
+    ) -> Latents:
         """Scaled latents z_0 in place of images; arguments and errors as in :meth:`prepare`."""
         return np.concatenate(list(self.prepare(prompt, photos, **options).latents()))
 
