@@ -25,7 +25,8 @@ from persona_jax.models.vae import AutoencoderKL
 # Small operations on few cores: more threads wait for each other.
 torch.set_num_threads(1)
 
-SHARED = Path(__file__).resolve().parents[1].parent / "shared"
+PUBLISHED = Path(__file__).with_name("published")
+"""Names and shapes of published tensors, file by file."""
 
 SMALL_UNET = {
     "sample_size": 8,

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from torch_models import SHARED, TINY_UNET
+from torch_models import PUBLISHED, TINY_UNET
 
 from persona_jax.errors import UserError
 from persona_jax.interop.ip_adapter import load_ip_adapter, save_ip_adapter
@@ -31,13 +31,12 @@ def make(settings: dict, dim: int, real: bool = True, kind: str = "avg"):
     return params, unet.config, kernels
 
 
-@pytest.mark.skipif(not SHARED.is_dir(), reason="needs ../shared: published names and shapes")
 @pytest.mark.parametrize(
     ("file", "kind", "dim"),
     [("ip-adapter_sd15.json", "avg", 1024), ("ip-adapter-plus_sd15.json", "plus", 1280)],
 )
 def test_names_and_shapes_are_those_published(tmp_path, file, kind, dim):
-    published = json.loads((SHARED / "reference" / file).read_text())
+    published = json.loads((PUBLISHED / file).read_text())
     params, config, _ = make({"cross_attention_dim": 768}, dim, real=False, kind=kind)
     zeros = jax.tree.map(lambda x: np.zeros(x.shape, np.float16), params)
     save_ip_adapter(zeros, config, tmp_path / "a.safetensors", np.float16)
