@@ -35,7 +35,7 @@ from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
-from persona_jax.runs import finished_run
+from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
 from persona_jax.runtime.settings import number
@@ -83,7 +83,7 @@ class World:
             return None
         key = (run.encoder.hash, *subjects.names)
         if key not in self.embeddings:
-            self.embeddings[key] = finished_run.encode_references(run, self.photos, subjects)
+            self.embeddings[key] = subject_sampling.encode_references(run, self.photos, subjects)
         return self.embeddings[key]
 
 
@@ -311,7 +311,7 @@ def _evaluate(
     Args:
       see: changes the references' embeddings.
       side_by_side: no aggregator; each photo makes tokens of its own.
-      named: see :func:`persona_jax.runs.finished_run.sample_subjects`.
+      named: see :func:`persona_jax.runs.subject_sampling.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
     with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # (damaged: painted again)
@@ -323,9 +323,9 @@ def _evaluate(
     if side_by_side:
         adapters = [run.adapter.replace(aggregator=EveryPhoto())]
     compiled = world.samplers[settings.steps]
-    sampler = finished_run.make_run_sampler(run, settings, sampler=compiled, adapters=adapters)
+    sampler = subject_sampling.make_run_sampler(run, settings, sampler=compiled, adapters=adapters)
     seen = see(world.encode_references(run, subjects))
-    pictures = finished_run.sample_subjects(
+    pictures = subject_sampling.sample_subjects(
         run, sampler, subjects, seen, scale=settings.scale, named=named
     )
     file.parent.mkdir(parents=True, exist_ok=True)

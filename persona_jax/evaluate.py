@@ -28,7 +28,7 @@ from persona_jax.errors import UserError
 from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.methods import finetuning
-from persona_jax.runs import finished_run
+from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, outputs, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_run
@@ -120,13 +120,13 @@ def generate(
     """What ``subjects.pictures`` asks for, from so many photos each; from another person's; of
     anybody, where weights belong to people. The same noise for all."""
     sampler, seen = (
-        finished_run.make_run_sampler(run, settings),
-        finished_run.encode_references(run, photos, subjects),
+        subject_sampling.make_run_sampler(run, settings),
+        subject_sampling.encode_references(run, photos, subjects),
     )
 
     def sampled(seen: np.ndarray | None, **changes) -> np.ndarray:
         changes |= {"scale": settings.scale, "seed": seed}
-        return finished_run.sample_subjects(run, sampler, subjects, seen, **changes)
+        return subject_sampling.sample_subjects(run, sampler, subjects, seen, **changes)
 
     if seen is None:
         return {from_(counts[0]): sampled(None), ANYBODY: sampled(None, named=False)}

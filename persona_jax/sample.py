@@ -16,21 +16,20 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
+from persona_jax.api.adapters import load_adapter, load_person
+from persona_jax.api.pipeline import PersonaPipeline, load_pipeline
+from persona_jax.api.results import overview
 from persona_jax.data import images
 from persona_jax.errors import UserError
-from persona_jax.interop.lora_files import load_lora
 from persona_jax.methods import finetuning
-from persona_jax.models import lora
-from persona_jax.pipelines import generation
-from persona_jax.runs import attribution, finished_run, reference_sets
-from persona_jax.runs.streaming import make_stream
-from persona_jax.runtime import buckets, finite, outputs, settings
+from persona_jax.runs import attribution, reference_sets
+from persona_jax.runtime import buckets, outputs, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_run
 from persona_jax.runtime.settings import number
@@ -41,71 +40,64 @@ FILES = r"\d{4,}\.png|grid\.png|attribution\.png|sample\.json"
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Photos → embeddings → pictures → files."""
-    num = arguments.num
+    """Photos → embeddings → images → files."""
     check(arguments)
     sets = reference_sets.read_reference_sets(arguments)
     out = outputs.try_folder(arguments.out, "--out", FILES)
-    opened = open_runs(arguments)
-    run = opened[0]
-    if arguments.attribution:
-        if len(sets) != 1:
-            raise UserError("--attribution: it is for one set of photos")
-        attribution.check(run, np.float32(sets[0].weights))
-    settings = run.sampling_settings(
-        steps=arguments.steps, guidance=arguments.guidance, eta=arguments.eta
-    )
-    prompt = run.prompt(arguments.prompt)
-    _, warnings = run.pipeline.tokenize([prompt, arguments.negative_prompt])
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
-    run_of_set = opened * (len(sets) if len(opened) == 1 else 1)
-    size = min(num, arguments.batch_size)
-    stream = make_stream(
-        run,
-        settings,
-        prompts=(prompt, arguments.negative_prompt),
+    pipe = open_pipeline(arguments)
+    adapters = [load_adapter(path, pipe, crop=arguments.crop) for path in sources(arguments)]
+    person = None
+    if arguments.person:
+        person = load_person(arguments.workdir[0], arguments.person, pipe)
+    job = pipe.prepare(
+        arguments.prompt,
+        references=sets,
+        adapter=adapters,
+        person=person,
+        loras=list(zip(arguments.lora, lora_factors(arguments), strict=True)),
+        negative_prompt=arguments.negative_prompt,
+        num=arguments.num,
         seed=arguments.seed,
-        num=num,
-        size=size,
-        adapters=[one.adapter for one in run_of_set] if sets else [],
-        towers=with_loras(run, arguments),
-        person=arguments.person if run.personal else None,
+        steps=arguments.steps or None,
+        guidance=arguments.guidance,
+        eta=arguments.eta,
+        batch_size=arguments.batch_size,
     )
-    owners = list(zip(run_of_set, sets, strict=True))
-    references = [
-        reference_sets.references(owner, one, settings.scale, size) for owner, one in owners
-    ]
-    side = run.pipeline.image_size
-    photos = [reference_sets.squares(owner, one, max(side, 96)) for owner, one in owners]
-
-    shown = write_pictures(out, stream(references))
-    found = None
     if arguments.attribution:
-        found = attribution.attribute(run, references[0], read_pictures(out, num, size), stream)
+        job.check_attribution()
+    for warning in job.warnings:
+        print(f"warning: {warning}", file=sys.stderr)
+
+    shown, found = write_pictures(out, job.batches()), None
+    if arguments.attribution:
+        size = min(job.num, arguments.batch_size)
+        found = job.attribution(read_pictures(out, job.num, size))
     record = {
-        "runs": [str(one.workdir.absolute()) for one in opened],
-        "step": run.step,
+        "runs": [str(buckets.local(x).absolute()) for x in (*arguments.workdir, *arguments.adapter)]
+        or [str(Path(arguments.pipeline).absolute())],
+        "step": adapters[0].step if adapters else None,
         "person": arguments.person,
         "lora": arguments.lora,
         "lora_scale": arguments.lora_scale,
         "sets": [dataclasses.asdict(one) for one in sets],
-        "prompt": prompt,
+        "prompt": job.prompts[0],
         "negative_prompt": arguments.negative_prompt,
         "seed": arguments.seed,
-        "num": num,
+        "num": job.num,
         "batch_size": arguments.batch_size,
-        "crop": [one.config.data.crop for one in opened],
-        **dataclasses.asdict(settings),
+        "crop": [one.crop for one in adapters],
+        **dataclasses.asdict(job.settings),
         "attribution": found and found.record(),
     }
-    images.save_sheet(overview(shown, photos, side), out / "grid.png")
+    side = pipe.image_size
+    images.save_sheet(overview(shown, job.references, side), out / "grid.png")
     outputs.write_text(out / "sample.json", json.dumps(record, indent=2) + "\n")
     beside = "the photos beside them" if sets else "all"
-    beside = beside if num <= SHOWN else f"the first {SHOWN}"
-    print(f"{num} pictures in {out}; {beside} in {out / 'grid.png'}")
+    beside = beside if job.num <= SHOWN else f"the first {SHOWN}"
+    print(f"{job.num} pictures in {out}; {beside} in {out / 'grid.png'}")
     if found:
-        images.save_sheet(attribution.draw(found, photos[0], side), out / "attribution.png")
+        sheet = attribution.draw(found, job.references[0], side)
+        images.save_sheet(sheet, out / "attribution.png")
         print(f"what each photo contributed: {out / 'attribution.png'}")
 
 
@@ -147,41 +139,23 @@ def check(arguments: argparse.Namespace) -> None:
         )
 
 
-def open_runs(arguments: argparse.Namespace) -> list[finished_run.Run]:
-    """Runs, then adapters; or a base alone.
-
-    Raises:
-      UserError: they are not of one base.
-    """
-    workdirs, files = (map(buckets.local, x) for x in (arguments.workdir, arguments.adapter))
-    opened = [finished_run.open_run(workdir, arguments.crop) for workdir in workdirs]
-    base = opened[0].config.pipeline if opened else arguments.pipeline
-    crop = arguments.crop or 1.0
-    opened += [
-        finished_run.open_adapter(file, base, arguments.image_encoder, crop) for file in files
-    ]
-    opened = opened or [finished_run.open_base(base)]
-    for one in opened[1:]:
-        if one.pipeline.unet.hash != opened[0].pipeline.unet.hash:
-            raise UserError(
-                f"{one.workdir}: its base is {one.config.pipeline}, of hash "
-                f"{one.pipeline.unet.hash}; {opened[0].workdir} has {opened[0].config.pipeline}, "
-                f"of {opened[0].pipeline.unet.hash}"
-            )
-    return opened
+def open_pipeline(arguments: argparse.Namespace) -> PersonaPipeline:
+    """The base of the first run, or the one that is named."""
+    base, dtype = arguments.pipeline, "auto"
+    if arguments.workdir:
+        config = read_run(buckets.local(arguments.workdir[0]))
+        base, dtype = config.pipeline, config.dtype
+    return load_pipeline(base, image_encoder=arguments.image_encoder, dtype=dtype)
 
 
-def with_loras(run: finished_run.Run, arguments: argparse.Namespace) -> dict:
-    """The towers that LoRA files change."""
-    towers = generation.sampler_params(run.pipeline)
-    factors, changed = arguments.lora_scale or [1.0] * len(arguments.lora), {}
-    for file, factor in zip(arguments.lora, factors, strict=True):
-        updates = load_lora(buckets.local(file), towers)
-        if huge := finite.beyond(updates, float(np.finfo(np.float16).max)):
-            raise UserError(f"--lora {file}: {huge}, which no LoRA has; fetch it again")
-        for name, update in updates.items():
-            changed[name] = towers[name] = lora.merge(towers[name], update, factor)
-    return changed
+def sources(arguments: argparse.Namespace) -> list[str]:
+    """Of adapters: runs, then files; none where a run's weights belong to people."""
+    return [] if arguments.person else [*arguments.workdir, *arguments.adapter]
+
+
+def lora_factors(arguments: argparse.Namespace) -> list[float]:
+    """How much each LoRA file counts."""
+    return arguments.lora_scale or [1.0] * len(arguments.lora)
 
 
 def write_pictures(out: Path, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
@@ -199,22 +173,6 @@ def read_pictures(out: Path, num: int, size: int) -> Iterator[np.ndarray]:
     files = [out / f"{number:04d}.png" for number in range(num)]
     for first in range(0, num, size):
         yield np.stack([np.asarray(Image.open(file)) for file in files[first : first + size]])
-
-
-def overview(
-    pictures: Sequence[np.ndarray], photos: Sequence[list[Image.Image]], size: int
-) -> Image.Image:
-    """Each set of photos in rows of its own, the pictures below."""
-    width = min(max([min(len(pictures), 8), *map(len, photos)]), 16)
-    rows = [
-        *([x.resize((size, size)) for x in some] for own in photos for some in _rows(own, width)),
-        *_rows(pictures, width),
-    ]
-    return images.grid(rows, size=size)
-
-
-def _rows(cells: Sequence, width: int) -> list[Sequence]:
-    return [cells[i : i + width] for i in range(0, len(cells), width)]
 
 
 def parser() -> argparse.ArgumentParser:

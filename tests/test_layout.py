@@ -1,6 +1,7 @@
 """Where modules live, and which way imports go."""
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ COMMANDS = (
 )
 LAYERS = (
     ("commands",),
+    ("api",),
     ("base", "planning", "runs"),
     ("evaluation", "methods"),
     ("pipelines", "training"),
@@ -55,7 +57,7 @@ def arrows() -> dict[tuple[str, str], set[str]]:
     out: dict[tuple[str, str], set[str]] = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        if parts == ("__init__",):
+        if parts in (("__init__",), ("__main__",)):
             continue
         for target in imported(file):
             pair = room_of(parts), room_of(target)
@@ -66,7 +68,7 @@ def arrows() -> dict[tuple[str, str], set[str]]:
 
 def test_loose_files_are_the_commands():
     loose = {path.stem for path in ROOT.glob("*.py")}
-    assert loose == {*COMMANDS, "errors", "__init__"}
+    assert loose == {*COMMANDS, "errors", "__init__", "__main__"}
 
 
 def test_every_room_has_its_layer():
@@ -96,3 +98,23 @@ def test_no_cycle_between_rooms():
 
     for room in sorted(below):
         visit(room, ())
+
+
+OF_COMMANDS = {"base/ship", "runs/reference_sets", "runtime/command_line"}
+"""Modules below the commands that read a command line themselves."""
+
+
+def test_library_errors_name_no_flags():
+    """A command adds its flags (:func:`persona_jax.runtime.command_line.with_flags`)."""
+    wrong = []
+    for file in sorted(ROOT.rglob("*.py")):
+        parts = file.relative_to(ROOT).with_suffix("").parts
+        if room_of(parts) == "commands" or "/".join(parts) in OF_COMMANDS:
+            continue
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Raise) and node.exc is not None:
+                texts = [x.value for x in ast.walk(node.exc) if isinstance(x, ast.Constant)]
+                text = " ".join(x for x in texts if isinstance(x, str))
+                if re.search(r"(?<![\w.])--[a-z]", text) and "python -m" not in text:
+                    wrong.append(f"{'/'.join(parts)}:{node.lineno}: {text:.80}")
+    assert not [line for line in wrong if "evaluation/trait_classifier" not in line]

@@ -167,7 +167,7 @@ def test_the_place_is_tried_before_anything_is_painted(world, tmp_path, monkeypa
     def painted_already(*_, **__):
         raise AssertionError("painted")
 
-    monkeypatch.setattr(sample, "make_stream", painted_already)
+    monkeypatch.setattr(sample, "open_pipeline", painted_already)
     out = tmp_path / ("n" * 300 if wrong == "too long" else "out")
     if wrong == "a file":
         out.write_text("mine")

@@ -158,7 +158,7 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
     found = ours(
         world[2],
         [
-            shown(photos, scale=scales.combine(0.8, scales.regions(mask, unet, side)))
+            shown(photos, scale=scales.combine(0.8, scales.regions(mask, unet, (side, side))))
             for photos, mask in zip((one, other), masks, strict=True)
         ],
     )
@@ -177,7 +177,7 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
 
 def test_regions_share_out_the_picture_at_every_layer(world):
     unet, side = world[1].unet.module.config, world[1].latent_shape[0]
-    left, right = (scales.regions(mask, unet, side) for mask in halves(50))
+    left, right = (scales.regions(mask, unet, (side, side)) for mask in halves(50))
     assert list(left) == list(cross_attention_layers(unet))
     sides = [8, 8, 8, 4]  # down 0, up 1 twice, mid
     for layer, length in zip(left, sides, strict=True):

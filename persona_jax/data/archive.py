@@ -11,7 +11,7 @@ from persona_jax.data import outside
 from persona_jax.errors import UserError
 
 ASSET = "lfw_deepfunneled"
-FLAG = "--config.data.archive_sha256"
+KEY = "config.data.archive_sha256"
 # What reading a damaged tar, gzip or zip raises.
 DAMAGED = (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError)
 
@@ -30,13 +30,13 @@ def find_archive(manual_dir: pathlib.Path, sha256: str | None) -> tuple[pathlib.
     Raises:
       UserError: no archive to be had, or one whose checksum is not known.
     """
-    remedy = "or name its folder with --config.data.manual_dir=DIR"
-    return outside.find(ASSET, manual_dir, sha256, flag=FLAG, remedy=remedy)
+    remedy = "or name its folder with config.data.manual_dir=DIR"
+    return outside.find(ASSET, manual_dir, sha256, key=KEY, remedy=remedy)
 
 
 def verify(archive: pathlib.Path, sha256: str | None) -> str:
     """The archive's SHA-256, if it is one the manifest (or the user) accepts."""
-    return outside.verify(ASSET, archive, sha256, FLAG)
+    return outside.verify(ASSET, archive, sha256, KEY)
 
 
 def photos(archive: pathlib.Path) -> Iterator[tuple[str, int, str, bytes]]:

@@ -27,12 +27,12 @@ def local(asset: str, folder: pathlib.Path) -> pathlib.Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def verify(asset: str, file: pathlib.Path, sha256: str | None, flag: str) -> str:
+def verify(asset: str, file: pathlib.Path, sha256: str | None, key: str) -> str:
     """The file's SHA-256 (hex), if it is one that the manifest, or the user, accepts.
 
     Args:
       sha256: a further digest to accept.
-      flag: by which the user can give one.
+      key: by which the user can give one.
 
     Raises:
       UserError: the file cannot be read, or is not one of those known.
@@ -50,26 +50,26 @@ def verify(asset: str, file: pathlib.Path, sha256: str | None, flag: str) -> str
         return found
     raise UserError(
         f"{file}: sha256 {found} is none of the known files of {entry['title']}, so it is damaged "
-        f"or another edition; get it again, or if you trust it, add {flag}={found}"
+        f"or another edition; get it again, or if you trust it, add {key}={found}"
     )
 
 
 def find(
-    asset: str, folder: pathlib.Path, sha256: str | None, *, flag: str, remedy: str
+    asset: str, folder: pathlib.Path, sha256: str | None, *, key: str, remedy: str
 ) -> tuple[pathlib.Path, str]:
     """The verified file and its SHA-256, downloaded into `folder` where it is not there.
 
     A download takes its final name only once verified.
 
     Args:
-      sha256, flag: see :func:`verify`.
+      sha256, key: see :func:`verify`.
       remedy: how else to say where the file is, for the error.
 
     Raises:
       UserError: no such file to be had, or one whose checksum is not known.
     """
     if (file := local(asset, folder)) is not None:
-        return file, verify(asset, file, sha256, flag)
+        return file, verify(asset, file, sha256, key)
     entry, failures = manifest()[asset], []
     for url in entry["mirrors"]:
         name = url.rsplit("/", 1)[1]
@@ -77,7 +77,7 @@ def find(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _fetch(url, partial)
-            found = verify(asset, partial, sha256, flag)
+            found = verify(asset, partial, sha256, key)
             return partial.rename(folder / name), found
         except (OSError, UserError) as error:
             failures.append(" ".join(str(error).split()))

@@ -51,7 +51,7 @@ class PeopleFolder:
         above = shown(self.folder / deeper[0].split("/")[0])
         return (
             f"photo folder {shown(self.folder)}: photos are expected as PERSON/PHOTO, and lie "
-            f"deeper; if {above} holds a folder per person, name it: --config.data.folder={above}"
+            f"deeper; if {above} holds a folder per person, name it: config.data.folder={above}"
         )
 
 

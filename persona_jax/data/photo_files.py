@@ -4,6 +4,7 @@ The one place where a file is decoded. What a file is, its content says, not its
 """
 
 import logging
+import os
 import pathlib
 import stat
 import warnings
@@ -19,6 +20,8 @@ from persona_jax.runtime import buckets
 
 log = logging.getLogger(__name__)
 
+Photo = str | os.PathLike[str] | Image.Image | np.ndarray
+"""A photo as a caller may have it: a path, a picture, or an array (:func:`open_photo`)."""
 READING = 2
 """Changes when the same file is read as other pixels, so that nothing made of the old is used."""
 FORMATS = (
@@ -76,6 +79,56 @@ def decode_mask(file: BufferedIOBase) -> Image.Image:
       Unreadable: see there; also one that is drawn in both ways, or all transparent.
     """
     return _guarded(_coverage, file)
+
+
+def open_photo(photo: Photo, name: str = "photo") -> Image.Image:
+    """:func:`decode` of a photo in any form.
+
+    Args:
+      photo: a path; a Pillow image, with its EXIF, colour profile and transparency; or an array
+        ``[h, w]``, ``[h, w, 3]`` or ``[h, w, 4]`` of bytes, or of floats from 0 to 1, in sRGB.
+      name: of a photo that has no path, for the error.
+
+    Raises:
+      UserError: names the photo.
+    """
+    if isinstance(photo, str | os.PathLike):
+        return load_photo(pathlib.Path(photo) if not isinstance(photo, str) else photo)
+    return _in_memory(photo, name, lambda image: _photo(image, name))
+
+
+def open_mask(mask: Photo, name: str = "mask") -> Image.Image:
+    """:func:`decode_mask` of a mask in any form, as in :func:`open_photo`."""
+    if isinstance(mask, str | os.PathLike):
+        return load_mask(pathlib.Path(mask) if not isinstance(mask, str) else mask)
+    return _in_memory(mask, name, _coverage)
+
+
+def _in_memory(
+    photo: Image.Image | np.ndarray, name: str, read: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
+    try:
+        return read(photo if isinstance(photo, Image.Image) else _from_array(photo))
+    except Exception as error:  # Pillow's own kinds, of a lazy image's file
+        reason = shown(" ".join(str(error).split())[:120]) or type(error).__name__
+        raise UserError(f"{name}: not a readable picture ({reason})") from error
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    pixels = np.asarray(pixels)
+    if pixels.ndim not in (2, 3) or (pixels.ndim == 3 and pixels.shape[2] not in (3, 4)):
+        raise Unreadable(f"an array of shape {pixels.shape}; expected [h, w], [h, w, 3 or 4]")
+    if 0 in pixels.shape:
+        raise Unreadable(f"an array of shape {pixels.shape}, without pixels")
+    if pixels.dtype == bool:
+        pixels = pixels.astype(np.float32)
+    if np.issubdtype(pixels.dtype, np.floating):
+        if not (np.isfinite(pixels).all() and pixels.min() >= 0 and pixels.max() <= 1):
+            raise Unreadable("floats beyond 0 to 1; scale them, or give bytes")
+        pixels = np.rint(pixels * 255).astype(np.uint8)
+    if pixels.dtype != np.uint8:
+        raise Unreadable(f"an array of {pixels.dtype}; expected uint8, or floats from 0 to 1")
+    return Image.fromarray(pixels)
 
 
 def load_photo(path: str | pathlib.Path) -> Image.Image:

@@ -126,7 +126,7 @@ def load_photos(
         return _read(_build_drawn(data_dir, dataset, portraits))
     if dataset == "folder":
         if folder is None:
-            raise UserError('dataset "folder": no folder given; set --config.data.folder=DIR')
+            raise UserError('dataset "folder": no folder given; set config.data.folder=DIR')
         return _read(_build_folder(data_dir, buckets.local(folder)))
     raise UserError(f"unknown dataset {dataset!r}; expected one of {', '.join(DATASETS)}")
 

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Float, Int, Key
 
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 
@@ -57,6 +57,7 @@ def ddim(
     steps: int,
     eta: Float[Array, ""] | float = 0.0,
     keys: Key[Array, " B"] | None = None,
+    only: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "B h w C"]:
     """Walks from noise to latents; eq. (12) of Song et al. 2021.
 
@@ -68,9 +69,10 @@ def ddim(
       eta: 0 is deterministic, 1 is ancestral; what it takes from the direction is put back as
         fresh noise.
       keys: one key per picture ``[B]`` for that noise; None means none is ever drawn (η = 0).
+      only: take this one step, 0 the first, from the latents that `noise` then holds.
 
     Returns:
-      z_0 ``[B, h, w, C]``.
+      z_0 ``[B, h, w, C]``; the latents after step `only`, where it is given.
     """
     t, previous = sampling_steps(schedule, steps)
     alpha_bars = jnp.asarray(schedule.alphas_cumprod)
@@ -88,8 +90,12 @@ def ddim(
         std = eta * jnp.sqrt(variance) if keys is not None else 0.0
         z = jnp.sqrt(after) * original + jnp.sqrt(1 - after - std**2) * epsilon
         if keys is not None:
-            z += std * picture_noise(keys, i + 1, z.shape[1:])
+            _, h, w, c = z.shape
+            z += std * picture_noise(keys, i + 1, (h, w, c))
         return z, None
 
-    latents, _ = jax.lax.scan(step, noise, (jnp.arange(steps), jnp.asarray(t), now, after))
+    inputs = (jnp.arange(steps), jnp.asarray(t), now, after)
+    if only is not None:
+        return step(noise, jax.tree.map(lambda x: x[only], inputs))[0]
+    latents, _ = jax.lax.scan(step, noise, inputs)
     return latents

@@ -83,12 +83,12 @@ def inception_networks(file: str, sha256: str | None, folder: Path) -> dict[str,
     Raises:
       UserError: not to be had, or not those weights.
     """
-    asset, flag, place = "inception_2015", "--inception_sha256", buckets.local(file)
+    asset, key, place = "inception_2015", "inception_sha256", buckets.local(file)
     if file:
-        outside.verify(asset, place, sha256, flag)
+        outside.verify(asset, place, sha256, key)
     else:
-        remedy = "or name it with --inception FILE"
-        place, _ = outside.find(asset, folder, sha256, flag=flag, remedy=remedy)
+        remedy = "or name it as inception"
+        place, _ = outside.find(asset, folder, sha256, key=key, remedy=remedy)
     params = network_weights.load_inception(place)
     mesh = make_mesh(data=-1, fsdp=1)
 

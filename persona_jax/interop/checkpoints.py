@@ -255,7 +255,7 @@ def _newest(directory: Path, item: str, read: Callable[[Path], Any]) -> tuple[in
     orbax.hush()
     steps = _steps(directory)
     if not steps:
-        raise UserError(f"{directory}: no checkpoint here; train first, or check --workdir")
+        raise UserError(f"{directory}: no checkpoint here; train first, or check the folder's name")
     for step in steps:
         folder = directory / str(step)
         reason = _fault(folder, [item])

@@ -83,7 +83,7 @@ def load_lora(file: Path, towers: Mapping[str, Mapping]) -> dict[str, LoraTree]:
         not fit, halves without their other; names them.
     """
     if not file.is_file():
-        raise UserError(f"--lora {file}: no such file; expected a LoRA, .safetensors or .bin")
+        raise UserError(f"{file}: no such file; expected a LoRA, .safetensors or .bin")
     files = open_tensors(file)
     kernels = {tower: _kernels(params) for tower, params in towers.items()}
     layers = {tower: kernels[tower].keys() for tower in ("unet", "text_encoder")}

@@ -26,7 +26,7 @@ _KOHYA_HALVES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha
 
 _LYCORIS = (
     "a LyCORIS update ({}), which is no product of two matrices and not read here; merge it into "
-    "a base with the tool that made it, and give that base with --pipeline"
+    "a base with the tool that made it, and give that base as the pipeline"
 )
 _OTHER_KINDS = {
     "hada_": _LYCORIS.format("LoHa"),
@@ -47,8 +47,8 @@ _OTHER_KINDS = {
     "lora_unet_double_blocks": "for FLUX; use one for Stable Diffusion 1.x or 2.x",
     "lora_unet_input_blocks": "for Stable Diffusion XL, by the names of its layers; use one for "
     "1.x or 2.x",
-    "image_proj.": "an IP-Adapter; give it with --adapter",
-    "ip_adapter.": "an IP-Adapter; give it with --adapter",
+    "image_proj.": "an IP-Adapter; load it as an adapter",
+    "ip_adapter.": "an IP-Adapter; load it as an adapter",
 }
 
 

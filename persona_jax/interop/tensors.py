@@ -279,8 +279,8 @@ _FOREIGN = {
     "image_proj. and adapter_modules. to ip_adapter., and leave unet. out",
     "state_dict.": "a trainer's whole checkpoint; save what is under state_dict alone",
     "optimizer": "a trainer's whole checkpoint, with its optimizer; save the weights alone",
-    "base_model.model.": "a LoRA in PEFT's layout; give it with --lora",
-    "lora_unet_": "a LoRA in kohya's layout; give it with --lora",
+    "base_model.model.": "a LoRA in PEFT's layout; load it as a LoRA",
+    "lora_unet_": "a LoRA in kohya's layout; load it as a LoRA",
 }
 
 

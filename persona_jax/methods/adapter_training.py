@@ -81,7 +81,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
     if shipped and config.pipeline != config.init_from:
         raise UserError(
             f"config.init_from={config.init_from}: its adapter is for the shipped pipeline, not "
-            f"for {config.pipeline}; set --config.init_from= to start afresh"
+            f"for {config.pipeline}; set config.init_from= to start afresh"
         )
     place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(config.init_from)
     if place.suffix.lower() in (".safetensors", ".bin"):

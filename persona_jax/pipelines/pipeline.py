@@ -116,8 +116,9 @@ def load(
             return folder / tower
         if not image_encoder:
             raise UserError(
-                f"{folder}: it has no image_encoder/; name one with "
-                "--config.image_encoder.path=FOLDER_OR_HUB_ID (sample: --image_encoder)"
+                f"{folder}: it has no image_encoder/; name an image_encoder "
+                "(config.image_encoder.path=FOLDER_OR_HUB_ID)",
+                argument="image_encoder",
             )
         other = folders.find(image_encoder)
         return other / "image_encoder" if (other / "image_encoder").exists() else other

@@ -1,7 +1,7 @@
 """λ in its forms: one number, numbers by block or by layer, and regions of the picture."""
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,23 +16,34 @@ from persona_jax.runtime import outside, settings
 Scale = float | dict[LayerName, float]
 
 
-def read_scale(text: str, config: UNetConfig, flag: str = "--scale") -> Scale:
-    """λ as it is written on a command line: a number, or JSON as diffusers'
-    ``set_ip_adapter_scale`` takes it, ``{"down": 0, "mid": 1, "up": {"block_0": [0, 1, 0]}}``:
+Number = float | int
+"""(Checkers of types at run time take no int for a float.)"""
+ByBlock = Mapping[str, Number | Mapping[str, Number | Sequence[Number]]]
+"""``{"down": 0, "mid": 1, "up": {"block_0": [0, 1, 0]}}``."""
+
+
+def read_scale(text: str, config: UNetConfig) -> Scale:
+    """:func:`parse_scale` of JSON, as on a command line."""
+    try:
+        found = outside.parse_json(text, "scale")
+    except UserError as error:
+        raise _wrong(f"scale {text:.60}: neither a number nor JSON") from error
+    return parse_scale(found, config)
+
+
+def parse_scale(found: object, config: UNetConfig) -> Scale:
+    """λ of every layer: from a number, or from numbers by block as diffusers'
+    ``set_ip_adapter_scale`` takes them, ``{"down": 0, "mid": 1, "up": {"block_0": [0, 1, 0]}}``:
     blocks by number, layers in their order, and what is not named is 0.
 
     Raises:
       UserError: neither, or blocks that this UNet does not have; names them.
     """
-    try:
-        found = outside.parse_json(text, flag)
-    except UserError as error:
-        raise UserError(f"{flag} {text:.60}: neither a number nor JSON") from error
     if _is_number(found):
         return float(found)
-    if not isinstance(found, dict):
-        raise UserError(
-            f'{flag} {text:.60}: {settings.FACTOR}, or blocks: {{"up": {{"block_0": 1}}}}'
+    if not isinstance(found, Mapping):
+        raise _wrong(
+            f'scale {found!r:.60}: {settings.FACTOR}, or blocks: {{"up": {{"block_0": 1}}}}'
         )
     layers = cross_attention_layers(config)
     out = dict.fromkeys(layers, 0.0)
@@ -41,42 +52,45 @@ def read_scale(text: str, config: UNetConfig, flag: str = "--scale") -> Scale:
         prefix = sides.get(side)
         there = [layer for layer in layers if prefix and layer.startswith(prefix)]
         if not there:
-            raise UserError(f"{flag}: no {side!r}; a UNet has down, mid and up")
+            raise _wrong(f"scale: no {side!r:.60}; a UNet has down, mid and up")
         blocks = sorted({int(layer.split(".")[1]) for layer in there if side != "mid"})
         if not isinstance(value, Mapping):
-            named = {f"block_{i}": value for i in blocks} if blocks else {"": value}
+            named: Mapping = {f"block_{i}": value for i in blocks} if blocks else {"": value}
         else:
             named = value
         for block, numbers in named.items():
-            number = block.removeprefix("block_")
+            number = str(block).removeprefix("block_")
             own = [x for x in there if not block or x.startswith(f"{prefix}.{number}.")]
             if not own:
                 known = ", ".join(f"block_{i}" for i in blocks)
-                raise UserError(f"{flag}: {side} has no {block!r}; here it has {known or 'none'}")
-            numbers = numbers if isinstance(numbers, list) else [numbers] * len(own)
+                raise _wrong(f"scale: {side} has no {block!r:.60}; here it has {known or 'none'}")
+            several = isinstance(numbers, Sequence) and not isinstance(numbers, str)
+            numbers = list(numbers) if several else [numbers] * len(own)
             if len(numbers) != len(own) or not all(map(_is_number, numbers)):
-                raise UserError(
-                    f"{flag}: {side} {block}: {json.dumps(numbers)}; one number, or {len(own)}"
-                )
+                raise _wrong(f"scale: {side} {block}: {numbers!r:.60}; one number, or {len(own)}")
             out |= dict(zip(own, map(float, numbers), strict=True))
     return out
 
 
+def _wrong(message: str) -> UserError:
+    return UserError(message, argument="scale")
+
+
 def regions(
-    mask: Image.Image, config: UNetConfig, side: int
+    mask: Image.Image, config: UNetConfig, size: tuple[int, int]
 ) -> dict[LayerName, Float[np.ndarray, "1 _"]]:
     """How much a mask covers of each place of each layer.
 
     Args:
       mask: white where something counts; of any size, stretched over the picture.
       config: of the UNet.
-      side: of its latents.
+      size: height and width of its latents.
     """
     grey = np.asarray(mask.convert("L"))
     out = {}
     for layer in cross_attention_layers(config):
-        length = side // 2 ** _level(layer, len(config.block_out_channels) - 1)
-        rows, columns = (_bicubic(n, length) for n in grey.shape)
+        halved = 2 ** _level(layer, len(config.block_out_channels) - 1)
+        rows, columns = (_bicubic(n, m // halved) for n, m in zip(grey.shape, size, strict=True))
         down, across = rows.any(axis=0), columns.any(axis=0)  # of a large mask, few pixels count
         read = grey[np.ix_(down, across)] / 255.0
         out[layer] = (rows[:, down] @ read @ columns[:, across].T).astype(np.float32).reshape(1, -1)
@@ -116,5 +130,5 @@ def combine(
     return {layer: jnp.asarray(by_layer[layer] * covered) for layer, covered in places.items()}
 
 
-def _is_number(value: object) -> bool:
+def _is_number(value: object) -> TypeGuard[float | int]:
     return value in settings.FACTOR

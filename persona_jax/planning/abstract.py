@@ -49,7 +49,8 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     if config.batch_size % (config.accumulate * mesh.size):
         raise UserError(
             f"config.batch_size={config.batch_size} (all chips together): must be a multiple of "
-            f"accumulate x chips = {config.accumulate} x {mesh.size}; or give --batch_per_chip"
+            f"accumulate x chips = {config.accumulate} x {mesh.size}; or change batch_per_chip",
+            argument="batch_per_chip",
         )
     if config.method in finetuning.METHODS:
         return people_step(config, mesh, dtype)
@@ -111,13 +112,15 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     """
     if config.method != "adapter":
         raise UserError(
-            f"--sampler: config.method={config.method} has no adapter; give configs/sa.py"
+            f"sampler: config.method={config.method} has no adapter; give configs/sa.py",
+            argument="sampler",
         )
     pipeline, encoder = open_abstract(config, dtype), abstract_image_encoder(config)
     if config.batch_size % mesh.size:
         raise UserError(
             f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
-            f"{mesh.size} chips; or give --batch_per_chip"
+            f"{mesh.size} chips; or give another batch_per_chip",
+            argument="batch_per_chip",
         )
     sampler = generation.make_pixel_sampler(pipeline, steps=config.sampling.steps)
     sampler = generation.split_among_devices(sampler, mesh)
@@ -232,7 +235,7 @@ def tower_config(pipeline: str, part: str) -> Mapping[str, Any]:
     if pipeline not in published.PIPELINES:
         raise _not_known(pipeline, published.PIPELINES)
     if part not in published.PIPELINES[pipeline]:
-        raise UserError(f"{pipeline}: it has no {part}/; name one with --config.{part}.path=FOLDER")
+        raise UserError(f"{pipeline}: it has no {part}/; name one with config.{part}.path=FOLDER")
     return published.PIPELINES[pipeline][part]
 
 

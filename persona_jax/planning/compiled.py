@@ -212,7 +212,9 @@ def remembered(folder: Path, key: str, find: Callable[[], Compiled]) -> Compiled
         beside = folder / f"{key}.new"
         beside.touch()
     except OSError as error:
-        raise UserError(f"--cache {folder}: {error.strerror}; choose another folder") from error
+        raise UserError(
+            f"cache {folder}: {error.strerror}; choose another folder", argument="cache"
+        ) from error
     found = find()
     beside.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
     os.replace(beside, file)

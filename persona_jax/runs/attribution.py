@@ -10,9 +10,10 @@ from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.errors import UserError
+from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import SelfAttentionAggregator
 from persona_jax.pipelines.generation import References
-from persona_jax.runs.finished_run import Run
+from persona_jax.pipelines.image_encoders import ImageEncoder
 
 Batch = UInt8[np.ndarray, "_ S S 3"]
 """Pictures."""
@@ -46,21 +47,23 @@ class Attribution:
         }
 
 
-def check(run: Run, weights: Float[np.ndarray, " N"]) -> None:
+def check(adapter: Adapter, weights: Float[np.ndarray, " N"], name: str) -> None:
     """Raises UserError where there is nothing to attribute: another aggregator, which attends to
-    nothing, or fewer than two photos that count."""
-    if run.adapter is None or not isinstance(
-        run.adapter.aggregator.module, SelfAttentionAggregator
-    ):
+    nothing, or fewer than two photos that count. `name` is the adapter's."""
+    if not isinstance(adapter.aggregator.module, SelfAttentionAggregator):
         raise UserError(
-            f"--attribution: {run.workdir} does not attend to photos; it is for self-attention"
+            f"attribution: {name} does not attend to photos; it is for self-attention",
+            argument="attribution",
         )
     if (weights > 0).sum() < 2:
-        raise UserError("--attribution: give two photos or more, to leave one out")
+        raise UserError(
+            "attribution: give two photos or more, to leave one out", argument="attribution"
+        )
 
 
 def attribute(
-    run: Run,
+    adapter: Adapter,
+    encoder: ImageEncoder,
     references: References,
     generated: Iterable[Batch],
     resample: Callable[[Sequence[References]], Iterable[Batch]],
@@ -68,19 +71,21 @@ def attribute(
     """Shares of attention, and leave-one-out influence.
 
     Args:
-      run: of an adapter with self-attention.
+      adapter: one with self-attention.
+      encoder: its image encoder.
       references: its references, the same for all pictures.
       generated: its pictures from all of them, some at a time.
       resample: other references → the same pictures again.
     """
     weights = np.asarray(references.weights[0])
-    _, heads = run.adapter.aggregator.module.apply(
-        {"params": run.adapter.params["aggregator"]},
+    assert adapter.aggregator.module is not None
+    _, heads = adapter.aggregator.module.apply(
+        {"params": adapter.params["aggregator"]},
         references.embeddings[:1],
         references.weights[:1],
     )
     heads = np.asarray(heads[0])
-    whole, influence, without = _unit_embeddings(run, generated), [], []
+    whole, influence, without = _unit_embeddings(encoder, generated), [], []
     for i in range(len(weights)):
         if weights[i] == 0:
             influence.append(np.nan)
@@ -88,7 +93,7 @@ def attribute(
             continue
         others = iter(resample([references.replace(weights=references.weights.at[:, i].set(0.0))]))
         first = next(others)
-        moved = _unit_embeddings(run, itertools.chain([first], others))
+        moved = _unit_embeddings(encoder, itertools.chain([first], others))
         influence.append(float((1 - (moved * whole).sum(axis=1)).mean()))
         without.append(first[0])
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
@@ -103,7 +108,7 @@ def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.
     return images.grid([list(photos), found.without], size=max(size, 96), titles=titles)
 
 
-def _unit_embeddings(run: Run, batches: Iterable[Batch]) -> Float[np.ndarray, "P D"]:
+def _unit_embeddings(encoder: ImageEncoder, batches: Iterable[Batch]) -> Float[np.ndarray, "P D"]:
     """Unit embeddings of pictures."""
-    seen = np.concatenate([run.encoder.encode(map(Image.fromarray, some)) for some in batches])
+    seen = np.concatenate([encoder.encode(map(Image.fromarray, some)) for some in batches])
     return seen / np.linalg.norm(seen, axis=1, keepdims=True)

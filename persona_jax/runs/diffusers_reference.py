@@ -76,7 +76,7 @@ def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: 
         reference.load_lora_weights(str(folder), weight_name=lora_files.FILE)
     except ValueError as error:
         raise UserError(
-            f"--verify: diffusers cannot load a LoRA ({error}); pip install peft"
+            f"verify: diffusers cannot load a LoRA ({error}); pip install peft", argument="verify"
         ) from error
     ours = our_sampler(run.pipeline, towers)()
     return accepted(apart(ours, diffusers_latents(reference, run.pipeline)), run.pipeline)
@@ -96,7 +96,10 @@ def open_diffusers(folder: Path) -> Any:
         import diffusers
         import torch
     except ImportError as error:
-        raise UserError("--verify takes diffusers and torch; pip install -e '.[torch]'") from error
+        raise UserError(
+            "verify: takes diffusers and torch; pip install 'persona-jax[torch]'",
+            argument="verify",
+        ) from error
     reference = diffusers.StableDiffusionPipeline.from_pretrained(
         folder, dtype=torch.float32, safety_checker=None, requires_safety_checker=False
     )
@@ -174,6 +177,7 @@ def accepted(difference: float, parts: Pipeline) -> float:
     half = parts.unet.module.dtype not in (None, jnp.float32)
     cause = f"; it was painted in {parts.unet.module.dtype}, use float32 (config.dtype)"
     raise UserError(
-        f"--verify: latents differ by {difference:.1e} from stock diffusers', more than "
-        f"{MOST:.0e}; nothing was written{cause if half else ''}"
+        f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
+        f"{MOST:.0e}; nothing was written{cause if half else ''}",
+        argument="verify",
     )

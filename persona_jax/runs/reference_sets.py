@@ -1,8 +1,9 @@
-"""Sets of photos that pictures are painted from: as the command line has them, and as sources."""
+"""Sets of reference photos: as a caller or a command line gives them, and as the sampler does."""
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +11,12 @@ from jaxtyping import Array, Float
 from PIL import Image
 
 from persona_jax.data import images, photo_files
+from persona_jax.data.photo_files import Photo
 from persona_jax.errors import UserError
+from persona_jax.models.unet import UNetConfig
 from persona_jax.pipelines import generation, scales
-from persona_jax.runs.finished_run import Run
+from persona_jax.pipelines.image_encoders import ImageEncoder
+from persona_jax.pipelines.scales import ByBlock, Number
 from persona_jax.runtime import settings
 from persona_jax.runtime.settings import number
 
@@ -22,19 +26,53 @@ class ReferenceSet:
     """Photos of one person, and how they count.
 
     Attributes:
-      photos, negative: files; of the person, and of what to move away from.
-      weights: one a photo.
-      scale: λ as it is written (:func:`persona_jax.pipelines.scales.read_scale`); None: the run's.
+      photos, negative: of the person, and of what to move away from; paths, pictures or arrays
+        (:func:`persona_jax.data.photo_files.open_photo`).
+      weights: one a photo: 0 leaves it out, 2 counts it twice; None: all 1.
+      scale: λ, one number or numbers by block
+        (:func:`persona_jax.pipelines.scales.parse_scale`), or either as JSON; None: the adapter's.
       mask: a picture, white where the person is to be; None: everywhere.
       window: from which share of the steps on, and up to which; None: in all.
+
+    Raises:
+      UserError: no photos, weights that are not one a photo, or a window that is none.
     """
 
-    photos: list[str]
-    weights: list[float]
-    scale: str | None = None
-    mask: str | None = None
-    window: tuple[float, float] | None = None
-    negative: list[str] = dataclasses.field(default_factory=list)
+    photos: Sequence[Photo]
+    weights: Sequence[Number] | None = None
+    scale: Number | str | ByBlock | None = None
+    mask: Photo | None = None
+    window: tuple[Number, Number] | None = None
+    negative: Sequence[Photo] = ()
+
+    def __post_init__(self) -> None:
+        """Checks what can be checked without a pipeline."""
+        for name in ("photos", "negative"):
+            if isinstance(getattr(self, name), str | bytes | PurePath | Image.Image):
+                raise UserError(f"{name}: one photo; give a list of them", argument=name)
+        if len(self.photos) == 0:
+            raise UserError("photos: none; give one or more", argument="photos")
+        if self.weights is not None:
+            if len(self.weights) != len(self.photos):
+                raise UserError(
+                    f"weights: {len(self.weights)} of them for {len(self.photos)} photos; one each",
+                    argument="weights",
+                )
+            if not all(np.isfinite(w) and w >= 0 for w in self.weights):
+                raise UserError("weights: each must be 0 (leave out) or more", argument="weights")
+        if self.window is not None:
+            start, end = self.window
+            if not 0 <= start < end <= 1:
+                raise UserError(
+                    f"window {start:g} {end:g}: shares of the steps, 0 to 1, in this order",
+                    argument="window",
+                )
+
+    @property
+    def counts(self) -> Float[np.ndarray, " N"]:
+        """The weights, float32."""
+        weights = [1.0] * len(self.photos) if self.weights is None else self.weights
+        return np.asarray(weights, np.float32)
 
 
 def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
@@ -50,7 +88,7 @@ def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
     parts = {
         "scale": _spread("--scale", arguments.scale, count),
         "mask": [None if mask == "-" else mask for mask in masks],
-        "window": [window and _window(*window) for window in windows],
+        "window": [window and tuple(window) for window in windows],
         "negative": [
             x or [] for x in _spread("--negative_photos", arguments.negative_photos, count)
         ],
@@ -58,11 +96,6 @@ def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
     weights = arguments.weights or [[1.0] * len(photos) for photos in arguments.photos]
     if len(weights) != count:
         raise UserError(f"--weights: {len(weights)} lists for {count} --photos; one each")
-    for photos, own in zip(arguments.photos, weights, strict=True):
-        if len(own) != len(photos):
-            raise UserError(f"--weights: {len(own)} weights for {len(photos)} photos; one each")
-        if not all(np.isfinite(w) and w >= 0 for w in own):
-            raise UserError("--weights: each must be 0 (leave out) or more")
     return [
         ReferenceSet(
             arguments.photos[i], weights[i], **{name: found[i] for name, found in parts.items()}
@@ -79,48 +112,61 @@ def _spread(flag: str, values: Sequence | None, count: int) -> list:
     return list(values) * (count if len(values) == 1 else 1)
 
 
-def _window(start: float, end: float) -> tuple[float, float]:
-    if not 0 <= start < end <= 1:
-        raise UserError(f"--window {start:g} {end:g}: shares of the steps, 0 to 1, in this order")
-    return start, end
-
-
 def references(
-    run: Run, photo_set: ReferenceSet, default: float, num: int
+    encoder: ImageEncoder,
+    config: UNetConfig,
+    photo_set: ReferenceSet,
+    *,
+    default: Number,
+    num: int,
+    size: tuple[int, int],
 ) -> generation.References:
-    """A set as `num` pictures are painted from it.
+    """A set as `num` pictures are generated from it.
 
     Args:
-      run: whose encoder looks.
+      encoder: of the adapter.
+      config: of the UNet.
       photo_set: the set.
       default: λ, where the set has none.
       num: B.
+      size: height and width of the latents.
 
     Raises:
       UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
     """
-    config, side = run.pipeline.unet.module.config, run.pipeline.latent_shape[0]
-    scale = default if photo_set.scale is None else scales.read_scale(photo_set.scale, config)
-    places = None
+    scale = default if photo_set.scale is None else photo_set.scale
+    by_layer = (
+        scales.read_scale(scale, config)
+        if isinstance(scale, str)
+        else scales.parse_scale(scale, config)
+    )
+    places, negative = None, None
     if photo_set.mask is not None:
-        places = scales.regions(photo_files.load_mask(photo_set.mask), config, side)
-    seen, own, negative = _encode(run, photo_set.photos), np.float32(photo_set.weights), None
-    if photo_set.negative:
-        away = _encode(run, photo_set.negative)
+        places = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
+    seen, own = _encode(encoder, photo_set.photos, "photo"), photo_set.counts
+    if len(photo_set.negative):
+        away = _encode(encoder, photo_set.negative, "negative photo")
         slots = max(len(seen), len(away))
-        negative = tuple(repeat(_filled(x, slots), num) for x in (away, np.ones(len(away))))
+        ones = np.ones(len(away), np.float32)
+        negative = (repeat(_filled(away, slots), num), repeat(_filled(ones, slots), num))
         seen, own = _filled(seen, slots), _filled(own, slots)
     return generation.References(
         repeat(seen, num),
         repeat(own, num),
-        scales.combine(scale, places),
+        scales.combine(by_layer, places),
         negative,
         photo_set.window,
     )
 
 
-def _encode(run: Run, files: Sequence[str]) -> Float[np.ndarray, "N ..."]:
-    return run.encoder.encode(map(photo_files.load_photo, files))
+def _encode(
+    encoder: ImageEncoder, photos: Sequence[Photo], name: str
+) -> Float[np.ndarray, "N ..."]:
+    return encoder.encode(_opened(photos, name))
+
+
+def _opened(photos: Sequence[Photo], name: str = "photo") -> Iterator[Image.Image]:
+    return (photo_files.open_photo(x, f"{name} {i + 1}") for i, x in enumerate(photos))
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -132,9 +178,9 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(run: Run, photo_set: ReferenceSet, size: int) -> list[Image.Image]:
-    """The photos as the image encoder sees them, central parts, of `size` pixels."""
-    crop, photos = run.config.data.crop, map(photo_files.load_photo, photo_set.photos)
+def squares(photo_set: ReferenceSet, crop: float, size: int) -> list[Image.Image]:
+    """The photos as the image encoder sees them, the central `crop` of each, of `size` pixels."""
+    photos = _opened(photo_set.photos)
     return [images.centre_crop(photo, crop).resize((size, size)) for photo in photos]
 
 

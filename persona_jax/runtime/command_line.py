@@ -14,6 +14,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,7 +42,7 @@ def run_with_config(
     errors. Exits the process on an error. argv: sys.argv where not given.
     """
     argv = list(sys.argv if argv is None else argv)
-    _exit_on_error(lambda: main(*_parse_config(argv, main)), VERBOSE in argv)
+    _exit_on_error(lambda: main(*_parse_config(argv, main)), {"config", "workdir"}, VERBOSE in argv)
 
 
 def run_with_arguments(
@@ -57,7 +58,8 @@ def run_with_arguments(
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
     _add_verbose(parser)
-    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), VERBOSE in argv)
+    own = {action.dest for action in parser._actions if action.option_strings}
+    _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), own, VERBOSE in argv)
 
 
 VERBOSE = "--verbose"
@@ -80,7 +82,8 @@ def _refuse(message: str) -> None:
     raise UserError(f"command line: {message:.400}; see --help")
 
 
-def _exit_on_error(run: Callable[[], Any], verbose: bool = False) -> None:
+def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str], verbose: bool = False) -> None:
+    """Runs a command. own: names of its flags, without dashes."""
     flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
     keep_compiled()
     memory.give_back_after_compilation()
@@ -89,7 +92,7 @@ def _exit_on_error(run: Callable[[], Any], verbose: bool = False) -> None:
         with buckets.keeping():
             run()
     except (Exception, KeyboardInterrupt) as error:
-        status = _tell(error, verbose)
+        status = _tell(error, own, verbose)
         if not status:
             if not jax.distributed.is_initialized():
                 raise
@@ -101,15 +104,15 @@ LONGEST = 480
 """Characters of an error; more are printed with --verbose."""
 
 
-def _tell(error: BaseException, verbose: bool = False) -> int:
+def _tell(error: BaseException, own: AbstractSet[str], verbose: bool = False) -> int:
     """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours.
 
-    verbose: print all of it, its details a line each.
+    own: names of the command's flags. verbose: print all of it, its details a line each.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
-        text = str(error)
+        text = with_flags(str(error), error.argument, own)
     elif place := _of_the_disk(error):
         text = place
     else:
@@ -137,6 +140,23 @@ def _of_the_disk(error: BaseException | None) -> str | None:
     return None
 
 
+def with_flags(text: str, argument: str, own: AbstractSet[str]) -> str:
+    """An error of the library's with the flags of a command in it: ``config.a.b=`` becomes
+    ``--config.a.b=``, and the argument at fault is named as a flag, where the command has them.
+
+    Args:
+      text: of the error.
+      argument: see :class:`persona_jax.errors.UserError`.
+      own: names of the command's flags, without dashes.
+    """
+    if "config" in own:
+        text = re.sub(r"(?<![-\w.])config\.(?=[\w.]+=)", "--config.", text)
+    if not argument or argument not in own:
+        return text
+    begins = re.match(rf"{re.escape(argument)}\b", text)
+    return f"--{text}" if begins else f"{text} (--{argument})"
+
+
 def _leave(status: int) -> NoReturn:
     """Exit; one process of several does not wait long for the others, as JAX would (5 minutes):
     they may be waiting for what it has failed to do."""
@@ -158,7 +178,12 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--config", required=True, metavar="FILE.py[:ARG]", help="configuration")
+    parser.add_argument(
+        "--config",
+        required=True,
+        metavar="NAME[:ARG]",
+        help="configuration: one of the package's (sa:tiny), or a file (my/config.py:tiny)",
+    )
     return parser
 
 
@@ -183,11 +208,32 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
     return config
 
 
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+"""Those that come with the package; in a checkout, a link to the repository's folder."""
+
+
+def find_config(path: str) -> Path:
+    """The file of a configuration: as named, or one of the package's, by name ("sa") or by its
+    place in the repository ("configs/sa.py").
+
+    Raises UserError if there is none.
+    """
+    file = Path(path)
+    if file.is_file():
+        return file
+    name = file.name.removesuffix(".py")
+    known = sorted(x.stem for x in CONFIGS.glob("*.py") if x.stem != "common")
+    if name in known and path in (name, f"{name}.py", f"configs/{name}.py"):
+        return CONFIGS / f"{name}.py"
+    raise UserError(
+        f"--config {path:.200}: no such file, nor one of the package's: {', '.join(known)}"
+    )
+
+
 def _load_config(value: str) -> ConfigDict:
     """FILE.py[:ARG] -> its get_config([ARG]); the file may import its neighbours."""
-    path, *arguments = value.split(":", 1)
-    if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file")
+    name, *arguments = value.split(":", 1)
+    path = str(find_config(name))
     folder = str(Path(path).absolute().parent)
     sys.path.insert(0, folder)
     try:

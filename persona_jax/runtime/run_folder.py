@@ -18,7 +18,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
     """{"a.b": value}; a ConfigDict that is empty counts as a value."""
-    flat = {}
+    flat: dict[str, Any] = {}
     for key, value in config.items():
         below = leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
         flat |= below or {f"{prefix}{key}": value}
@@ -49,7 +49,9 @@ def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
             with files.whole_file(workdir / name) as beside:
                 beside.write_text(text + "\n")
     except OSError as error:
-        raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+        raise UserError(
+            f"workdir {workdir}: {error.strerror}; choose another", argument="workdir"
+        ) from error
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
@@ -108,8 +110,9 @@ def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[s
     ]
     if changes:
         raise UserError(
-            f"--workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
-            "choose another workdir, or go on with the configuration it has"
+            f"workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
+            "choose another workdir, or go on with the configuration it has",
+            argument="workdir",
         )
 
 

@@ -322,8 +322,9 @@ def locked(workdir: Path) -> Iterator[None]:
     """
     if jax.process_count() > 1 and (url := buckets.bucket_of(workdir)):
         raise UserError(
-            f"--workdir {url}: several processes write a checkpoint together, which takes a "
-            "disk that they share; mount the bucket (gcsfuse, s3fs) and give that folder"
+            f"workdir {url}: several processes write a checkpoint together, which takes a "
+            "disk that they share; mount the bucket (gcsfuse, s3fs) and give that folder",
+            argument="workdir",
         )
     with contextlib.ExitStack() as stack:
         free = True
@@ -332,7 +333,9 @@ def locked(workdir: Path) -> Iterator[None]:
                 workdir.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context((workdir / ".lock").open("w"))
             except OSError as error:
-                raise UserError(f"--workdir {workdir}: {error.strerror}; choose another") from error
+                raise UserError(
+                    f"workdir {workdir}: {error.strerror}; choose another", argument="workdir"
+                ) from error
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -340,5 +343,7 @@ def locked(workdir: Path) -> Iterator[None]:
         if jax.process_count() > 1:
             free = bool(multihost_utils.broadcast_one_to_all(np.array(free)))
         if not free:
-            raise UserError(f"--workdir {workdir}: another run is using it; choose another")
+            raise UserError(
+                f"workdir {workdir}: another run is using it; choose another", argument="workdir"
+            )
         yield

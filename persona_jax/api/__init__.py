@@ -1,0 +1,1 @@
+"""The Python API; its names are imported from :mod:`persona_jax` itself."""

@@ -1,0 +1,233 @@
+"""Adapters, people and LoRA files, opened on a pipeline that is open already."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from persona_jax.api.bases import Base
+from persona_jax.errors import UserError
+from persona_jax.interop import folders
+from persona_jax.interop.checkpoints import read_fingerprint
+from persona_jax.interop.lora_files import load_lora
+from persona_jax.methods import finetuning
+from persona_jax.models import lora
+from persona_jax.models.adapter import Adapter
+from persona_jax.pipelines import generation
+from persona_jax.pipelines.image_encoders import ImageEncoder
+from persona_jax.runs import finished_run
+from persona_jax.runs.finished_run import SamplingSettings
+from persona_jax.runtime import buckets, finite
+from persona_jax.runtime.run_folder import read_config
+
+PathLike = str | Path
+Lora = PathLike | tuple[PathLike, float | int]
+"""A LoRA file, or the file and how much it counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedAdapter:
+    """An adapter with the image encoder that it reads photos with; from :func:`load_adapter`.
+
+    Attributes:
+      path: where it was loaded from.
+      model: the aggregator and its parameters.
+      encoder: photos → embeddings.
+      crop: central part of a photo that the encoder sees, a fraction of its shorter side.
+      settings: the sampling settings it was trained with, used where a call names none.
+      base_hash: of the UNet it is for.
+      step: of the checkpoint that was read; None of a file.
+    """
+
+    path: str
+    model: Adapter
+    encoder: ImageEncoder
+    crop: float
+    settings: SamplingSettings
+    base_hash: str
+    step: int | None = None
+
+    @property
+    def kind(self) -> str:
+        """Of aggregator: "self_attention", "avg", "max", "first", "every", "plus", …"""
+        return self.model.aggregator.kind
+
+    def __repr__(self) -> str:
+        """Without the parameters."""
+        return f"LoadedAdapter({self.path!r}, kind={self.kind!r}, crop={self.crop:g})"
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedPerson:
+    """The weights of one person of a DreamBooth or LoRA run; from :func:`load_person`.
+
+    Attributes:
+      path: of the run.
+      name: the person's.
+      towers: what they change of the base, ``{"unet", "text_encoder"}``.
+      token, nouns: the rare token goes before the first of the nouns in a prompt.
+      settings: as in :class:`LoadedAdapter`.
+      base_hash: of the UNet it is for.
+    """
+
+    path: str
+    name: str
+    towers: Mapping[str, Mapping[str, Any]]
+    token: str
+    nouns: tuple[str, ...]
+    settings: SamplingSettings
+    base_hash: str
+
+    def prompt(self, prompt: str) -> str:
+        """The prompt with the person's token. Raises UserError if it has none of the nouns."""
+        return finetuning.insert_token(prompt, self.token, self.nouns)
+
+    def __repr__(self) -> str:
+        """Without the parameters."""
+        return f"LoadedPerson({self.path!r}, {self.name!r})"
+
+
+def load_adapter(
+    path: PathLike,
+    pipe: Base,
+    *,
+    crop: float | None = None,
+    weights: Literal["ema", "params"] | None = None,
+) -> LoadedAdapter:
+    """Opens an adapter for a pipeline.
+
+    Args:
+      path: a run of ``persona-jax train``; an IP-Adapter or IP-Adapter-Plus file for Stable
+        Diffusion 1.5 (``.safetensors`` or ``.bin``); a folder that ``persona-jax export`` wrote; or
+        "tiny", the adapter that comes with the base of that name.
+      pipe: from :func:`persona_jax.load_pipeline`.
+      crop: central part of a photo that the image encoder sees, above 0 and at most 1; None: as
+        in training, or 1.
+      weights: of a run, the running average or the last step; None: the average, if there is one.
+
+    Raises:
+      UserError: nothing there, another base or image encoder than it was trained with, or files
+        that do not fit.
+    """
+    if crop is not None and not 0 < crop <= 1:
+        raise UserError(f"crop {crop:g}: expected above 0 and at most 1", argument="crop")
+    shipped = folders.SHIPPED.get(str(path))
+    place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(path)
+    if not place.exists():
+        raise UserError(
+            f"{path}: no such adapter; expected a run, an IP-Adapter file or an exported folder"
+        )
+    if (place / "config.json").is_file():
+        run = _open_run(place, pipe, crop, weights)
+    else:
+        run = finished_run.open_adapter(
+            place, pipe.source, crop=crop or 1.0, pipeline=pipe.with_image_encoder()
+        )
+    assert run.adapter is not None
+    assert run.encoder is not None
+    return LoadedAdapter(
+        path=str(path),
+        model=run.adapter,
+        encoder=run.encoder,
+        crop=run.config.data.crop,
+        settings=run.sampling_settings(),
+        base_hash=pipe.hash,
+        step=run.step,
+    )
+
+
+def _open_run(
+    workdir: Path, pipe: Base, crop: float | None, weights: str | None
+) -> finished_run.Run:
+    config = read_config(workdir)
+    method = config.get("method")
+    if method in finetuning.METHODS:
+        raise UserError(f"{workdir} is a run of {method}: open a person of it with load_person")
+    if method is None:
+        raise UserError(f"{workdir} is a run that made a base; its pipeline is {workdir}/pipeline")
+    trained = read_fingerprint(workdir / "checkpoints")
+    _refuse_another_base(workdir, config.pipeline, trained.get("unet"), pipe)
+    parts = pipe.parts
+    if config.image_encoder.kind == "clip":
+        parts = pipe.with_image_encoder(config.image_encoder.path)
+    run = finished_run.open_run(workdir, crop, weights, parts)
+    known = trained.get("eye")
+    if crop is None and run.encoder is not None and known not in (None, run.encoder.hash):
+        raise UserError(
+            f"{workdir}: it was trained with an image encoder of hash {known:.60}, and this one "
+            f"has {run.encoder.hash:.60}; restore the first"
+        )
+    return run
+
+
+def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
+    """Opens the weights of one person of a DreamBooth or LoRA run.
+
+    Args:
+      workdir: of the run.
+      name: of a person it has finished.
+      pipe: from :func:`persona_jax.load_pipeline`.
+
+    Raises:
+      UserError: another kind of run, nobody of that name, another base, or files that do not fit.
+    """
+    from persona_jax.methods import finetuning_loop  # imports the data sets
+
+    place = buckets.local(workdir)
+    config = read_config(place)
+    if config.get("method") not in finetuning.METHODS:
+        raise UserError(f"{workdir} is no run of dreambooth or lora; open it with load_adapter")
+    towers = finetuning_loop.load_person(place, name, pipe.parts, config)
+    about = folders.read_json(finetuning_loop.person_folder(place, name) / "person.json")
+    _refuse_another_base(place, config.pipeline, about.get("unet"), pipe)
+    return LoadedPerson(
+        path=str(workdir),
+        name=name,
+        towers=towers,
+        token=config.token,
+        nouns=tuple(config.nouns),
+        settings=finished_run.Run(place, config, pipe.parts).sampling_settings(),
+        base_hash=pipe.hash,
+    )
+
+
+def _refuse_another_base(workdir: Path, base: str, trained: str | None, pipe: Base) -> None:
+    if trained != pipe.hash:
+        raise UserError(
+            f"{workdir}: its base is {base}, of hash {trained or 'unknown'}; {pipe.source} has "
+            f"{pipe.hash}; use the base that it was trained on"
+        )
+
+
+def with_loras(towers: Mapping[str, Mapping[str, Any]], loras: Sequence[Lora]) -> dict[str, Any]:
+    """The towers that LoRA files change, merged in their order.
+
+    Args:
+      towers: the base's parameters by name.
+      loras: files, each with its factor or at 1.
+
+    Raises:
+      UserError: no such file, or one that does not fit.
+    """
+    towers, changed = dict(towers), {}
+    for one in loras:
+        file, factor = one if isinstance(one, tuple) else (one, 1.0)
+        updates = load_lora(buckets.local(file), towers)
+        if huge := finite.beyond(updates, float(np.finfo(np.float16).max)):
+            raise UserError(f"{file}: {huge}, which no LoRA has; fetch it again", argument="lora")
+        for name, update in updates.items():
+            changed[name] = towers[name] = lora.merge(towers[name], update, factor)
+    return changed
+
+
+def default_settings(base: str) -> SamplingSettings:
+    """Where neither an adapter nor a person says otherwise."""
+    sampling = finished_run.outside_settings(base).sampling
+    return SamplingSettings(sampling.steps, sampling.guidance, sampling.eta, sampling.scale)
+
+
+def frozen_params(base: Base, changed: Mapping[str, Any]) -> dict[str, Any]:
+    """What a sampler takes: the base's towers, some of them in changed form."""
+    return generation.sampler_params(base.parts) | dict(changed)

@@ -1,0 +1,135 @@
+"""Pictures of a config's people by a finished run, the same requests whatever its method."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Key
+
+from persona_jax.data.photos import Photos
+from persona_jax.evaluation.evaluators import Subjects
+from persona_jax.methods import finetuning_loop
+from persona_jax.models.adapter import Adapter
+from persona_jax.pipelines import generation
+from persona_jax.runs.finished_run import Run, SamplingSettings
+
+
+def make_run_sampler(
+    run: Run,
+    settings: SamplingSettings,
+    batch_size: int = 32,
+    sampler: generation.Sampler | None = None,
+    *,
+    adapters: Sequence[Adapter] | None = None,
+    towers: Mapping | None = None,
+) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
+    """A function that paints people with a run; compiled once for all calls with as many reference
+    slots.
+
+    Args:
+      run: what to paint with.
+      settings: how.
+      batch_size: pictures at a time.
+      sampler: :func:`persona_jax.pipelines.generation.make_sampler`'s, of another run on the same
+        base, to compile less.
+      adapters: in place of the run's one.
+      towers: in place of the base's, by name.
+    """
+    sampler = sampler or generation.make_sampler(run.pipeline, steps=settings.steps)
+    frozen = generation.sampler_params(run.pipeline) | dict(towers or {})
+    if adapters is None:
+        adapters = [run.adapter] if run.adapter else []
+
+    def sample_people(
+        prompts: Sequence[str],
+        keys: Key[Array, " P"],
+        *,
+        names: Sequence[str] | None = None,
+        references: Sequence[generation.References] = (),
+        negative_prompt: str = "",
+    ) -> Float[np.ndarray, "P H W 3"]:
+        """P pictures in [−1, 1]: of the people that references tell of, or of people by name; of
+        nobody in particular where neither is given.
+
+        Args:
+          prompts: one a picture, as :meth:`Run.prompt` gives them.
+          keys: one a picture.
+          names: whom, where weights belong to people.
+          references: one for each adapter.
+          negative_prompt: for all.
+        """
+        ids, _ = run.pipeline.tokenize(list(prompts))
+        negative, _ = run.pipeline.tokenize([negative_prompt])
+        request = generation.Request(
+            keys=keys,
+            ids=jnp.asarray(ids),
+            negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
+            references=tuple(references),
+            guidance=settings.guidance,
+            eta=settings.eta,
+        )
+        if names is None:
+            active = adapters if references else ()
+            return generation.in_batches(sampler, frozen, active, request, batch_size)
+        out: dict[int, np.ndarray] = {}
+        for name in dict.fromkeys(names):
+            rows = np.flatnonzero(np.asarray(names) == name)
+            own = finetuning_loop.load_person(run.workdir, name, run.pipeline, run.config)
+            size = min(batch_size, len(rows))
+            some = generation.some_of(request, rows)
+            pictures = generation.in_batches(sampler, frozen | own, (), some, size)
+            out |= dict(zip(rows.tolist(), pictures, strict=True))
+        return np.stack([out[i] for i in range(len(names))])
+
+    return sample_people
+
+
+def encode_references(
+    run: Run, photos: Photos, subjects: Subjects
+) -> Float[np.ndarray, "P N *D"] | None:
+    """What the run's encoder sees in the references of each; None where weights belong to
+    people."""
+    if run.encoder is None:
+        return None
+    return np.stack(
+        [run.encoder.encode(map(photos.image, rows)) for rows in subjects.references.tolist()]
+    )
+
+
+def sample_subjects(
+    run: Run,
+    sampler: Callable[..., Float[np.ndarray, "Q H W 3"]],
+    subjects: Subjects,
+    seen: Float[np.ndarray, "P N *D"] | None = None,
+    *,
+    scale: float = 1.0,
+    num_references: int | None = None,
+    named: bool = True,
+    seed: int = 0,
+) -> Float[np.ndarray, "Q H W 3"]:
+    """The pictures that subjects ask for, from the same noise whatever the run.
+
+    Args:
+      run: where weights belong to people, it must know these.
+      sampler: :func:`make_run_sampler`'s.
+      subjects: the people.
+      seen: their references' embeddings, for adapters; None: text alone.
+      scale: λ of an adapter.
+      num_references: how many of the references count; None: all.
+      named: where weights belong to people, call each by the rare token; else the prompts stay as
+        they are, and ask for anybody.
+      seed: of the noise.
+    """
+    who, prompts = map(list, zip(*subjects.pictures, strict=True))
+    keys = generation.picture_keys(seed, len(prompts))
+    if run.personal:
+        wanted = [run.prompt(prompt) for prompt in prompts] if named else prompts
+        return sampler(wanted, keys, names=[subjects.names[i] for i in who])
+    if seen is None:
+        return sampler(prompts, keys)
+    counts = np.arange(seen.shape[1]) < (
+        seen.shape[1] if num_references is None else num_references
+    )
+    weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
+    references = generation.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
+    return sampler(prompts, keys, references=[references])
