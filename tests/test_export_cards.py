@@ -14,7 +14,7 @@ from PIL import Image
 from world import adapter_config, config_of, portrait, write_adapter
 
 from persona_jax import export
-from persona_jax.data import images
+from persona_jax.data import images, photo_files
 from persona_jax.methods import finetuning
 from persona_jax.pipelines import generation
 from persona_jax.runs import diffusers_reference, finished_run
@@ -61,7 +61,7 @@ def test_the_readme_of_an_adapter_runs(world, tmp_path, monkeypatch, kind, base,
 
     run = finished_run.open_run(tmp_path / "run")
     photos = [world / "photos" / name for name in PHOTOS]
-    seen = run.encoder.encode([images.load_photo(photo) for photo in photos])
+    seen = run.encoder.encode([photo_files.load_photo(photo) for photo in photos])
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)), 0.7)
     expected = painted_here(run, [run.adapter], (references,), {})
     found = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])

@@ -192,7 +192,8 @@ def load_tower(
     try:
         module = build(tower, config, dtype)
     except UserError as error:
-        raise UserError(f"{folder / 'config.json'}: {error}", error.details) from error
+        where = folder / "config.json"
+        raise UserError(f"{where}: {error}", error.details, argument=error.argument) from error
     try:
         abstract = abstract_params(module)
     except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:

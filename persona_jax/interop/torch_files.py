@@ -81,9 +81,9 @@ def _is_stored_zip(file: Path) -> bool:
     Raises:
       ValueError: one whose content is compressed, and might be of any size; torch never does so.
     """
-    if not zipfile.is_zipfile(file):
-        return False
     try:
+        if not zipfile.is_zipfile(file):  # which raises, of archives of several disks
+            return False
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError) as error:

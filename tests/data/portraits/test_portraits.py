@@ -5,7 +5,6 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from persona_jax.data.images import decode
 from persona_jax.data.photos import load_photos
 from persona_jax.data.portraits import descriptions as words
 from persona_jax.data.portraits import traits
@@ -167,7 +166,7 @@ def test_the_dataset_keeps_the_truth(tmp_path):
     }
     identity, scene = photos.truth("identity"), photos.truth("scene")
     drawn = np.asarray(render(identity, scene, 16)).astype(int)
-    stored = np.stack([np.asarray(decode(photos.encoded(i))) for i in range(len(photos))])
+    stored = np.stack([np.asarray(photos.image(i)) for i in range(len(photos))])
     assert np.abs(drawn - stored).max() <= 1  # rounding, where another batch size is compiled
     assert all("person" in text for text in photos.truth("full_caption"))
 
