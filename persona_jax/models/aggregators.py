@@ -150,7 +150,9 @@ class AttentionPooling(nn.Module):
         logits = jnp.einsum("hd,bnhd->bhn", query, split_heads(keys, self.heads))
         logits *= (dim // self.heads) ** -0.5
         trust = self.param("consensus", nn.initializers.zeros, (self.heads,))
-        logits += CONSENSUS * trust[:, None] * agreement(x, weights)[:, None, :]
+        # As a product of matrices: XLA's CPU compiler without optimisation makes NaN of the
+        # gradient of a broadcast one.
+        logits += jnp.einsum("h,bn->bhn", CONSENSUS * trust, agreement(x, weights))
         shares = weighted_softmax(logits[:, :, None, :], weights)[:, :, 0]
         values = split_heads(
             nn.Dense(dim, use_bias=False, kernel_init=_identity, dtype=self.dtype, name="to_v")(x),
