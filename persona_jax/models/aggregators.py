@@ -8,6 +8,7 @@ exactly the zero vector, which is the unconditional branch of stock IP-Adapter (
 import dataclasses
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
@@ -108,8 +109,8 @@ def agreement(
     Itself included: of n photos of equal weight this is (1 + (n − 1) · mean over the others) / n,
     which orders them alike; without itself, listing every photo twice would change the result.
     """
-    norm = jnp.linalg.norm(embeddings.astype(jnp.float32), axis=-1, keepdims=True)
-    unit = embeddings / jnp.maximum(norm, 1e-6)
+    squares = (embeddings.astype(jnp.float32) ** 2).sum(axis=-1, keepdims=True)
+    unit = embeddings * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
     return jnp.einsum("bnd,bd->bn", unit, jnp.einsum("bn,bnd->bd", _shares(weights), unit))
 
 
@@ -147,12 +148,16 @@ class AttentionPooling(nn.Module):
         norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=self.dtype, name="norm")
         keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(norm(seen))
         query = self.param("query", nn.initializers.zeros, (self.heads, dim // self.heads))
-        logits = jnp.einsum("hd,bnhd->bhn", query, split_heads(keys, self.heads))
-        logits *= (dim // self.heads) ** -0.5
         trust = self.param("consensus", nn.initializers.zeros, (self.heads,))
-        # As a product of matrices: XLA's CPU compiler without optimisation makes NaN of the
-        # gradient of a broadcast one.
-        logits += jnp.einsum("h,bn->bhn", CONSENSUS * trust, agreement(x, weights))
+        # Agreement is one more feature of each key, and trust in it one more of each query.
+        shared = jnp.broadcast_to(
+            agreement(x, weights)[:, :, None, None], (*keys.shape[:2], self.heads, 1)
+        )
+        keys = jnp.concatenate([split_heads(keys, self.heads), shared.astype(keys.dtype)], axis=-1)
+        query = jnp.concatenate(
+            [query * (dim // self.heads) ** -0.5, CONSENSUS * trust[:, None]], axis=-1
+        )
+        logits = jnp.einsum("hd,bnhd->bhn", query, keys)
         shares = weighted_softmax(logits[:, :, None, :], weights)[:, :, 0]
         values = split_heads(
             nn.Dense(dim, use_bias=False, kernel_init=_identity, dtype=self.dtype, name="to_v")(x),
