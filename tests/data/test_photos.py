@@ -117,7 +117,7 @@ def test_downloads_from_the_first_mirror_whose_file_verifies(tmp_path, lfw_photo
 
 def test_unknown_checksum_names_the_hash_and_the_flag(tmp_path, lfw_photos):
     path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
-    with pytest.raises(UserError, match=f"--config.data.archive_sha256={sha256(path)}"):
+    with pytest.raises(UserError, match=f"config.data.archive_sha256={sha256(path)}"):
         load_photos("lfw", tmp_path / "d", tmp_path / "m")
 
 
@@ -222,7 +222,7 @@ def test_a_folder_that_may_not_be_read_is_named(tmp_path, monkeypatch):
 def test_photos_that_lie_deeper_are_not_mixed_up(tmp_path):
     write_folder(tmp_path / "us/people", {"Ann": 2, "Bob": 2})
     place = tmp_path / "us"
-    with pytest.raises(UserError, match=rf"deeper.*--config.data.folder={place}/people") as error:
+    with pytest.raises(UserError, match=rf"deeper.*config.data.folder={place}/people") as error:
         load_photos("folder", tmp_path / "d", folder=place)
     assert len(str(error.value)) < 500
 
