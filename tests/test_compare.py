@@ -117,7 +117,7 @@ def test_choices_walk_downhill_three_doublings_at_most(best, found):
         (["--methods", "ip"], "sa among them"),
         (["--methods", "sa", "gan"], "gan"),
         (["--people", "5", "--methods", "sa"], "5 people: a multiple of 5, 2 to 4"),
-        (["--seeds", "0"], "--seeds 0"),
+        (["--seeds", "0"], "--seeds: '0'"),
         (["--methods", "sa", "--people", "3200"], "2 to 4"),
         (["--methods", "sa", "max"], "no such file"),
     ],

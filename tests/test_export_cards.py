@@ -15,7 +15,7 @@ from world import adapter_config, config_of, portrait, write_adapter
 
 from persona_jax import export
 from persona_jax.data import images, photo_files
-from persona_jax.methods import finetuning
+from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.runs import diffusers_reference, finished_run
 from persona_jax.runtime.command_line import run_with_arguments
@@ -83,9 +83,7 @@ def test_the_readme_of_a_person_runs(world, tmp_path, monkeypatch, method, form)
     write_person(config, tmp_path / "run")
     export_(tmp_path, "--format", form, "--person", "ann")
     run = finished_run.open_run(tmp_path / "run")
-    towers = finished_run.finetuning_loop.load_person(
-        tmp_path / "run", "ann", run.pipeline, run.config
-    )
+    towers = finetuning_loop.load_person(tmp_path / "run", "ann", run.pipeline, run.config)
     expected = painted_here(run, [], (), {name: towers[name] for name in finetuning.TOWERS})
     assert np.abs(run_readme(tmp_path, monkeypatch, run) - expected).max() <= 1
 

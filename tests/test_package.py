@@ -36,7 +36,7 @@ SILENT = {"importlib-resources"}
 def wheel(tmp_path_factory):
     """Built from a copy of what would be in the repository: the source tree stays clean."""
     root = tmp_path_factory.mktemp("wheel")
-    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info", "build", "tests", "data", "runs")
+    ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     (root / "source").mkdir()
     for name in ("persona_jax", "configs"):
         shutil.copytree(ROOT / name, root / "source" / name, ignore=ignored, symlinks=True)

@@ -140,7 +140,8 @@ def test_a_window_of_steps(world, ours, both_loaded):
     whole = ours(world[2][:1], [shown(one)])
     assert diffusers_reference.apart(whole, expected) > 1e-3
     windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
-    np.testing.assert_array_equal(windowed, whole)
+    # (Two programs: their last bits differ.)
+    np.testing.assert_allclose(windowed, whole, rtol=1e-3, atol=2e-4)
 
 
 def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:

@@ -141,7 +141,7 @@ TENSORS = {
     "compiled": (lambda good: {f"_orig_mod.{n}": x for n, x in good.items()}, "torch.compile"),
     "PEFT's": (
         lambda good: {"base_model.model.mid_block.lora_A.weight": np.zeros((4, 8))},
-        "give it with --lora",
+        "load it as a LoRA",
     ),
     "many": (lambda good: {f"{'name' * 9}.{i}": np.zeros(1) for i in range(900)}, "and 89. more"),
     "nothing": (lambda good: {"empty": np.zeros(0)}, "missing"),
