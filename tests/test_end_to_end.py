@@ -192,7 +192,7 @@ def test_an_unreadable_photo_is_skipped_with_a_count(world, tmp_path, capsys):
     config = adapter_config("avg", people, tmp_path / "data", world[2])
     config.optimizer.steps = 1
     train.main(config, tmp_path / "avg")
-    assert "1 unreadable photos are left out: person_2/9.png" in capsys.readouterr().out
+    assert "1 files are left out: person_2/9.png" in capsys.readouterr().out
 
 
 def test_training_and_sampling_never_import_torch_or_tensorflow(world, tmp_path):
