@@ -75,7 +75,7 @@ def test_its_metadata_names_the_command_and_the_project(wheel):
         if ".dist-info/" in name
     }
     assert "persona-jax = persona_jax.__main__:main" in read["entry_points.txt"]
-    for line in ("License-Expression: Apache-2.0", "Project-URL: Source", "Typing :: Typed"):
+    for line in ("License-Expression: Apache-2.0", "Requires-Python: >=3.11", "Typing :: Typed"):
         assert line in read["METADATA"]
 
 

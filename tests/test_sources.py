@@ -140,8 +140,8 @@ def test_a_window_of_steps(world, ours, both_loaded):
     whole = ours(world[2][:1], [shown(one)])
     assert diffusers_reference.apart(whole, expected) > 1e-3
     windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
-    # (Two programs: their last bits differ.)
-    np.testing.assert_allclose(windowed, whole, rtol=1e-3, atol=2e-4)
+    # Two programs: on some processors their last bits differ.
+    assert diffusers_reference.apart(windowed, whole) < 1e-5
 
 
 def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:
