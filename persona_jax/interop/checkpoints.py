@@ -128,16 +128,16 @@ class Checkpoints:
         steps = sorted(self._manager.all_steps(), reverse=True)
         wanted = jax.tree.map(_abstract, _trees(state))
         for step in steps:
-            try:
-                trees, reason = None, self._fault(step, list(wanted))
-                if not reason:
+            trees, reason = None, self._fault(step, list(wanted))
+            if _everywhere(not reason):  # reading is done together, or by nobody
+                try:
                     trees = self._read(step, wanted)
                     if reason := poison(trees):
                         trees = None
-            except UserError:
-                raise
-            except Exception as error:  # orbax and tensorstore raise many kinds
-                trees, reason = None, orbax.one_line(error)
+                except UserError:
+                    raise
+                except Exception as error:  # orbax and tensorstore raise many kinds
+                    trees, reason = None, orbax.one_line(error)
             if _everywhere(trees is not None):
                 device_step = jax.device_put(np.int32(step), state.step.sharding)
                 return state.replace(step=device_step, **trees)
