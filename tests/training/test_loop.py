@@ -187,7 +187,7 @@ def test_a_checkpoint_that_the_next_step_fails_from_is_set_aside(tmp_path, capfd
         with pytest.raises(UserError, match=f"step {step + 1}: grad_norm is inf"):
             fit(tmp_path)
         assert (
-            f"checkpoints/{step}: the step from it is not finite; moved" in capfd.readouterr().err
+            f"checkpoints/{step}: the step after it is not finite; moved" in capfd.readouterr().err
         )
     assert int(fit(tmp_path).step) == 6
 
