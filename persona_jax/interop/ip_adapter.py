@@ -149,8 +149,8 @@ def _refuse_other_kinds(files: tensors.Tensors, config: UNetConfig) -> None:
         inner = names.get("image_proj.layers.0.0.to_q.weight", (resampler.HEAD,))[0]
         if inner % resampler.HEAD:
             raise UserError(
-                f"{where}: the width of image_proj.layers.0.0.to_q, {inner}, does not divide by "
-                f"the head size, {resampler.HEAD}"
+                f"{where}: image_proj.layers.0.0.to_q has width {inner}, which does not divide "
+                f"into heads of {resampler.HEAD}"
             )
     if any(name.startswith(("image_proj.proj.0.", "image_proj.perceiver")) for name in names):
         raise UserError(

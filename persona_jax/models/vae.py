@@ -58,8 +58,8 @@ class VAEConfig:
         blocks = len(config.block_out_channels)
         if len({blocks, len(config.down_block_types), len(config.up_block_types)}) > 1:
             raise UserError(
-                "VAEConfig: down_block_types, up_block_types and block_out_channels must have one "
-                "length"
+                "VAEConfig: down_block_types, up_block_types and block_out_channels must be "
+                "equally long"
             )
         if not 1 <= blocks <= 8:
             raise UserError(f"VAEConfig: {blocks} blocks; expected 1 to 8")
