@@ -149,7 +149,7 @@ def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeyp
         (["--pictures", "{tmp}/mixed"], r"b.png: 8x16 pixels, but a.png has 16x16"),
         (["--pictures", "{tmp}/broken"], "a.png: not a readable picture"),
         (["--splits", "25"], "24 pictures in 25 splits"),
-        (["--against", "{tmp}/broken.npz"], "no statistics to be read"),
+        (["--against", "{tmp}/broken.npz"], "statistics cannot be read"),
         (["--against", "{tmp}/fid.npz"], "statistics by none of the reader"),
         (["--against", "{tmp}/other.npz"], "256 features, but .* of 8"),
         (["--pipeline", ""], "name who looks"),
