@@ -177,26 +177,27 @@ def page(
     return "\n".join(lines)
 
 
-def memory_lines(found: Compiled, machine: Machine) -> list[str]:
+def memory_lines(program: Compiled, machine: Machine) -> list[str]:
     """Memory used per chip, by kind, and the memory of the chip."""
-    parts = [f"{kind} {size / GIB:.2f}" for kind, size in found.memory.items()]
-    total, there = found.total / GIB, machine.memory / GIB
-    share = f" ({found.total / machine.memory:.0%})" if machine.memory < math.inf else ""
+    parts = [f"{kind} {size / GIB:.2f}" for kind, size in program.memory.items()]
+    total, there = program.total / GIB, machine.memory / GIB
+    share = f" ({program.total / machine.memory:.0%})" if machine.memory < math.inf else ""
     return [f"memory of a chip, GiB: {total:.2f} of {there:.2f}{share}: {', '.join(parts)}"]
 
 
-def work_lines(found: Compiled, machine: Machine, batch: int, unit: str) -> list[str]:
+def work_lines(program: Compiled, machine: Machine, batch: int, unit: str) -> list[str]:
     """FLOPs, bytes and collectives of a chip, with a lower bound of the time."""
     lines = [
-        f"work of a chip: {found.flops / 1e12:.3f} TFLOP, {found.accessed / 1e9:.2f} GB read and "
-        f"written, {sum(c.sent for c in found.collectives) / 1e6:.2f} MB sent"
+        f"work of a chip: {program.flops / 1e12:.3f} TFLOP, "
+        f"{program.accessed / 1e9:.2f} GB read and written, "
+        f"{sum(c.sent for c in program.collectives) / 1e6:.2f} MB sent"
     ]
     lines += [
-        f"  {c.count} {c.kind} among {c.group}: {c.bytes / 1e6:.2f} MB" for c in found.collectives
+        f"  {c.count} {c.kind} among {c.group}: {c.bytes / 1e6:.2f} MB" for c in program.collectives
     ] or ["  no collectives"]
     if machine.chip is None:
         return [*lines, "no peak rates known of this device: no estimate of time"]
-    times = estimate(found, machine)
+    times = estimate(program, machine)
     lines += [
         f"at peak rates: compute {times.compute * 1e3:.2f} ms, memory {times.memory * 1e3:.2f} ms, "
         f"interconnect {times.interconnect * 1e3:.2f} ms",
@@ -204,15 +205,15 @@ def work_lines(found: Compiled, machine: Machine, batch: int, unit: str) -> list
         f"{batch * len(machine.devices) / times.step:.1f} {unit}/s, "
         f"{batch / times.step:.2f} a chip",
     ]
-    if found.optimal_seconds:
-        lines += [f"the compiler's own estimate: {found.optimal_seconds * 1e3:.2f} ms"]
+    if program.optimal_seconds:
+        lines += [f"the compiler's own estimate: {program.optimal_seconds * 1e3:.2f} ms"]
     return lines
 
 
-def estimate(found: Compiled, machine: Machine) -> Roofline:
+def estimate(program: Compiled, machine: Machine) -> Roofline:
     """The roofline estimate of a compiled program on the machine's chips."""
     return chips.roofline(
-        machine.chip, machine.links, found.flops, found.accessed, found.collectives
+        machine.chip, machine.links, program.flops, program.accessed, program.collectives
     )
 
 

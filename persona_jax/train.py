@@ -140,8 +140,8 @@ def grid_drawer(
     People, photos, prompts and seeds are the same at every step, so that grids can be compared.
     """
     grid, n = config.grid, config.references.n
-    shown = not_trained_on(people)[: grid.people]
-    rows = [rows_of_one[:n] for rows_of_one in photos_of(photos.people, shown)]
+    chosen = not_trained_on(people)[: grid.people]
+    rows = [rows_of_one[:n] for rows_of_one in photos_of(photos.people, chosen)]
     targets = [photos.image(rows_of_one[-1]) for rows_of_one in rows]
     references = [[photos.image(row) for row in rows_of_one[:-1]] for rows_of_one in rows]
     embeddings, weights = as_set([encoder.encode(set_) for set_ in references], n - 1)
@@ -178,11 +178,11 @@ def grid_drawer(
             generation.refuse_not_finite(pixels, frozen, (learnt,), request)
         except UserError as error:  # training itself stops on a loss that is not finite
             print(f"warning: grid of step {step}: {error}", file=sys.stderr)
-        painted = images.to_uint8(np.nan_to_num(pixels, nan=-1.0))
+        samples = images.to_uint8(np.nan_to_num(pixels, nan=-1.0))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
             for set_, target, pictures in zip(
-                references, targets, np.split(painted, len(rows)), strict=True
+                references, targets, np.split(samples, len(rows)), strict=True
             )
         ]
         titles = ["references", *[""] * (n - 2), "target", "samples", *[""] * (grid.samples - 1)]

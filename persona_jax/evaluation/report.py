@@ -143,22 +143,24 @@ def text(cell: Cell) -> str:
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def markdown(found: Table) -> str:
+def markdown(contents: Table) -> str:
     """Formats the table in Markdown."""
-    columns = list(next(iter(found.values())))
+    columns = list(next(iter(contents.values())))
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[name, *map(text, row.values())] for name, row in found.items()]
+    rows += [[name, *map(text, row.values())] for name, row in contents.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
+def page(contents: Table, caption: str, pictures: Sequence[str]) -> str:
     """Formats the table as an HTML page with image files of the same folder."""
 
     def row(cells: Sequence[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>\n"
 
-    columns = list(next(iter(found.values())))
-    body = "".join(row([name, *map(text, cells.values())], "td") for name, cells in found.items())
+    columns = list(next(iter(contents.values())))
+    body = "".join(
+        row([name, *map(text, cells.values())], "td") for name, cells in contents.items()
+    )
     img_tags = "".join(f'<p><img src="{name}"></p>\n' for name in pictures)
     return (
         f'<!doctype html><meta charset="utf-8"><title>persona_jax</title><style>{_STYLE}</style>\n'
@@ -167,17 +169,17 @@ def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
     )
 
 
-def write(out: Path, found: Table, caption: str, pictures: Sequence[str]) -> None:
+def write(out: Path, contents: Table, caption: str, pictures: Sequence[str]) -> None:
     """Writes table.md, table.json and report.html to `out`, and prints the table.
 
     Args:
       out: folder that has the picture files.
-      found: the table.
+      contents: the table.
       caption: above the table.
       pictures: names of image files for the page.
     """
-    outputs.write_text(out / "table.md", markdown(found))
-    numbers = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
+    outputs.write_text(out / "table.md", markdown(contents))
+    numbers = json.dumps(contents, indent=2, ensure_ascii=False, default=dataclasses.asdict)
     outputs.write_text(out / "table.json", numbers + "\n")
-    outputs.write_text(out / "report.html", page(found, caption, pictures))
-    print(f"\n{caption}\n\n{markdown(found)}\nwritten to {out}")
+    outputs.write_text(out / "report.html", page(contents, caption, pictures))
+    print(f"\n{caption}\n\n{markdown(contents)}\nwritten to {out}")

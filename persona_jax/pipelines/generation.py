@@ -95,19 +95,19 @@ def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] |
     return jnp.concatenate([scale, scale]) if per_picture(scale) else scale
 
 
-def image_source(learnt: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
+def image_source(loaded: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
     """The attention source ``[2B, …]`` of an adapter's references, the unconditional half first."""
 
     def aggregate(embeddings: Array, weights: Array) -> Array:
-        return adapter.aggregate(learnt.params, learnt.aggregator, embeddings, weights)
+        return adapter.aggregate(loaded.params, loaded.aggregator, embeddings, weights)
 
     image, weights = aggregate(references.embeddings, references.weights), references.weights
     if references.negative is None:
-        negative, negative_weights = adapter.unconditional(image, learnt.blank), weights
+        negative, negative_weights = adapter.unconditional(image, loaded.blank), weights
     else:
         negative, negative_weights = aggregate(*references.negative), references.negative[1]
     return adapter.source(
-        learnt.params,
+        loaded.params,
         jnp.concatenate([negative, image]),
         jax.tree.map(for_both_halves, references.scale),
         dtype,
@@ -149,8 +149,8 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
         ids = jnp.concatenate([request.negative_ids, request.ids])
         text = text_source(text_encoder, frozen["text_encoder"], kernels, ids)
         image_sources = [
-            (image_source(learnt, references, unet.dtype), references.window)
-            for learnt, references in zip(adapters, request.references, strict=True)
+            (image_source(loaded, references, unet.dtype), references.window)
+            for loaded, references in zip(adapters, request.references, strict=True)
         ]
 
         def denoise_both(latents: Array, t: Array) -> Array:
@@ -318,13 +318,13 @@ def each_batch(
 
 
 def refuse_not_finite(
-    painted: np.ndarray, frozen: Mapping, adapters: Sequence[Adapter], request: Request
+    sampled: np.ndarray, frozen: Mapping, adapters: Sequence[Adapter], request: Request
 ) -> None:
     """Raises UserError, with the likely cause, if images or latents are not finite."""
-    if np.isfinite(painted).all():
+    if np.isfinite(sampled).all():
         return
-    learnt = {str(i): adapter.params for i, adapter in enumerate(adapters)}
-    weights = {**frozen, "adapter": learnt}
+    adapter_params = {str(i): adapter.params for i, adapter in enumerate(adapters)}
+    weights = {**frozen, "adapter": adapter_params}
     inputs = {"references": request.references, "settings": (request.guidance, request.eta)}
     cause = finite.beyond(weights) or finite.beyond(jax.tree.map(jnp.asarray, inputs))
     remedy = "fetch, train or export that again"

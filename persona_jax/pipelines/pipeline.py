@@ -77,8 +77,8 @@ def tokenize(
         for prompt in prompts
         if (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > length
     ]
-    told = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    ids = np.asarray(told["input_ids"], np.int32)
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    ids = np.asarray(encoded["input_ids"], np.int32)
     if rows is not None and ids.size and not 0 <= ids.max() < rows:
         token = tokenizer.convert_ids_to_tokens(int(ids.max()))
         raise UserError(

@@ -31,7 +31,7 @@ def read_scale(text: str, config: UNetConfig) -> Scale:
     return parse_scale(value, config)
 
 
-def parse_scale(found: object, config: UNetConfig) -> Scale:
+def parse_scale(value: object, config: UNetConfig) -> Scale:
     """Parses λ: one number, or numbers by block.
 
     Numbers by block are given as for diffusers' ``set_ip_adapter_scale``, for example
@@ -39,7 +39,7 @@ def parse_scale(found: object, config: UNetConfig) -> Scale:
     Layers that are not named get 0.
 
     Args:
-      found: the value.
+      value: a number, or a mapping by block.
       config: of the UNet.
 
     Returns:
@@ -48,25 +48,25 @@ def parse_scale(found: object, config: UNetConfig) -> Scale:
     Raises:
       UserError: the value is neither, or names blocks that this UNet does not have.
     """
-    if _is_number(found):
-        return float(found)
-    if not isinstance(found, Mapping):
+    if _is_number(value):
+        return float(value)
+    if not isinstance(value, Mapping):
         raise _wrong(
-            f'scale {found!r:.60}: {settings.FACTOR}, or blocks: {{"up": {{"block_0": 1}}}}'
+            f'scale {value!r:.60}: {settings.FACTOR}, or blocks: {{"up": {{"block_0": 1}}}}'
         )
     layers = cross_attention_layers(config)
     by_layer = dict.fromkeys(layers, 0.0)
     sides = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
-    for side, value in found.items():
+    for side, by_block in value.items():
         prefix = sides.get(side)
         in_side = [layer for layer in layers if prefix and layer.startswith(prefix)]
         if not in_side:
             raise _wrong(f"scale: no {side!r:.60}; a UNet has down, mid and up")
         blocks = sorted({int(layer.split(".")[1]) for layer in in_side if side != "mid"})
-        if not isinstance(value, Mapping):
-            named: Mapping = {f"block_{i}": value for i in blocks} if blocks else {"": value}
+        if not isinstance(by_block, Mapping):
+            named: Mapping = {f"block_{i}": by_block for i in blocks} if blocks else {"": by_block}
         else:
-            named = value
+            named = by_block
         for block, numbers in named.items():
             number = str(block).removeprefix("block_")
             in_block = [x for x in in_side if not block or x.startswith(f"{prefix}.{number}.")]

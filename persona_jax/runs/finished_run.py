@@ -148,7 +148,7 @@ def open_adapter(
       path: the file or folder.
       base: what it is for, as in ``config.pipeline``.
       image_encoder: where the base has none.
-      crop: central part of a photo that the image encoder looks at.
+      crop: central part of a photo that the image encoder gets.
       pipeline: the base, where it is open already, with its image encoder.
 
     Raises:
