@@ -88,8 +88,8 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     # Again, nothing is trained or painted anew, and the table is the same.
     run_compare(*flags)
     again = capsys.readouterr().out
-    assert "painting" in printed
-    assert "painting" not in again
+    assert "generating" in printed
+    assert "generating" not in again
     assert "training /" not in again
     assert json.loads((tmp_path / "table.json").read_text()) == table
     with pytest.raises(SystemExit):
@@ -114,7 +114,7 @@ def test_choices_walk_downhill_three_doublings_at_most(best, found):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--methods", "ip"], "sa among them"),
+        (["--methods", "ip"], "with sa"),
         (["--methods", "sa", "gan"], "gan"),
         (["--people", "5", "--methods", "sa"], "5 people: a multiple of 5, 2 to 4"),
         (["--seeds", "0"], "--seeds: '0'"),

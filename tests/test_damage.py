@@ -176,9 +176,9 @@ def test_damaged_class_pictures_are_painted_again(world, tmp_path, capsys, damag
     else:
         file.write_bytes({"flip": flipped, "cut": data[:200], "empty": b""}[damage])
     np.testing.assert_array_equal(latents(), whole)
-    assert "painting again" in capsys.readouterr().out
+    assert "generating them again" in capsys.readouterr().out
     latents()
-    assert "painting" not in capsys.readouterr().out
+    assert "generating" not in capsys.readouterr().out
 
 
 def test_what_is_not_finite_is_told_and_not_painted(world, tmp_path, capsys):

@@ -61,4 +61,4 @@ def test_wrong_parts(flags, part, capsys):
 def test_only_adapters_photos(flags, capsys):
     with pytest.raises(SystemExit):
         run(["--config", str(ROOT / "configs/lora.py")])
-    assert "only adapters' photos are encoded ahead" in capsys.readouterr().err
+    assert "photos are encoded for adapters only" in capsys.readouterr().err

@@ -70,7 +70,7 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
     out = tmp_path / "a" / "out"
     flags = ["--format", "ip-adapter", "--verify", "--bin", "--photos", *photos]
     run_export(world, name, out, *flags)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     files = {"README.md", "aggregator.json", "aggregator.py", "image_embeds.safetensors"}
     files |= {checksums.NAME}
     files |= {"ip_adapter.safetensors", "ip_adapter.bin"}
@@ -102,7 +102,7 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "out"
     run_export(world, name, out, "--format", "ip-adapter", "--verify", "--photos", *photos)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
         "README.md", "aggregator.json", "checksums.json", "image_embeds.safetensors",
         "ip_adapter.safetensors",
@@ -189,7 +189,7 @@ BASE = ["--pipeline", "{world}/base"]
         ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "not a readable picture"),
         ([*PLAIN, "{tmp}/out", *BASE], "2 runs and adapters for 1 --photos"),
         ([*PLAIN, *BASE, "--person", "ann"], "--person"),
-        ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: a run has its base"),
+        ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: only for --adapter"),
         ([*BASE], "give --workdir or --adapter, for the photos"),
         ([*PLAIN, *BASE, "--lora", "{world}/none.safetensors"], "no such file"),
     ],
@@ -222,7 +222,7 @@ def test_running_average_or_last_step(world, tmp_path):
 def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
     flags = ["--format", form, "--person", "ann", "--verify"]
     run_export(world, name, tmp_path / "out", *flags)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     assert 'Call this person "sks person"' in (tmp_path / "out/README.md").read_text()
     if form == "lora":  # in a person's folder, too
         with safe_open(world / name / "people/ann" / FILE, framework="numpy") as handle:
@@ -235,7 +235,7 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
     config = config_of("base", "lfw").to_dict()
     (base / "config.json").write_text(json.dumps(config))
     run_export(tmp_path, "base", tmp_path / "out", "--format", "diffusers", "--verify")
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
     [
         ("dreambooth", ["--format", "ip-adapter"], "is a run of dreambooth"),
         ("sa", ["--format", "diffusers"], "adapters are exported with --format ip-adapter"),
-        ("dreambooth", ["--format", "diffusers"], "say who"),
+        ("dreambooth", ["--format", "diffusers"], "name the person"),
         ("dreambooth", ["--format", "lora", "--person", "ann"], "is a run of dreambooth"),
         ("lora", ["--format", "lora", "--person", "nobody"], "no such person"),
         ("sa", ["--format", "ip-adapter", "--photos", "nowhere.png"], "nowhere.png"),
@@ -311,7 +311,7 @@ def test_what_is_there_is_left_alone(world, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         run_export(world, "avg", tmp_path, "--format", "ip-adapter")
-    assert "there is something already" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 

@@ -123,7 +123,7 @@ def test_what_sample_left_beside_the_pictures_is_passed_over(world, tmp_path, ca
     flags = ["--pipeline", str(world / "base/pipeline"), "--pictures", str(out)]
     run_score(world, *flags)
     printed = capsys.readouterr().out
-    assert f"{out}: passed over, as they are not single pictures: grid.png, sample.json" in printed
+    assert f"{out}: ignored, because they are not single images: grid.png, sample.json" in printed
     assert any("splits (the reader)" in title for title in row_of(printed))
 
 
@@ -149,10 +149,10 @@ def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeyp
         (["--pictures", "{tmp}/mixed"], r"b.png: 8x16 pixels, but a.png has 16x16"),
         (["--pictures", "{tmp}/broken"], "a.png: not a readable picture"),
         (["--splits", "25"], "24 pictures in 25 splits"),
-        (["--against", "{tmp}/broken.npz"], "no statistics to be read"),
+        (["--against", "{tmp}/broken.npz"], "statistics cannot be read"),
         (["--against", "{tmp}/fid.npz"], "statistics by none of the reader"),
         (["--against", "{tmp}/other.npz"], "256 features, but .* of 8"),
-        (["--pipeline", ""], "name who looks"),
+        (["--pipeline", ""], "name a network"),
         (["--pipeline", "tinny"], "tinny"),
         (["--inception", "{tmp}/a.pth"], "a.pth: sha256 .* none of the known files"),
     ],

@@ -1,6 +1,6 @@
-"""How far two sets of pictures are apart, by their features: FID, KID, IS, precision and recall.
+"""Distances between two sets of images by their features: FID, KID, IS, precision and recall.
 
-Features and logits come from one of the networks that score; nothing here knows which. All float64.
+Features and logits may come from any network. All computations are in float64.
 """
 
 import dataclasses
@@ -16,10 +16,10 @@ from persona_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums from which mean and covariance follow, about a fixed origin; they add up in any order.
+    """Sums of features from which mean and covariance follow; sums of parts can be added.
 
     Attributes:
-      count: pictures.
+      count: number of images.
       total: sum of their features ``[D]``.
       products: sum of the features' outer products ``[D, D]``.
     """
@@ -42,15 +42,15 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"a covariance needs 2 pictures or more, got {self.count}")
-        off = np.outer(self.mean, self.total)
-        return (self.products - off) / (self.count - 1)
+        mean_products = np.outer(self.mean, self.total)
+        return (self.products - mean_products) / (self.count - 1)
 
 
 def moments(features: Float[np.ndarray, "P D"]) -> Moments:
-    """The moments of P pictures' features.
+    """The moments of the features of P images.
 
     Raises:
-      UserError: a feature that is not finite.
+      UserError: a feature is not finite.
     """
     if not np.isfinite(features).all():
         raise UserError("features that are not finite; look for NaN in the pictures")
@@ -59,7 +59,7 @@ def moments(features: Float[np.ndarray, "P D"]) -> Moments:
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts' pictures together."""
+    """The moments of the images of all parts together."""
     parts = list(parts)
     return Moments(
         sum(part.count for part in parts),
@@ -79,8 +79,8 @@ class Statistics(Protocol):
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """FID (Heusel et al. 2017, eq. 6): ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½).
 
-    The last trace is the sum of the singular values of Σ₁^½ Σ₂^½, which stay real and accurate for
-    covariances of any rank.
+    tr (Σ₁ Σ₂)^½ is computed as the sum of the singular values of Σ₁^½ Σ₂^½, which are real and
+    accurate for covariances of any rank.
     """
     first, second = one.covariance, other.covariance
     shared = np.linalg.svd(_root(first) @ _root(second), compute_uv=False).sum()
@@ -91,23 +91,29 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 def frechet_distance_infinity(
     features: Float[np.ndarray, "P D"], reference: Statistics, seed: int, points: int = 15
 ) -> float:
-    """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
+    """FID extrapolated to infinitely many images (Chong & Forsyth 2020).
 
-    FID is computed of random subsets, evenly spaced from a tenth of the pictures to all, and is
-    linear in 1/N: the line's value at 0.
+    FID is about linear in 1/N. It is computed on random subsets, whose sizes N are evenly spaced
+    from a tenth of the images to all; the result is the value of the fitted line at 1/N = 0.
+
+    Args:
+      features: of the generated images.
+      reference: statistics of the real images.
+      seed: of the subsets.
+      points: number of subsets.
 
     Raises:
-      UserError: fewer than 20 pictures.
+      UserError: fewer than 20 images.
     """
     if len(features) < 20:
         raise UserError(f"FID infinity needs 20 pictures or more, got {len(features)}")
     rng = np.random.default_rng(seed)
     sizes = np.linspace(len(features) // 10, len(features), points).astype(np.int64)
-    found = []
+    distances = []
     for size in sizes:
         chosen = rng.choice(len(features), size, replace=False)
-        found.append(frechet_distance(moments(features[chosen]), reference))
-    _, at_zero = np.polyfit(1.0 / sizes, found, 1)
+        distances.append(frechet_distance(moments(features[chosen]), reference))
+    _, at_zero = np.polyfit(1.0 / sizes, distances, 1)
     return float(at_zero)
 
 
@@ -121,27 +127,27 @@ def kernel_distance(
     """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³.
 
     Args:
-      one, other: features.
-      seed: which subsets are drawn.
-      subsets: how many.
-      subset_size: pictures in each; as many as the smaller set has, if that is fewer.
+      one, other: features of the two sets.
+      seed: of the subsets.
+      subsets: number of subsets.
+      subset_size: images in each; at most the size of the smaller set.
 
     Returns:
       (mean, standard deviation) over the subsets.
 
     Raises:
-      UserError: fewer than two pictures on a side.
+      UserError: a set has fewer than two images.
     """
     size = min(subset_size, len(one), len(other))
     if size < 2:
         raise UserError(f"KID needs 2 pictures or more on each side, got {size}")
     rng = np.random.default_rng(seed)
-    found = []
+    values = []
     for _ in range(subsets):
         x = one[rng.choice(len(one), size, replace=False)].astype(np.float64)
         y = other[rng.choice(len(other), size, replace=False)].astype(np.float64)
-        found.append(squared_mmd(x, y))
-    return float(np.mean(found)), float(np.std(found))
+        values.append(squared_mmd(x, y))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def precision_recall(
@@ -149,12 +155,16 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1).
 
-    A set's manifold is the union of balls about its features that reach to each one's k-th nearest
-    neighbour in the set. Precision is the share of generated pictures within the real ones'
-    manifold, recall the share of real ones within the generated ones'.
+    The manifold of a set is the union of balls around its features, each with the distance to the
+    feature's k-th nearest neighbour in the set as radius. Precision is the share of generated
+    images within the manifold of the real ones; recall is the share of real images within the
+    manifold of the generated ones.
+
+    Returns:
+      (precision, recall), each from 0 to 1.
 
     Raises:
-      UserError: no more than k pictures on a side, or features of different networks.
+      UserError: a set has k images or fewer, or the feature sizes differ.
     """
     if min(len(generated), len(real)) <= k or generated.shape[1] != real.shape[1]:
         raise UserError(
@@ -164,7 +174,7 @@ def precision_recall(
     one, other = generated.astype(np.float64), real.astype(np.float64)
 
     def within(points: np.ndarray, centres: np.ndarray) -> float:
-        # The nearest of a feature's neighbours in its own set is itself.
+        # Index k, not k − 1: the nearest neighbour of a feature in its own set is itself.
         radii = np.partition(_squared_distances(centres, centres), k, axis=1)[:, k]
         return float((_squared_distances(points, centres) <= radii).any(axis=1).mean())
 
@@ -197,32 +207,32 @@ def inception_score(
 
     Args:
       logits: of the classes.
-      seed: of the shuffle, NumPy's legacy generator, as torch-fidelity does it.
-      splits: equal parts; the score grows with fewer, so it belongs beside the number.
-      uniform: take p(y) as 1 / C, which some papers write, instead of the marginal.
+      seed: of the shuffle by NumPy's legacy generator, as in torch-fidelity.
+      splits: number of equal parts. Fewer splits give a higher score, so report this number too.
+      uniform: use p(y) = 1 / C, as some papers define it, instead of the marginal.
 
     Returns:
       (mean, standard deviation) over the splits.
 
     Raises:
-      UserError: fewer pictures than splits.
+      UserError: fewer images than splits.
     """
     if splits < 1 or len(logits) < splits:
         raise UserError(f"Inception Score of {len(logits)} pictures in {splits} splits; use fewer")
     shuffled = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
     log_p = shuffled - np.logaddexp.reduce(shuffled, axis=1, keepdims=True)
-    # The same cuts as torch-fidelity's, so that splits of unequal length agree.
+    # torch-fidelity's cuts, so that the scores agree when splits have unequal lengths.
     cuts = [len(log_p) * i // splits for i in range(splits + 1)]
     scores = []
     for start, end in pairwise(cuts):
         part = log_p[start:end]
         p = np.exp(part)
         q = np.full_like(p[0], 1.0 / len(p[0])) if uniform else p.mean(axis=0)
-        there = np.broadcast_to(q > 0, p.shape)  # what no picture shows adds nothing
-        off = np.subtract(
-            part, np.log(q, where=q > 0, out=np.zeros_like(q)), where=there, out=0 * p
+        positive = np.broadcast_to(q > 0, p.shape)  # classes of probability 0 in all images add 0
+        log_ratio = np.subtract(
+            part, np.log(q, where=q > 0, out=np.zeros_like(q)), where=positive, out=0 * p
         )
-        scores.append(np.exp((p * off).sum(axis=1).mean()))
+        scores.append(np.exp((p * log_ratio).sum(axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 

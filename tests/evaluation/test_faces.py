@@ -85,11 +85,11 @@ def test_a_photo_is_not_held_against_itself(drawn):
     np.testing.assert_allclose(found.scores[title], want.scores[title], atol=1e-6)
 
 
-def test_dlib_cannot_judge_what_it_conditions(tmp_path):
+def test_a_network_used_for_conditioning_cannot_be_the_evaluator(tmp_path):
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     torch_models.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
-    with pytest.raises(UserError, match="cannot judge"):
+    with pytest.raises(UserError, match="cannot also be the evaluator"):
         builder.build_evaluator(config, open_dataset(config.data)[0], 3, NO_FLAGS)
 
 

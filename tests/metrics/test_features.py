@@ -43,7 +43,7 @@ def test_the_number_of_devices_changes_nothing():
 
 def test_nothing_to_look_at():
     look = make_pass(lambda p, x: x.mean(axis=(1, 2)), {}, mesh_of(1))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         look(np.zeros((0, 8, 8, 3), np.float32))
 
 

@@ -77,7 +77,7 @@ def test_pairs_follow_the_seed():
     ("people", "count"), [(["a", "b"], 5), (["a", "a"], 5), (["a", "a", "b"], 0), ([], 5)]
 )
 def test_pairs_that_cannot_be_drawn(people, count):
-    with pytest.raises(UserError, match="two people and somebody with two photos"):
+    with pytest.raises(UserError, match="two people and a person with two photos"):
         make_pairs(people, count, 0)
 
 
