@@ -23,7 +23,7 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_dropped_where_they_are_many():
+def clear_compiled_programs_when_memory_is_short():
     """Those of hundreds of tests take gigabytes, which a small machine has not twice."""
     yield
     if _resident() > 3 * 2**30:

@@ -98,15 +98,15 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("best", "found"), [(1.0, 1.0), (2.0, 2.0), (0.25, 0.25), (64.0, 8.0), (0.01, 0.125)]
+    ("best", "chosen"), [(1.0, 1.0), (2.0, 2.0), (0.25, 0.25), (64.0, 8.0), (0.01, 0.125)]
 )
-def test_choices_walk_downhill_three_doublings_at_most(best, found):
+def test_choices_descend_by_at_most_three_doublings(best, chosen):
     start = {"rate": 1.0, "steps": 9}
 
     def loss(choice):
         return abs(np.log(choice["rate"] / best))
 
-    assert compare._walk(start, "rate", (2.0, 0.5), loss) == {"rate": found, "steps": 9}
+    assert compare._walk(start, "rate", (2.0, 0.5), loss) == {"rate": chosen, "steps": 9}
     fewer = compare._walk(start, "steps", (0.5,), lambda choice: choice["steps"])
     assert fewer == {"rate": 1.0, "steps": 1}
 

@@ -93,13 +93,13 @@ def code_of(text: str) -> list[str]:
 
 def command_lines(text: str) -> list[tuple[str, list[str]]]:
     """(module, its words) of each ``python -m persona_jax.X`` and ``python -m benchmarks``."""
-    found = []
+    commands = []
     for line in code_of(text):
         for module, rest in re.findall(
             r"python -m ((?:persona_jax|benchmarks)[\w.]*)([^&|#]*)", line
         ):
-            found.append((module, shlex.split(rest)))
-    return found
+            commands.append((module, shlex.split(rest)))
+    return commands
 
 
 def test_readme_is_short():
@@ -187,13 +187,13 @@ def test_the_reference_names_every_key(name):
     assert leaves(config_of(name)).keys() <= named
 
 
-def test_the_map_names_every_folder():
+def test_the_design_lists_every_folder():
     text = (ROOT / "docs/design.md").read_text()
     folders = {path.parent.name for path in PACKAGE.glob("*/__init__.py")}
     assert folders <= set(re.findall(r"^\| `(\w+)/` \|", text, re.MULTILINE))
 
 
-def test_what_the_code_says_of_the_design_is_there():
+def test_sections_of_the_design_that_the_code_names_exist():
     titles = set(re.findall(r"^#+ (.+)$", (ROOT / "docs/design.md").read_text(), re.MULTILINE))
     pointed = 0
     for file in [*PACKAGE.rglob("*.py"), *ROOT.glob("tests/**/*.py"), *ROOT.glob("configs/*.py")]:
@@ -230,15 +230,15 @@ def test_python_is_python(page):
 def test_the_example_of_an_aggregator():
     minimum = example("minimum", aggregators)
     x = np.random.default_rng(0).normal(size=(2, 3, 4)).astype(np.float32)
-    found = minimum(jnp.asarray(x), jnp.asarray([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]]))
-    np.testing.assert_array_equal(found, [x[0, :2].min(axis=0), np.zeros(4)])
+    aggregate = minimum(jnp.asarray(x), jnp.asarray([[1.0, 0.5, 0.0], [0.0, 0.0, 0.0]]))
+    np.testing.assert_array_equal(aggregate, [x[0, :2].min(axis=0), np.zeros(4)])
 
 
 def test_the_example_of_an_image_encoder():
     encoder = example("_colours_encoder", image_encoders)(0.6)
-    found = encoder.encode([Image.new("RGB", (40, 30), (0, 255, 51))])
-    assert found.shape == (1, encoder.dim) == (1, 192)
-    np.testing.assert_allclose(found.reshape(64, 3), np.tile([-1, 1, -0.6], (64, 1)), atol=1e-6)
+    embedding = encoder.encode([Image.new("RGB", (40, 30), (0, 255, 51))])
+    assert embedding.shape == (1, encoder.dim) == (1, 192)
+    np.testing.assert_allclose(embedding.reshape(64, 3), np.tile([-1, 1, -0.6], (64, 1)), atol=1e-6)
 
 
 def test_the_example_of_a_metric():

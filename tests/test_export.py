@@ -65,7 +65,7 @@ def run_export(world, name: str, out, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
-def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
+def test_an_adapter_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "a" / "out"
     flags = ["--format", "ip-adapter", "--verify", "--bin", "--photos", *photos]
@@ -91,13 +91,13 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
 
     flat = load_file(out / "ip_adapter.safetensors")
     nested = torch.load(out / "ip_adapter.bin", weights_only=True)
-    assert {f"{part}.{key}" for part, found in nested.items() for key in found} == set(flat)
+    assert {f"{part}.{key}" for part, tensors in nested.items() for key in tensors} == set(flat)
     key = "ip_adapter.1.to_k_ip.weight"
     np.testing.assert_array_equal(nested["ip_adapter"]["1.to_k_ip.weight"], flat[key])
 
 
 @pytest.mark.parametrize("name", ["resampler", "plus"])
-def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
+def test_a_resampler_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
     """1, 3 and 9 references; the unconditional branch depends on how many there are."""
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "out"
@@ -136,7 +136,7 @@ def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["max", "sa", "resampler", "plus"])
-def test_what_was_exported_paints_the_same_again_here(world, tmp_path, name):
+def test_an_export_generates_the_same_here(world, tmp_path, name):
     run_export(world, name, tmp_path / "out", "--format", "ip-adapter")
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     base = ["--pipeline", str(world / "base")]
@@ -211,15 +211,15 @@ def test_running_average_or_last_step(world, tmp_path):
         out = tmp_path / which
         run_export(world, "avg", out, "--format", "ip-adapter", "--weights", which)
         bias = load_params(world / "avg/checkpoints", which)["image_proj"]["norm"]["bias"]
-        found = load_file(out / "ip_adapter.safetensors")["image_proj.norm.bias"]
-        np.testing.assert_array_equal(found, bias)
+        written = load_file(out / "ip_adapter.safetensors")["image_proj.norm.bias"]
+        np.testing.assert_array_equal(written, bias)
     assert (out / "README.md").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "form"), [("dreambooth", "diffusers"), ("lora", "lora"), ("lora", "diffusers")]
 )
-def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
+def test_a_person_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
     flags = ["--format", form, "--person", "ann", "--verify"]
     run_export(world, name, tmp_path / "out", *flags)
     assert "stock diffusers paints the same" in capsys.readouterr().out
@@ -282,8 +282,8 @@ def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, 
     files -= {tmp_path / "out/aggregator.safetensors"}
     assert files
     for file in files:
-        found = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
-        assert found == {np.dtype("float16")}, file
+        dtypes = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
+        assert dtypes == {np.dtype("float16")}, file
     assert checksums.fault(tmp_path / "out") is None
     if form == "diffusers":
         torch_models.open_diffusers(tmp_path / "out")

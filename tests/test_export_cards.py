@@ -63,11 +63,11 @@ def test_the_readme_of_an_adapter_runs(world, tmp_path, monkeypatch, kind, base,
     photos = [world / "photos" / name for name in PHOTOS]
     seen = run.encoder.encode([photo_files.load_photo(photo) for photo in photos])
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)), 0.7)
-    expected = painted_here(run, [run.adapter], (references,), {})
-    found = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
-    assert np.abs(found - expected).max() <= 1
+    expected = sampled_here(run, [run.adapter], (references,), {})
+    generated = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
+    assert np.abs(generated - expected).max() <= 1
     # (the photos are seen in it)
-    assert np.abs(painted_here(run, [], (), {}) - expected).max() > 3
+    assert np.abs(sampled_here(run, [], (), {}) - expected).max() > 3
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_readme_of_a_person_runs(world, tmp_path, monkeypatch, method, form)
     export_(tmp_path, "--format", form, "--person", "ann")
     run = finished_run.open_run(tmp_path / "run")
     towers = finetuning_loop.load_person(tmp_path / "run", "ann", run.pipeline, run.config)
-    expected = painted_here(run, [], (), {name: towers[name] for name in finetuning.TOWERS})
+    expected = sampled_here(run, [], (), {name: towers[name] for name in finetuning.TOWERS})
     assert np.abs(run_readme(tmp_path, monkeypatch, run) - expected).max() <= 1
 
 
@@ -93,7 +93,7 @@ def export_(folder, *flags: str) -> None:
     run_with_arguments(export.parser(), export.main, argv)
 
 
-def painted_here(run, adapters, references, towers) -> np.ndarray:
+def sampled_here(run, adapters, references, towers) -> np.ndarray:
     settings = run.sampling_settings()
     sampler = generation.make_sampler(run.pipeline, steps=settings.steps)
     ids, negative = (

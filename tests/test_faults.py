@@ -102,9 +102,9 @@ class Run:
 
 def losses(workdir: Path) -> dict[int, float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
-    return {line["step"]: line["loss"] for line in found}
+    entries = [json.loads(line) for line in lines]
+    assert [line["step"] for line in entries] == list(range(1, len(entries) + 1))
+    return {line["step"]: line["loss"] for line in entries}
 
 
 @pytest.fixture(scope="module")
@@ -180,11 +180,11 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(root, whole, tmp_path
     code, said = Run(root, workdir, 1, "--config.mesh.fsdp=2").finish()
     assert code == 0, said
     assert f"resuming at step {step}" in said
-    found = losses(workdir)
-    np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=1e-3)
+    resumed = losses(workdir)
+    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-3)
 
 
-def test_no_room_for_a_checkpoint_ends_all_processes_in_a_line(root, tmp_path):
+def test_a_full_disk_at_a_checkpoint_ends_all_processes_in_a_line(root, tmp_path):
     """A limit on file size stands for the disk: the write fails half-way, as there."""
     workdir = tmp_path / "run"
     run = Run(root, workdir, 2)

@@ -95,9 +95,9 @@ def test_weights_of_any_shape_and_type(weights, tmp_path):
     shapes = st.lists(st.integers(0, 20), max_size=4)
     tensors = st.dictionaries(names, st.tuples(shapes, st.sampled_from(kinds)), max_size=6)
 
-    def load(found):
+    def load(drawn):
         file = tmp_path / "x.safetensors"
-        save_file({n: np.ones(s, k) for n, (s, k) in found.items()}, file)
+        save_file({n: np.ones(s, k) for n, (s, k) in drawn.items()}, file)
         outcome(lambda: weights.load(file))
 
     rounds(load, tensors, examples=100)

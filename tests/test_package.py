@@ -98,11 +98,11 @@ def names(requirements: list[str]) -> set[str]:
 
 
 def test_dependencies_are_what_is_imported():
-    found = {x.replace("_", "-") for x in imported_distributions()}
+    imported = {x.replace("_", "-") for x in imported_distributions()}
     needed = names(PROJECT["dependencies"])
     extras = names([x for some in PROJECT["optional-dependencies"].values() for x in some])
-    assert needed - SILENT <= found
-    assert found <= needed | extras | {"dlib"}  # dlib: of dlib-bin
+    assert needed - SILENT <= imported
+    assert imported <= needed | extras | {"dlib"}  # dlib: of dlib-bin
 
 
 def test_commands_are_the_modules_and_are_listed(capsys, monkeypatch):
@@ -112,7 +112,7 @@ def test_commands_are_the_modules_and_are_listed(capsys, monkeypatch):
     program.main()
     listed = capsys.readouterr().out
     assert all(f"\n{command} " in listed for command in program.COMMANDS)
-    monkeypatch.setattr(sys, "argv", ["persona-jax", "paint"])
+    monkeypatch.setattr(sys, "argv", ["persona-jax", "draw"])
     with pytest.raises(SystemExit) as stop:
         program.main()
     assert stop.value.code == 2

@@ -62,7 +62,7 @@ def seen(n: int, seed: int) -> np.ndarray:
     return torch_models.normal(1, n, DIM, seed=seed)
 
 
-def shown(photos: np.ndarray, **more) -> generation.References:
+def reference_set(photos: np.ndarray, **more) -> generation.References:
     return generation.References(jnp.asarray(photos), jnp.ones(photos.shape[:2]), **more)
 
 
@@ -79,14 +79,14 @@ def set_embeds(photos: np.ndarray) -> torch.Tensor:
 def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
     """A plain one and a resampler."""
     one, other = seen(3, 1), seen(2, 2)
-    found = ours(world[2], [shown(one, scale=0.7), shown(other, scale=0.4)])
+    latents = ours(world[2], [reference_set(one, scale=0.7), reference_set(other, scale=0.4)])
     both_loaded.set_ip_adapter_scale([0.7, 0.4])
     embeds = [plain_embeds(one), set_embeds(other)]
     expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    alone = ours(world[2][:1], [shown(one, scale=0.7)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    alone = ours(world[2][:1], [reference_set(one, scale=0.7)])
     assert diffusers_reference.apart(alone, expected) > 1e-2
 
 
@@ -95,13 +95,13 @@ def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
 )
 def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
     unet, one = world[1].unet.module.config, seen(3, 1)
-    found = scales.read_scale(text, unet)
+    parsed = scales.read_scale(text, unet)
     both_loaded.set_ip_adapter_scale([json.loads(text), 0.0])
     embeds = [plain_embeds(one), set_embeds(one)]
     expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    latents = ours(world[2][:1], [shown(one, scale=found)])
+    latents = ours(world[2][:1], [reference_set(one, scale=parsed)])
     assert diffusers_reference.apart(latents, expected) < 1e-3
 
 
@@ -114,9 +114,9 @@ def test_photos_to_move_away_from(world, ours, both_loaded):
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     negative = (jnp.asarray(away), jnp.ones((1, 3)))
-    found = ours(world[2][:1], [shown(one, negative=negative)])
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    assert diffusers_reference.apart(ours(world[2][:1], [shown(one)]), expected) > 1e-3
+    latents = ours(world[2][:1], [reference_set(one, negative=negative)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    assert diffusers_reference.apart(ours(world[2][:1], [reference_set(one)]), expected) > 1e-3
 
 
 def test_a_window_of_steps(world, ours, both_loaded):
@@ -135,11 +135,11 @@ def test_a_window_of_steps(world, ours, both_loaded):
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(one)],
         callback_on_step_end=after,
     )
-    half = ours(world[2][:1], [shown(one, window=(0.0, 0.5))])
+    half = ours(world[2][:1], [reference_set(one, window=(0.0, 0.5))])
     assert diffusers_reference.apart(half, expected) < 1e-3
-    whole = ours(world[2][:1], [shown(one)])
+    whole = ours(world[2][:1], [reference_set(one)])
     assert diffusers_reference.apart(whole, expected) > 1e-3
-    windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
+    windowed = ours(world[2][:1], [reference_set(one, window=(0.0, 1.0))])
     # Two programs: on some processors their last bits differ.
     assert diffusers_reference.apart(windowed, whole) < 1e-5
 
@@ -156,10 +156,12 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
     one, other = seen(3, 1), seen(2, 2)
     unet, side = world[1].unet.module.config, world[1].latent_shape[0]
     masks = halves()
-    found = ours(
+    latents = ours(
         world[2],
         [
-            shown(photos, scale=scales.combine(0.8, scales.regions(mask, unet, (side, side))))
+            reference_set(
+                photos, scale=scales.combine(0.8, scales.regions(mask, unet, (side, side)))
+            )
             for photos, mask in zip((one, other), masks, strict=True)
         ],
     )
@@ -171,8 +173,8 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(other)],
         cross_attention_kwargs={"ip_adapter_masks": tensors},
     )
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    everywhere = ours(world[2], [shown(one, scale=0.8), shown(other, scale=0.8)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    everywhere = ours(world[2], [reference_set(one, scale=0.8), reference_set(other, scale=0.8)])
     assert diffusers_reference.apart(everywhere, expected) > 1e-2
 
 

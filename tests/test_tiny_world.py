@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     return root / "data", root / "base", root / "sa"
 
 
-def test_the_base_is_scored_by_its_reader(tiny):
+def test_the_base_is_scored_by_its_trait_classifier(tiny):
     _, base, _ = tiny
     report = json.loads((base / "report.json").read_text())
     assert set(report) == {"vae", "clip", "reader", "prompts"}
@@ -104,13 +104,13 @@ def test_wrong_flags_of_evaluate(tiny, capsys, flags, word):
     assert word in capsys.readouterr().err
 
 
-def test_the_probe_tells_aggregators_apart_on_unseen_people(tiny, tmp_path, monkeypatch, capsys):
+def test_the_probe_distinguishes_aggregators_on_unseen_people(tiny, tmp_path, monkeypatch, capsys):
     data, base, _ = tiny
     monkeypatch.setattr(probe, "STEPS", 3)
     monkeypatch.setattr(probe, "SIZES", (1, 3))
     probe.main(adapter_config(data, base), tmp_path)
-    found = json.loads((tmp_path / "probe.json").read_text())
-    table = found["errors"]
+    report = json.loads((tmp_path / "probe.json").read_text())
+    table = report["errors"]
     assert set(table) == {*probe.KINDS, probe.TRUTH}
     # Three steps teach nothing: everyone is guessed to be about the middle.
     errors = np.array([list(row.values()) for row in table.values()])
@@ -129,7 +129,7 @@ def test_a_trait_is_read_off_the_photos_that_show_it():
     np.testing.assert_allclose(look(2), [[1.5, 1.5, 1.5]])
 
 
-def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
+def test_the_packed_base_is_the_trained_one(tiny, tmp_path):
     data, base, _ = tiny
     config = adapter_config(data, base)
     config.aggregator.kind = "first"
@@ -154,7 +154,7 @@ def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
     assert begun["aggregator"]
 
 
-def test_people_nobody_knows_by_number_cannot_be_probed(tiny, tmp_path):
+def test_people_without_known_traits_cannot_be_probed(tiny, tmp_path):
     data, base, _ = tiny
     config = adapter_config(data, base)
     (tmp_path / "people").mkdir()

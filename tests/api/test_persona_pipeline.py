@@ -79,10 +79,10 @@ def test_five_lines(world, pipe, adapter, tmp_path):
     assert images.grid().size[1] > 2 * 16
     images.save(tmp_path / "all")
     assert apart([Image.open(tmp_path / "all/0003.png")], images[3:]) == 0
-    found = images.attribution()
-    assert found.shares.sum() == pytest.approx(1, abs=1e-5)
-    assert (found.influence > 0).all()
-    assert images.attribution() is found
+    attribution = images.attribution()
+    assert attribution.shares.sum() == pytest.approx(1, abs=1e-5)
+    assert (attribution.influence > 0).all()
+    assert images.attribution() is attribution
 
 
 def test_the_images_are_those_of_the_sampler_and_of_the_command(world, pipe, adapter, tmp_path):
@@ -220,9 +220,9 @@ def test_latents_in_and_out(world, pipe):
     images = pipe(PROMPT, latents=noise, num=2, **FEW)
     second = pipe(PROMPT, latents=noise[1:], **FEW)
     assert apart(images[1:], second) <= 1
-    found = pipe.generate_latents(PROMPT, latents=noise, num=2, **FEW)
-    assert found.shape == noise.shape
-    assert apart(pipe.decode(found), images) <= 1
+    latents = pipe.generate_latents(PROMPT, latents=noise, num=2, **FEW)
+    assert latents.shape == noise.shape
+    assert apart(pipe.decode(latents), images) <= 1
     with pytest.raises(pj.UserError, match="latents: 2 for 1 images"):
         pipe(PROMPT, latents=noise)
 

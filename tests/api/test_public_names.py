@@ -20,8 +20,8 @@ def modules_after(code: str, *flags: str) -> tuple[list[str], set[str]]:
     done = subprocess.run(
         [sys.executable, *flags, "-c", code + REPORT], capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["own"], set(found["roots"])
+    imported = json.loads(done.stdout.splitlines()[-1])
+    return imported["own"], set(imported["roots"])
 
 
 def test_importing_is_quick_and_imports_nothing_else():

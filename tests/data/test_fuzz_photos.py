@@ -164,7 +164,7 @@ def test_folders_of_people(folder, tmp_path):
             for file, kind in files:
                 make(os.path.join(path, file), kind)
         try:
-            found = list_people(folder)
+            listed = list_people(folder)
             photos = load_photos("folder", tmp_path / "data", folder=folder)
         except UserError as error:
             refusal(error)
@@ -173,7 +173,7 @@ def test_folders_of_people(folder, tmp_path):
         beside = {x for x in photos.skipped if x.count("/") == 1 and not x.endswith("/")}
         assert len(photos) + len(beside) == len(visible)
         assert some(photos.skipped).isprintable()
-        assert set(photos.people) <= set(found.files)
+        assert set(photos.people) <= set(listed.files)
 
     good = st.lists(st.tuples(NAMES, st.just("photo")), min_size=2, max_size=3)
     people = st.lists(st.tuples(NAMES, st.one_of(FILES, good)), max_size=4)

@@ -20,7 +20,7 @@ def dummy(z, t):
     return z * (t / (t + 1))
 
 
-def stock_walk(config: dict, z: jax.Array, steps: int, eta=0.0, noises=None) -> np.ndarray:
+def stock_trajectory(config: dict, z: jax.Array, steps: int, eta=0.0, noises=None) -> np.ndarray:
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps)
     z = torch.from_numpy(np.array(z))
@@ -47,10 +47,10 @@ def test_golden_sums(config, total, mean):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_any_spacing_and_prediction_walks_as_diffusers(spacing, prediction):
+def test_any_spacing_and_prediction_samples_as_diffusers(spacing, prediction):
     config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "prediction_type": prediction}
     ours = ddim(dummy, Schedule.from_json(config), SAMPLE, steps=7)
-    np.testing.assert_allclose(ours, stock_walk(config, SAMPLE, 7), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(ours, stock_trajectory(config, SAMPLE, 7), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, LINEAR], ids=["sd", "linear"])
@@ -60,9 +60,9 @@ def test_eta_puts_back_as_noise_what_it_takes_from_the_direction(config, eta):
     keys, steps = jax.random.split(jax.random.key(3), len(SAMPLE)), 6
     noises = [np.array(picture_noise(keys, i + 1, SAMPLE.shape[1:])) for i in range(steps)]
     ours = ddim(dummy, Schedule.from_json(config), SAMPLE, steps=steps, eta=eta, keys=keys)
-    theirs = stock_walk(config, SAMPLE, steps, eta, noises)
+    theirs = stock_trajectory(config, SAMPLE, steps, eta, noises)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert np.abs(theirs - stock_walk(config, SAMPLE, steps)).max() > 0.05
+    assert np.abs(theirs - stock_trajectory(config, SAMPLE, steps)).max() > 0.05
 
 
 class Seen(Exception):

@@ -172,9 +172,9 @@ def test_poisoned_states_are_neither_saved_nor_read(tmp_path, capfd):
     equal(load_params(tmp_path), jax.tree.map(np.asarray, state(2).params))
     with Checkpoints(tmp_path) as checkpoints:
         equal(checkpoints.restore(state(0)), state(2))
-    told = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
-    assert len(told) == 4
-    assert all("damaged (params.half has a number of magnitude 1e+30)" in x for x in told)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(warnings) == 4
+    assert all("damaged (params.half has a number of magnitude 1e+30)" in x for x in warnings)
 
 
 @pytest.mark.parametrize("name", ["mine [1]", "a\\b", "all*", "why?", "[!x]", os.fsdecode(b"\xff")])

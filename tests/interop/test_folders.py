@@ -145,8 +145,8 @@ def test_the_vision_half_of_a_whole_clip_model(folder):
     with torch.no_grad():
         expected = whole.eval().get_image_features(pixels)
         expected = getattr(expected, "pooler_output", expected)
-        found = half(pixels).image_embeds
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+        embeds = half(pixels).image_embeds
+    np.testing.assert_allclose(embeds, expected, atol=1e-6)
     seen = jnp.asarray(torch_models.nhwc(pixels))
     ours = loaded.module.apply({"params": loaded.params}, seen).embedding
     assert torch_models.relative(ours, expected) < 1e-5

@@ -53,7 +53,7 @@ def test_both_kinds_of_file_are_read(world):
 
 def test_half_precision_is_read(world, tmp_path):
     nested = torch.load(world[0] / "good.bin", weights_only=True)
-    half = {part: {k: v.bfloat16() for k, v in found.items()} for part, found in nested.items()}
+    half = {part: {k: v.bfloat16() for k, v in tensors.items()} for part, tensors in nested.items()}
     torch.save(half, tmp_path / "half.bin")
     one, other = read(world[0] / "good.bin", world), read(tmp_path / "half.bin", world)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), one, other)
@@ -63,8 +63,8 @@ def changed(**changes):
     """The good tensors with some replaced, or left out where None."""
 
     def make(good: dict) -> dict:
-        found = good | {name.replace("__", "."): x for name, x in changes.items()}
-        return {name: x for name, x in found.items() if x is not None}
+        tensors = good | {name.replace("__", "."): x for name, x in changes.items()}
+        return {name: x for name, x in tensors.items() if x is not None}
 
     return make
 
@@ -154,12 +154,12 @@ def test_tensors_that_do_not_fit(world, tmp_path, name, kind):
     from safetensors.numpy import load_file
 
     make, words = TENSORS[name]
-    found = make(load_file(world[0] / "good.safetensors"))
+    tensors = make(load_file(world[0] / "good.safetensors"))
     file = tmp_path / f"adapter.{kind}"
     if kind == "safetensors":
-        save_file({n: np.ascontiguousarray(x) for n, x in found.items()}, file)
+        save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, file)
     else:
-        torch.save({n: torch.tensor(np.array(x)) for n, x in found.items()}, file)
+        torch.save({n: torch.tensor(np.array(x)) for n, x in tensors.items()}, file)
     refused(file, world, words)
 
 

@@ -59,10 +59,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     params, config, kernels = make(TINY_UNET, DIM)
     file = tmp_path / "a.safetensors"
     save_ip_adapter(params, config, file)
-    found = load_file(file)
-    found["ip_adapter.99.to_k_ip.weight"] = found.pop("ip_adapter.1.to_k_ip.weight")
-    found["image_proj.proj.bias"] = jnp.zeros(3)
-    save_file({k: np.asarray(v) for k, v in found.items()}, file)
+    tensors = load_file(file)
+    tensors["ip_adapter.99.to_k_ip.weight"] = tensors.pop("ip_adapter.1.to_k_ip.weight")
+    tensors["image_proj.proj.bias"] = jnp.zeros(3)
+    save_file({k: np.asarray(v) for k, v in tensors.items()}, file)
     with pytest.raises(UserError) as error:
         load_ip_adapter(file, config, kernels, DIM)
     for name in ("ip_adapter.99.to_k_ip", "ip_adapter.1.to_k_ip", "image_proj.proj.bias"):

@@ -79,13 +79,13 @@ def test_the_base_with_it_is_what_peft_makes(
     updates = load_lora(file, frozen)
     assert set(updates) == ({"unet", "text_encoder"} if text else {"unet"})
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, towers)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
     plain = diffusers_reference.diffusers_latents(diffusers_reference.open_diffusers(base), loaded)
     assert diffusers_reference.apart(plain, expected) > 1e-2
 
 
-def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
+def test_half_strength_is_what_stock_makes(base, loaded, tmp_path):
     """Stock diffusers' own loader and scale."""
     file, _ = write_lora(base, tmp_path, MORE, text=False)
     pipe = diffusers_reference.open_diffusers(base)
@@ -94,8 +94,8 @@ def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
     expected = diffusers_reference.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     half = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"], 0.5)}
-    found = diffusers_reference.our_sampler(loaded, half)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, half)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
 
 
 def renamed(tensors: dict, *pairs: tuple[str, str]) -> dict:
@@ -170,8 +170,8 @@ def test_kohyas_layout_is_what_stock_makes_of_it(base, loaded, tmp_path):
     frozen = generation.sampler_params(loaded)
     updates = load_lora(tmp_path / "known.safetensors", frozen)
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, towers)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
     # In PEFT's layout α is 6.
     one, other = load_lora(tmp_path / "whole.safetensors", frozen), load_lora(file, frozen)
     one, other = (
@@ -188,13 +188,13 @@ def test_what_is_written_carries_its_alpha(base, loaded, tmp_path, alpha):
     frozen = generation.sampler_params(loaded)
     update = jax.tree.map(jnp.asarray, shaken(lora.init(jax.random.key(0), frozen["unet"], 4), 0))
     ours = {"unet": lora.merge(frozen["unet"], update, alpha / 4)}
-    found = diffusers_reference.our_sampler(loaded, ours)()
+    latents = diffusers_reference.our_sampler(loaded, ours)()
     for save, name in ((save_lora, FILE), (save_kohya, KOHYA_FILE)):
         save(update, tmp_path / name, alpha)
         pipe = diffusers_reference.open_diffusers(base)
         pipe.load_lora_weights(str(tmp_path), weight_name=name)
         expected = diffusers_reference.diffusers_latents(pipe, loaded)
-        assert diffusers_reference.apart(found, expected) < 1e-3
+        assert diffusers_reference.apart(latents, expected) < 1e-3
         assert pipe.unet.peft_config["default_0"].lora_alpha == alpha
         again = load_lora(tmp_path / name, frozen)["unet"]
         for layer, halves in again.items():

@@ -253,8 +253,8 @@ def test_every_name_is_listed_however_many(tmp_path):
     save_file(strange, tmp_path / "a.safetensors")
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.safetensors")
-    told = "\n".join(error.value.details)
-    assert all(name in told for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"])
+    listed_names = "\n".join(error.value.details)
+    assert all(name in listed_names for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"])
     assert "40 unexpected: strange.0" in str(error.value)
     assert len(str(error.value)) < 500
 

@@ -37,9 +37,9 @@ def test_both_worlds_agree(kind, tmp_path):
             weights[0, 0] = 0.0
         ours = aggregator.apply(params, jnp.asarray(x), jnp.asarray(weights))
         with torch.no_grad():
-            found = theirs(torch.from_numpy(x), torch.from_numpy(weights))
+            exported = theirs(torch.from_numpy(x), torch.from_numpy(weights))
             plain = theirs(torch.from_numpy(x))
-        assert relative(ours, found) < 1e-5
+        assert relative(ours, exported) < 1e-5
         assert (
             relative(aggregator.apply(params, jnp.asarray(x), jnp.ones_like(weights)), plain) < 1e-5
         )

@@ -101,21 +101,21 @@ def test_verification_of_clear_and_of_meaningless_embeddings():
 
 def test_verification_agrees_with_pairs_scored_by_hand():
     x, people = noisy_people(0.8)
-    found = verification(x, people, count=400, seed=7)
+    result = verification(x, people, count=400, seed=7)
     same, different = make_pairs(people, 400, 7)
     cosines = [
         np.array([x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) for i, j in pairs])
         for pairs in (same, different)
     ]
     u = scipy.stats.mannwhitneyu(*cosines).statistic / 400**2
-    assert found["auc"] == pytest.approx(u, abs=1e-9)
-    assert found["auc_low"] < found["auc"] < found["auc_high"]
+    assert result["auc"] == pytest.approx(u, abs=1e-9)
+    assert result["auc_low"] < result["auc"] < result["auc_high"]
     # No threshold among all scores does better, and the named one does as said.
     accuracy = [
         (np.mean(cosines[0] >= t) + np.mean(cosines[1] < t)) / 2 for t in np.concatenate(cosines)
     ]
-    assert found["accuracy"] == pytest.approx(max(accuracy), abs=1e-9)
-    t = found["threshold"] - 1e-9
+    assert result["accuracy"] == pytest.approx(max(accuracy), abs=1e-9)
+    t = result["threshold"] - 1e-9
     named = (np.mean(cosines[0] >= t) + np.mean(cosines[1] < t)) / 2
     assert named == pytest.approx(max(accuracy), abs=1e-9)
 
@@ -174,6 +174,6 @@ def test_dlib_verifies_real_people():
     embed = jax.jit(FaceResNet().apply)
     batches = [chips[i : i + 35] for i in range(0, len(chips), 35)]
     embeddings = np.concatenate([np.asarray(embed({"params": params}, b)) for b in batches])
-    found = verification(embeddings, [person for person, _ in chosen], count=1000)
-    print(found)
-    assert found["auc"] > 0.97
+    result = verification(embeddings, [person for person, _ in chosen], count=1000)
+    print(result)
+    assert result["auc"] > 0.97

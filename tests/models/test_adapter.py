@@ -225,7 +225,7 @@ def test_a_set_is_aggregated_before_it_is_projected(params):
     np.testing.assert_array_equal(image[1], jnp.zeros(DIM))
 
 
-def test_a_source_computes_in_the_dtype_it_is_told(params):
+def test_a_source_computes_in_the_given_dtype(params):
     made = adapter.source(params, jnp.asarray(IMAGE), dtype=jnp.dtype("bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves((made.keys, made.values))} == {
         jnp.dtype("bfloat16")

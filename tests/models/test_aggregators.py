@@ -253,7 +253,7 @@ def test_agreement_is_the_mean_cosine_to_the_set():
         close(agreement(photos(), SETS)[b], expected)
 
 
-def test_photos_of_somebody_else_are_outvoted():
+def test_photos_of_another_person_are_outvoted():
     """Three of nine: with trust in agreement they get next to nothing."""
     keys = jax.random.split(jax.random.key(5), 3)
     person, other = (jax.random.normal(key, (B, 1, D)) for key in keys[:2])

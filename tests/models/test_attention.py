@@ -252,7 +252,7 @@ def test_the_tpu_kernel_is_attention_and_so_is_its_gradient():
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     with pallas.force_tpu_interpret_mode():
-        found = jax.tree.map(np.asarray, of(module._flash_attention))
+        gradients = jax.tree.map(np.asarray, of(module._flash_attention))
     expected = of(lambda q, k, v: module._softmax_attention(q, k, v, None))
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -92,15 +92,15 @@ def torch_forward(params, chips):
     return (x.mean((2, 3)) @ flat["fc/kernel"]).numpy()
 
 
-def relative_error(found, wanted):
-    return (np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).max()
+def relative_error(actual, wanted):
+    return (np.linalg.norm(actual - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).max()
 
 
 def test_agrees_with_torch_on_random_weights():
     params, chips = random_params(1), synthetic_chips()
-    found = embed(params, chips)
-    assert found.shape == (4, 128)
-    assert relative_error(found, torch_forward(params, chips)) < 1e-5
+    descriptors = embed(params, chips)
+    assert descriptors.shape == (4, 128)
+    assert relative_error(descriptors, torch_forward(params, chips)) < 1e-5
 
 
 def test_has_29_convolutions_and_the_published_parameter_count():
@@ -120,23 +120,23 @@ def test_add_padded_grows_both_sides_with_zeros():
 
 
 def test_float_weights_give_dlibs_descriptors():
-    found = embed(load_face_weights(dlib_weights()), synthetic_chips())
-    assert relative_error(found, golden()) < 1e-5
+    descriptors = embed(load_face_weights(dlib_weights()), synthetic_chips())
+    assert relative_error(descriptors, golden()) < 1e-5
 
 
 def test_quantised_weights_give_dlibs_descriptors_within_rounding():
     if not QUANTISED.is_dir():
         pytest.skip("no ../shared/weights/face_recognition_dlib_resnet")
-    found = embed(load_face_weights(QUANTISED), synthetic_chips())
-    cosine = np.sum(found * golden(), axis=1)
-    cosine /= np.linalg.norm(found, axis=1) * np.linalg.norm(golden(), axis=1)
+    descriptors = embed(load_face_weights(QUANTISED), synthetic_chips())
+    cosine = np.sum(descriptors * golden(), axis=1)
+    cosine /= np.linalg.norm(descriptors, axis=1) * np.linalg.norm(golden(), axis=1)
     assert cosine.min() > 0.999
     # All descriptors share a large common part, so hold the differences to account as well.
-    assert relative_error(found, golden()) < 0.05
+    assert relative_error(descriptors, golden()) < 0.05
 
 
 def test_golden_file_is_what_dlib_says():
     dlib = pytest.importorskip("dlib", reason="pip install dlib-bin to make the golden file again")
     model = dlib.face_recognition_model_v1(str(dlib_weights()))
-    found = np.array([model.compute_face_descriptor(chip) for chip in synthetic_chips()])
-    assert relative_error(found, golden()) < 1e-5
+    descriptors = np.array([model.compute_face_descriptor(chip) for chip in synthetic_chips()])
+    assert relative_error(descriptors, golden()) < 1e-5

@@ -61,10 +61,10 @@ def thin(array):
     return {"norm": np.linalg.norm(array, axis=1).tolist(), "some": array[:, ::8].tolist()}
 
 
-def close(found, wanted):
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), wanted["norm"], rtol=1e-4)
+def close(actual, wanted):
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), wanted["norm"], rtol=1e-4)
     some = np.asarray(wanted["some"])
-    error = np.linalg.norm(np.asarray(found)[:, ::8] - some) / np.linalg.norm(some)
+    error = np.linalg.norm(np.asarray(actual)[:, ::8] - some) / np.linalg.norm(some)
     assert error < 1e-4, error
 
 
@@ -82,9 +82,9 @@ def test_inception_agrees_with_torch_fidelity():
 def test_facenet_agrees_with_facenet_pytorch():
     network, size = NETWORKS["facenet"]
     inputs = jnp.asarray((pictures(size) - 127.5) / 128, jnp.float32)
-    found = jax.jit(network.apply)({"params": params_of(network, size)}, inputs)
-    assert found.shape == (2, 512)
-    close(found, json.loads(GOLDEN.read_text())["facenet"])
+    embedding = jax.jit(network.apply)({"params": params_of(network, size)}, inputs)
+    assert embedding.shape == (2, 512)
+    close(embedding, json.loads(GOLDEN.read_text())["facenet"])
 
 
 def submodule(package, name):

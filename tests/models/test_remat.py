@@ -13,7 +13,7 @@ from persona_jax.runtime.compilation import compiler_options
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
+def gradients() -> dict:
     """(gradient, numbers kept for it) by kind."""
     unet = towers.build("unet", torch_models.TINY_UNET)
     params = towers.initialise(unet, jax.random.key(0))
@@ -37,15 +37,15 @@ def found() -> dict:
 
 
 @pytest.mark.parametrize("remat", REMAT[1:])
-def test_the_gradient_is_the_same(found, remat):
-    expected, there = found["none"][0], found[remat][0]
+def test_the_gradient_is_the_same(gradients, remat):
+    expected, there = gradients["none"][0], gradients[remat][0]
     assert jax.tree.structure(expected) == jax.tree.structure(there)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_less_is_kept(found):
-    none, transformers, blocks = (found[remat][1] for remat in REMAT)
+def test_less_is_kept(gradients):
+    none, transformers, blocks = (gradients[remat][1] for remat in REMAT)
     assert transformers < 0.7 * none
     assert blocks < 0.7 * transformers
 
@@ -65,6 +65,6 @@ def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
         compiled = program.lower(kernels[0], kernels).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled(kernels[0], kernels)
 
-    (usual, expected), (ours, found) = temporaries(None), temporaries(compiler_options())
+    (usual, expected), (ours, actual) = temporaries(None), temporaries(compiler_options())
     assert ours < 0.6 * usual
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

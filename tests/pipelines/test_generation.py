@@ -149,7 +149,7 @@ def stock_adapter(params, loaded) -> dict:
     }
 
 
-def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
+def test_sampling_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
     """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
     noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     wanted = references(scale=0.7)
@@ -279,7 +279,7 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
     count, side = 4, loaded.latent_shape[0]
     draw = jax.random.uniform(jax.random.key(8), (count, side * side))
     layers = cross_attention_layers(loaded.unet.module.config)
-    shown = generation.References(
+    reference_set = generation.References(
         jax.random.normal(jax.random.key(7), (count, 3, DIM)),
         jnp.ones((count, 3)),
         {
@@ -291,24 +291,26 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
         window=(0.0, 0.7),
     )
     noise = jax.random.normal(jax.random.key(9), (count, *loaded.latent_shape))
-    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,), eta=0.5, noise=noise)
+    asked = request(
+        loaded, PROMPTS * 2, NEGATIVE * 2, references=(reference_set,), eta=0.5, noise=noise
+    )
     alone = jax.jit(
         generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS), ONE)
     )
     all_ = jax.jit(
         generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS))
     )
-    expected, found = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
+    expected, split = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
     assert len(expected.sharding.device_set) == 1
-    assert len(found.sharding.device_set) == count
-    assert torch_models.relative(found, np.asarray(expected)) < 1e-4
+    assert len(split.sharding.device_set) == count
+    assert torch_models.relative(split, np.asarray(expected)) < 1e-4
 
 
 def test_what_is_of_each_picture(loaded):
-    shown = generation.References(
+    reference_set = generation.References(
         jnp.zeros((4, 3, DIM)), jnp.ones((4, 3)), {"a": jnp.zeros((1, 4)), "b": jnp.zeros((4, 4))}
     )
-    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,))
+    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(reference_set,))
     some = generation.some_of(asked, np.array([3, 0]))
     assert len(some.keys) == len(some.ids) == len(some.references[0].embeddings) == 2
     assert some.references[0].scale["a"].shape == (1, 4)

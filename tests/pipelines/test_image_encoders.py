@@ -55,19 +55,19 @@ def test_unknown_kind(no_pipeline):
         open_image_encoder(dlib_config(kind="eagle"), no_pipeline)
 
 
-def test_dlib_looks(no_pipeline):
+def test_dlib_embeds(no_pipeline):
     folder = SHARED / "weights/face_recognition_dlib_resnet"
     if face_weights.installed_face_weights() is None and not folder.is_dir():
         pytest.skip("neither face_recognition_models nor ../shared/weights is here")
-    found = face_weights.installed_face_weights()
-    encoder = open_image_encoder(dlib_config(path="" if found else str(folder)), no_pipeline)
+    installed = face_weights.installed_face_weights()
+    encoder = open_image_encoder(dlib_config(path="" if installed else str(folder)), no_pipeline)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
     seen = encoder.encode([Image.fromarray(p) for p in pixels])
     assert seen.shape == (2, encoder.dim)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
 
 
-def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
+def test_facenet_embeds(tmp_path, no_pipeline, monkeypatch):
     config = dlib_config(kind="facenet")
     config.data.data_dir = str(tmp_path)
     monkeypatch.setattr(outside, "_fetch", lambda url, path: path.write_bytes(b"sorry"))

@@ -43,15 +43,15 @@ def copy(ours, tmp_path):
     return shutil.copytree(ours, tmp_path / "copy")
 
 
-def paint(folder) -> np.ndarray:
+def generate(folder) -> np.ndarray:
     latents = torch_models.nchw(torch_models.normal(1, 8, 8, 4))
     size = {"height": SIDE, "width": SIDE}
     pipe = torch_models.open_diffusers(folder)
     return pipe(PROMPTS[0], latents=latents, num_inference_steps=2, output_type="np", **size).images
 
 
-def test_stock_diffusers_paints_the_same_from_what_we_save(theirs, ours):
-    np.testing.assert_array_equal(paint(ours), paint(theirs))
+def test_stock_diffusers_generates_the_same_from_what_we_save(theirs, ours):
+    np.testing.assert_array_equal(generate(ours), generate(theirs))
     opened = torch_models.open_diffusers(ours)
     assert isinstance(opened.image_encoder, transformers.CLIPVisionModelWithProjection)
     assert opened.feature_extractor.size == {"shortest_edge": 16}
@@ -143,7 +143,7 @@ def test_a_damaged_tokenizer_is_named(copy, file):
     assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_without_eye(theirs, tmp_path):
+def test_a_pipeline_without_image_encoder(theirs, tmp_path):
     """As Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
     bare = shutil.copytree(theirs, tmp_path / "bare")
     shutil.rmtree(bare / "image_encoder")
