@@ -1,4 +1,4 @@
-"""The benchmark: both sides do the same work, and a table comes of it."""
+"""The benchmark: both sides do the same work, and it prints a table."""
 
 import re
 import sys

@@ -1,4 +1,4 @@
-"""Damaged and strangely named places: refused in a line, or used as they are; never used wrong."""
+"""Damaged files are refused in one line; unusual folder names are used as they are."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from persona_jax.runtime.run_folder import write_run_files
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """People, a random base, runs and exports of them, all below a folder named like a pattern."""
+    """People, a random base, runs and exports, all in a folder whose name looks like a glob."""
     root = tmp_path_factory.mktemp("damage") / "mine [1]"
     write_people(root / "people", people=3)
     torch_models.write_pipeline(root / "base")
@@ -54,7 +54,7 @@ def run(module, workdir, out, *flags) -> None:
 
 
 def loaders(world: Path) -> dict:
-    """By folder: what reads it, and the names of what is read there."""
+    """Returns, by folder, the function that loads it and the names of the files it reads."""
     base = str(world / "base")
 
     def person(method):
@@ -114,7 +114,7 @@ os.umask(UMASK)
 
 
 def test_training_and_sampling_below_a_folder_named_like_a_pattern(world, tmp_path):
-    """Data, encodings, checkpoints, people; each read back, and training goes on."""
+    """Data, encodings, checkpoints and people are read back, and training resumes."""
     (world / "people/person_0").rename(world / "people/person [0]")
     config = adapter_config("sa", world / "people", world / "data", world / "base")
     train.main(config, world / "trained")
@@ -182,7 +182,7 @@ def test_damaged_class_pictures_are_generated_again(world, tmp_path, capsys, dam
 
 
 def test_values_that_are_not_finite_are_errors_and_give_no_pictures(world, tmp_path, capsys):
-    """NaN in the base, in a person's update, in an export; a LoRA beyond any number."""
+    """NaN in the base, in a person's update, in an export; infinity in a LoRA."""
     shutil.copytree(world / "base", tmp_path / "base")
     for tower, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         file = tmp_path / "base" / tower / f"{name}.safetensors"
@@ -229,7 +229,7 @@ def test_flags_out_of_range_are_a_line(world, tmp_path, capsys, flags, expected)
 
 
 def refusal(capsys, *argv) -> str:
-    """The line in which sampling is refused."""
+    """Returns the error line of a refused sampling command."""
     argv = ["sample", *map(str, argv)]
     if "--num" not in argv:
         argv += ["--num", "1", "--steps", "2"] if "--steps" not in argv else ["--num", "1"]

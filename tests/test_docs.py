@@ -1,4 +1,4 @@
-"""README and docs: what they name exists, and the reference names all there is."""
+"""README and docs: everything they name exists, and the reference is complete."""
 
 import argparse
 import importlib
@@ -31,7 +31,7 @@ PAGES = sorted(
 CONFIGS = sorted(path.stem for path in ROOT.glob("configs/*.py") if path.stem != "common")
 WITH_CONFIG = ("train", "pretrain", "probe", "encode", "plan")
 TO_BE_WRITTEN = {"configs/min.py"}
-"""Files that CONTRIBUTING's examples make."""
+"""Files that CONTRIBUTING's examples create."""
 
 
 def page_id(path: Path) -> str:
@@ -76,14 +76,14 @@ def known_keys() -> set[str]:
 
 
 def sections(text: str) -> set[str]:
-    """GitHub's anchors of a page's headings."""
+    """Returns GitHub's anchors of a page's headings."""
     prose = re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL)
     titles = re.findall(r"^#+ (.+)$", prose, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
 
 
 def code_of(text: str) -> list[str]:
-    """What stands in code: blocks (continued lines joined) and spans."""
+    """Returns a page's code: lines of blocks (continued lines joined), and spans."""
     text = text.replace("\\\n", " ")
     blocks = re.findall(r"^ *```\w*\n(.*?)^ *```", text, re.MULTILINE | re.DOTALL)
     prose = re.sub(r"^ *```.*?^ *```", "", text, flags=re.MULTILINE | re.DOTALL)
@@ -92,7 +92,7 @@ def code_of(text: str) -> list[str]:
 
 
 def command_lines(text: str) -> list[tuple[str, list[str]]]:
-    """(module, its words) of each ``python -m persona_jax.X`` and ``python -m benchmarks``."""
+    """Returns (module, arguments) of each ``python -m persona_jax.X`` or ``benchmarks``."""
     commands = []
     for line in code_of(text):
         for module, rest in re.findall(
@@ -140,7 +140,7 @@ def test_commands_and_their_flags_exist(page, known_flags, known_keys):
         if module == "persona_jax.NAME":
             continue
         known = known_flags.get(module)
-        if known is None:  # a tool within a folder
+        if known is None:  # not one of the ten commands
             file = PACKAGE.parent / f"{module.replace('.', '/')}.py"
             assert file.exists(), f"{page_id(page)}: {module}"
             known = flags_of(importlib.import_module(module).parser())
@@ -158,7 +158,7 @@ def test_commands_and_their_flags_exist(page, known_flags, known_keys):
 
 @pytest.mark.parametrize("page", PAGES, ids=page_id)
 def test_flags_and_keys_anywhere_exist(page, known_flags, known_keys):
-    """Also those that are named alone, without their command."""
+    """Checks flags and keys that are named without their command, too."""
     flags = set().union(*known_flags.values(), launcher_flags(), OF_OTHERS)
     for word in code_of(page.read_text()):
         for key in re.findall(r"--config\.([a-z][\w.]*)", word):
@@ -214,7 +214,7 @@ def examples(page: str) -> list[str]:
 
 
 def example(name: str, module) -> object:
-    """What one of CONTRIBUTING's examples defines, in the module it is for."""
+    """Returns the function that an example of CONTRIBUTING defines, run in its module's scope."""
     (code,) = (code for code in examples("CONTRIBUTING.md") if f"def {name}(" in code)
     names = dict(vars(module))
     exec(compile(code, "CONTRIBUTING.md", "exec"), names)

@@ -1,4 +1,4 @@
-"""The main job as a user runs it, at the smallest size: base, adapter, pictures, mistakes."""
+"""The main commands as a user runs them, at the smallest size: base, adapter, pictures, errors."""
 
 import json
 import os
@@ -100,7 +100,7 @@ def test_attribution_weighs_the_photos_and_leaves_each_out(world, tmp_path):
     flags = ["--num", "2", "--weights", "1", "2", "0"]
     generate(world, tmp_path / "a", *flags, "--attribution")
     attribution = json.loads((tmp_path / "a" / "sample.json").read_text())["attribution"]
-    # A fresh query of zeros attends to each by its weight; three steps hardly change that.
+    # A query of zeros attends to each photo by its weight; three steps hardly change that.
     np.testing.assert_allclose(attribution["shares"], [1 / 3, 2 / 3, 0], atol=0.05)
     np.testing.assert_allclose(
         np.mean(attribution["heads"], axis=0), attribution["shares"], atol=1e-3
@@ -227,7 +227,7 @@ assert not bad, bad
 
 
 def test_overfits_one_batch(world):
-    """The whole adapter learns one fixed batch: loss far below that of the start."""
+    """The adapter overfits one fixed batch: its loss falls far below the initial one."""
     from persona_jax.methods import adapter_training
     from persona_jax.pipelines.image_encoders import open_image_encoder
     from persona_jax.pipelines.pipeline import open_pipeline
@@ -258,7 +258,7 @@ def test_overfits_one_batch(world):
 
     @jax.jit
     def step(params, state, frozen, batch):
-        # Always step 0: the same noise at the same diffusion steps.
+        # Always step 0, for the same noise and timesteps.
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, 0)
         updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(lambda p, u: p + u, params, updates), state, loss
@@ -316,7 +316,7 @@ def test_a_step_is_the_same_on_every_mesh(world):
     for sizes in ((8, 1), (4, 2), (1, 8)):
         other_loss, other = after_one_step(make_mesh(*sizes))
         assert other_loss == pytest.approx(loss, rel=1e-5)
-        # Adam's first step is ±learning rate: a gradient of rounding size may change its sign.
+        # Adam's first step is ±learning rate: gradients near 0 may differ in sign through rounding.
         moved = [np.abs(a - b).max() for a, b in zip(params, other, strict=True)]
         assert max(moved) < 1e-4
 

@@ -1,4 +1,4 @@
-"""Exports end in stock diffusers: what is written there paints what we paint."""
+"""Exports, loaded by stock diffusers, generate the pictures that persona_jax generates."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from persona_jax.runtime.run_folder import write_run_files
 
 
 def write_person(config, workdir) -> None:
-    """The same where weights belong to people: ann's."""
+    """Writes a run of per-person fine-tuning with one finished person, ann."""
     parts = open_pipeline(config)
     (learnt,) = [finetuning.init(config, parts, jax.random.split(jax.random.key(0), 1))]
     write_run_files(workdir, config)
@@ -98,7 +98,7 @@ def test_an_adapter_generates_the_same_in_stock_diffusers(world, tmp_path, capsy
 
 @pytest.mark.parametrize("name", ["resampler", "plus"])
 def test_a_resampler_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
-    """1, 3 and 9 references; the unconditional branch depends on how many there are."""
+    """Checks 1, 3 and 9 references; the unconditional branch depends on their number."""
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "out"
     run_export(world, name, out, "--format", "ip-adapter", "--verify", "--photos", *photos)
@@ -118,7 +118,7 @@ def test_a_resampler_generates_the_same_in_stock_diffusers(world, tmp_path, caps
 
 
 def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
-    """Photos themselves, and no picture for the unconditional branch."""
+    """Stock diffusers gets the photos, and no picture for the unconditional branch."""
     run_export(world, "plus", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     assert run.adapter.aggregator.kind == "plus"
@@ -152,7 +152,7 @@ def test_an_export_generates_the_same_here(world, tmp_path, name):
 
 
 def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
-    """Several photos under one softmax."""
+    """Several photos share one softmax."""
     run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     seen = run.encoder.encode([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
@@ -290,7 +290,7 @@ def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, 
 
 
 def write_base(world, workdir) -> None:
-    """A finished run of pretrain."""
+    """Writes a finished run of pretrain."""
     shutil.copytree(world / "base", workdir / "pipeline")
     checksums.write(workdir / "pipeline")
     config = config_of("base", "lfw").to_dict()

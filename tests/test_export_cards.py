@@ -1,4 +1,4 @@
-"""The code of exported READMEs, run as it is printed: stock paints what we paint."""
+"""The code in exported READMEs, run as printed: stock diffusers generates the same pictures."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with an image encoder, one without, and photos as telephones take them."""
+    """A base with an image encoder, one without, and photos as phones store them (EXIF rotation)."""
     root = tmp_path_factory.mktemp("world")
     torch_models.write_pipeline(root / "base")
     shutil.copytree(root / "base", root / "bare")
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
         shutil.rmtree(root / "bare" / part)
     (root / "photos").mkdir()
     turned = Image.Exif()
-    turned[0x0112] = 6  # lying on its side
+    turned[0x0112] = 6  # rotated by EXIF
     portrait(0, 0, 60).resize((80, 60)).save(root / "photos/turned.jpg", exif=turned)
     portrait(0, 1, 60).resize((97, 61)).save(root / "photos/landscape.png")
     portrait(0, 2, 60).resize((53, 90)).save(root / "photos/portrait.png")
@@ -114,9 +114,10 @@ def sampled_here(run, adapters, references, towers) -> np.ndarray:
 
 
 def run_readme(folder, monkeypatch, run, **changes) -> np.ndarray:
-    """The picture that the README's code leaves, its noise ours.
+    """Runs the README's code with given noise; returns its picture.
 
-    changes: lines of the reader's own, ``NAME = value``.
+    Args:
+      changes: values to replace in lines ``NAME = value``.
     """
     (code,) = re.findall("```python\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
     for name, value in changes.items():

@@ -1,4 +1,4 @@
-"""Adapters at Stable Diffusion 1.5's full size, random weights: files → stock → the same latents.
+"""Adapter files at Stable Diffusion 1.5's full size, random weights: stock gives the same latents.
 
 Slow, and up to about 18 GB of memory: ``pytest --slow -s tests/test_full_size_adapters.py``.
 """
@@ -28,7 +28,7 @@ DIM = 1024
 
 @pytest.fixture
 def folder(tmp_path):
-    """pytest keeps what its tests write, and this is gigabytes."""
+    """A folder deleted after the tests: pytest would keep gigabytes."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     yield tmp_path
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def write_base(folder) -> None:
-    """All but the autoencoder, which no latent meets, at full size."""
+    """Writes a base at full size; only the VAE, which latents do not need, is small."""
     torch_models.write_pipeline(folder)
     for name, make, settings in (
         ("unet", torch_models.make_unet, UNET),
@@ -54,7 +54,7 @@ def write_base(folder) -> None:
 
 
 def test_plain_and_plus_files_generate_the_same(folder, capsys):
-    """Nine photos pooled, and five through a resampler; one after the other and both at once."""
+    """Nine photos pooled, and five through a resampler; each adapter alone and both at once."""
     write_base(folder)
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     loaded = pipeline.load(str(folder), only=towers)

@@ -1,7 +1,7 @@
-"""The launcher: what it would run on clusters, and what it does with processes on this machine.
+"""The launcher: what it would run on clusters, and how it handles processes on this machine.
 
-The processes are small programs, given by --python in the place of the interpreter;
-tests/test_faults.py has real ones.
+The processes are small programs, given by --python in place of the interpreter; those of
+tests/test_faults.py are real.
 """
 
 import json
@@ -99,7 +99,7 @@ def test_gpus_are_dealt_out(tmp_path):
 
 
 def program(folder: Path, name: str, text: str) -> Path:
-    """A program of that name, in Python, for PATH or --python."""
+    """Writes a Python program of that name, for PATH or --python."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!{sys.executable}\nimport json, os, signal, sys, time\n{text}\n")
     (folder / name).chmod(0o755)
@@ -123,7 +123,7 @@ def test_tpu_runs_the_command_on_every_worker(tmp_path):
     assert words[10] == "--worker=all"
     stop = shlex.split(second.removeprefix("# to stop it: "))
     assert stop[:-1] == words[:-1]
-    # What the workers are told, by a shell of ours.
+    # Runs the workers' script in a local shell.
     script = words[-1].removeprefix("--command=")
     (tmp_path / "persona_jax").mkdir()
     program(tmp_path / "bin", "py", f"{ECHO}\nsys.exit(3 if os.environ['WORKER'] == '1' else 0)")
@@ -219,7 +219,7 @@ def test_jobset(tmp_path):
 
 
 def start(folder: Path, text: str, *flags: str) -> subprocess.Popen:
-    """Two processes of a program that knows its number as `i`."""
+    """Starts two processes of a program that has its process number in `i`."""
     python = program(folder / "bin", "python", f"i = int(os.environ['JAX_PROCESS_ID'])\n{text}")
     flags = ["--processes", "2", "--python", python, *flags, "--", "--workdir", folder / "run"]
     return subprocess.Popen(

@@ -1,4 +1,4 @@
-"""Where modules live, and which way imports go."""
+"""The layout: folders, their layers, and the direction of imports."""
 
 import ast
 import re
@@ -31,16 +31,16 @@ LAYERS = (
     ("runtime",),
     ("errors",),
 )
-"""From the top down. A room imports from those below it, and none from its own layer but itself."""
+"""Layers, from the top. A folder imports from lower layers and from itself only."""
 
 
 def folder_of(parts: tuple[str, ...]) -> str:
-    """The room of a module, given its path below ``persona_jax``."""
+    """Returns the folder of a module, given its path below ``persona_jax``."""
     return "commands" if parts[0] in COMMANDS else parts[0]
 
 
 def imported(file: Path) -> set[tuple[str, ...]]:
-    """Paths below ``persona_jax`` of what a file imports, also inside its functions."""
+    """Returns the modules a file imports, also in functions, as paths below ``persona_jax``."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -53,7 +53,7 @@ def imported(file: Path) -> set[tuple[str, ...]]:
 
 
 def arrows() -> dict[tuple[str, str], set[str]]:
-    """(importing room, imported room) → the files that do so."""
+    """Returns the importing files by (importing folder, imported folder)."""
     out: dict[tuple[str, str], set[str]] = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
@@ -101,11 +101,11 @@ def test_no_cycle_between_folders():
 
 
 OF_COMMANDS = {"base/ship", "runs/reference_sets", "runtime/command_line"}
-"""Modules below the commands that read a command line themselves."""
+"""Modules below the commands that parse a command line themselves."""
 
 
 def test_library_errors_name_no_flags():
-    """A command adds its flags (:func:`persona_jax.runtime.command_line.with_flags`)."""
+    """Only commands name flags (:func:`persona_jax.runtime.command_line.with_flags` adds them)."""
     wrong = []
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts

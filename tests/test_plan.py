@@ -1,4 +1,4 @@
-"""Plans: what is made of a compiled program, and errors in one line."""
+"""Plans: the figures of a compiled program, and errors in one line."""
 
 import dataclasses
 import json
@@ -244,7 +244,7 @@ def test_this_machine(capsys, tmp_path):
     assert "training step, 8 x cpu: 8 devices, mesh data=8 fsdp=1, 16 examples (2 a chip)" in (
         printed.out
     )
-    # All gradients are reduced among all devices, and that is all.
+    # The only collective reduces all gradients among all devices.
     config = config_of("avg", "tiny")
     _, (state, _, _) = abstract.training_step(config, make_mesh(), jnp.float32)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -294,7 +294,7 @@ SMALL = {
 
 @pytest.fixture
 def sizes_only(tmp_path):
-    """A pipeline folder that has sizes and no weights."""
+    """Writes a pipeline folder with configurations but without weights."""
     for tower, sizes in SMALL.items():
         (tmp_path / tower).mkdir()
         (tmp_path / tower / "config.json").write_text(json.dumps(sizes))

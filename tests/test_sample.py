@@ -1,4 +1,4 @@
-"""Sampling from the command line: several people, adapters, forms of λ, LoRA files, bases alone."""
+"""Sampling from the command line: several people, adapters, forms of λ, LoRA files, text alone."""
 
 import json
 
@@ -21,7 +21,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with people, a random base, runs on it, what was exported, and a LoRA file."""
+    """A folder with people, a random base, runs on it, exports, and a LoRA file."""
     root = tmp_path_factory.mktemp("world")
     write_people(root / "people", people=3, photos=4)
     torch_models.write_pipeline(root / "base")
@@ -74,11 +74,11 @@ def test_two_people_by_masks_with_one_adapter(world, tmp_path):
     assert abs(both - other).max() > 5
     record = json.loads((tmp_path / "a/sample.json").read_text())
     assert [len(one["photos"]) for one in record["sets"]] == [2, 2]
-    assert Image.open(tmp_path / "a/grid.png").size[1] > 3 * 16  # a row for each of them
+    assert Image.open(tmp_path / "a/grid.png").size[1] > 3 * 16  # one row per reference set
 
 
 def test_runs_and_files_together_each_with_its_own(world, tmp_path):
-    """A run, an exported folder and a file; once for all or once for each."""
+    """A run, an exported folder and a file, with settings given once for all or once for each."""
     sets = [*photos(world, 0), *photos(world, 1), *photos(world, 2)]
     file = world / "plus-out/ip_adapter.safetensors"
     who = ["--workdir", world / "avg", "--adapter", world / "resampler-out", "--adapter", file]
@@ -95,7 +95,7 @@ def test_negative_photos(world, tmp_path, name):
     plain = generate(world, tmp_path / "a", *who)
     away = generate(world, tmp_path / "b", *who, "--negative_photos", *photos(world, 1, 3)[1:])
     assert abs(plain - away).max() > 2
-    # With g = 1 there is nothing to move away from.
+    # Guidance 1 does not use the unconditional branch.
     one, other = (
         generate(world, tmp_path / label, *who, *more, "--guidance", 1)
         for label, more in (("c", []), ("d", ["--negative_photos", *photos(world, 1, 3)[1:]]))
@@ -204,7 +204,7 @@ def test_a_full_disk_leaves_whole_pictures(world, tmp_path, monkeypatch, capsys)
 
 
 def test_more_pictures_than_the_grid_or_a_batch_holds(world, tmp_path, monkeypatch, capsys):
-    """One batch at a time; the pictures are those of any other batch size and number."""
+    """Batches are generated one at a time; pictures do not depend on batch size and number."""
     monkeypatch.setattr(sample, "SHOWN", 3)
     sizes = []
     whole = sample.write_pictures
@@ -225,7 +225,7 @@ def test_more_pictures_than_the_grid_or_a_batch_holds(world, tmp_path, monkeypat
 
 
 def test_what_sample_leaves_can_be_scored(world, tmp_path):
-    """README's own sequence; photos of phones are turned by EXIF and of any size."""
+    """As in README: score the pictures of sample against photos of any size, rotated by EXIF."""
     who = ["--workdir", world / "avg", *photos(world, 0)]
     generate(world, tmp_path / "out", *who, "--num", 3)
     pictures, others = score.list_pictures(tmp_path / "out")

@@ -1,4 +1,4 @@
-"""Scoring folders of pictures: the figures are the features', and bad input is told in one line."""
+"""Scoring folders of pictures: figures equal those of the features; errors are one line."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with a random reader, and two folders of pictures."""
+    """A base with a random trait classifier, and two folders of pictures."""
     folder = tmp_path_factory.mktemp("score")
     torch_models.write_pipeline(folder / "base/pipeline")
     params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
@@ -63,7 +63,7 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     assert one.features.shape == (24, 256)
     moments = [distributions.moments(output.features) for output in (one, other)]
     kid, _ = distributions.kernel_distance(one.features, other.features, seed=0)
-    # A row of a table has four digits.
+    # The table prints four digits.
     wanted = {
         "KID × 1000 (the reader) ↓": 1000 * kid,
         "IS, 3 splits (the reader) ↑": distributions.inception_score(one.classes, 0, 3)[0],
@@ -77,7 +77,7 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     }
     assert row == pytest.approx(wanted, rel=1e-3)
 
-    # Kept statistics give the same figures.
+    # Saved statistics give the same figures.
     run_score(world, *flags, "--against", str(tmp_path / "real.npz"))
     assert row_of(capsys.readouterr().out) == pytest.approx(row, rel=1e-3)
 
@@ -111,7 +111,7 @@ def test_both_inceptions_are_named(world, tmp_path, capsys):
 
 
 def test_what_sample_left_beside_the_pictures_is_passed_over(world, tmp_path, capsys):
-    """README's sequence: a grid of another size and a JSON file lie there, and few pictures."""
+    """As in README: the folder also holds a grid of another size and a JSON file."""
     out = tmp_path / "out"
     shutil.copytree(world / "generated", out)
     images.save_sheet(Image.new("RGB", (99, 40)), out / "grid.png")

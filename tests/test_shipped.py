@@ -1,4 +1,4 @@
-"""The base that comes with the package: small, described, and what stock diffusers opens too."""
+"""The shipped base: small, described, and usable by stock diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def ours(parts, noise, adapters=(), references=()) -> jax.Array:
 
 
 def theirs(noise, embedding=None) -> np.ndarray:
-    """Stock diffusers' picture in [−1, 1], with its own IP-Adapter loader where there is one."""
+    """Returns stock diffusers' picture in [−1, 1]; an adapter is loaded by its own loader."""
     pipe = torch_models.open_diffusers(TINY / "pipeline")
     more = {}
     if embedding is not None:

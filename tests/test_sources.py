@@ -1,4 +1,4 @@
-"""Several adapters, people and forms of λ at once, against stock diffusers."""
+"""Several adapters, people and forms of λ at once, compared with stock diffusers."""
 
 import json
 
@@ -24,7 +24,7 @@ AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder, its pipeline, two adapters, a plain one and one that reads sets)."""
+    """(folder, its pipeline, two adapters: a plain one and a resampler)."""
     folder = tmp_path_factory.mktemp("base")
     torch_models.write_pipeline(folder)
     loaded = pipeline.load(str(folder))
@@ -48,7 +48,7 @@ def ours(world):
 
 @pytest.fixture(scope="module")
 def both_loaded(world):
-    """Stock's pipeline with both."""
+    """Stock diffusers' pipeline with both adapters."""
     folder = world[0]
     pipe = diffusers_reference.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
@@ -106,7 +106,7 @@ def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
 
 
 def test_photos_to_move_away_from(world, ours, both_loaded):
-    """They are aggregated as others are, and take the place of the zero embedding."""
+    """Negative photos are aggregated as others and replace the zero embedding."""
     one, away = seen(3, 1), seen(3, 5)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
     embeds = [plain_embeds(one, away), set_embeds(one)]
@@ -120,7 +120,7 @@ def test_photos_to_move_away_from(world, ours, both_loaded):
 
 
 def test_a_window_of_steps(world, ours, both_loaded):
-    """Stock's scale, set to 0 by a callback after half of the steps."""
+    """Compares with stock diffusers' scale, set to 0 by a callback after half of the steps."""
     one = seen(3, 1)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
 
@@ -140,7 +140,7 @@ def test_a_window_of_steps(world, ours, both_loaded):
     whole = ours(world[2][:1], [reference_set(one)])
     assert diffusers_reference.apart(whole, expected) > 1e-3
     windowed = ours(world[2][:1], [reference_set(one, window=(0.0, 1.0))])
-    # Two programs: on some processors their last bits differ.
+    # These are two programs; on some processors their last bits differ.
     assert diffusers_reference.apart(windowed, whole) < 1e-5
 
 
@@ -151,8 +151,7 @@ def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:
 
 
 def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
-    """The plain adapter's person on the left, the resampler's on the right, as stock's
-    ``ip_adapter_masks`` have it."""
+    """The plain adapter's person is left, the resampler's right, as by ``ip_adapter_masks``."""
     one, other = seen(3, 1), seen(2, 2)
     unet, side = world[1].unet.module.config, world[1].latent_shape[0]
     masks = halves()
@@ -189,7 +188,7 @@ def test_regions_share_out_the_picture_at_every_layer(world):
 
 
 def test_four_people_at_once_are_four_alone(world):
-    """Row b of a batch sees its own references only."""
+    """Row b of a batch depends on its own references only."""
     loaded, adapters = world[1], world[2]
     sampler = jax.jit(generation.make_latent_sampler(loaded, steps=4))
     frozen = generation.sampler_params(loaded)

@@ -11,7 +11,7 @@ from persona_jax.errors import UserError
 from persona_jax.runtime.mesh import make_mesh, place, put_batch, replicated, shard_params
 from persona_jax.training.state import init_state, make_optimizer, make_schedule, make_step
 
-# Split even the small arrays of the toy.
+# Also split the toy's small arrays.
 RULES = [(r"to_k\.kernel", P(None, "fsdp")), (r"out\.kernel", P("fsdp"))]
 
 
@@ -123,7 +123,7 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_nadam():
     rest, _ = nadam.update(grads, nadam.init(weights), weights)
     np.testing.assert_allclose(step["table"]["embedding"], rest["table"]["embedding"], rtol=1e-5)
     np.testing.assert_allclose(step["conv"]["bias"], rest["conv"]["bias"], rtol=1e-5)
-    # The first step follows the nearest matrix with orthogonal rows (Newton and Schulz's: about).
+    # The first step follows the nearest matrix with orthogonal rows (approximate by Newton-Schulz).
     rows, _, columns = np.linalg.svd(grads["conv"]["kernel"].reshape(72, 16), full_matrices=False)
     nearest = -1e-2 * 0.6 * np.sqrt(72) * rows @ columns
     update = np.asarray(step["conv"]["kernel"]).reshape(72, 16)
