@@ -182,7 +182,7 @@ def test_damaged_class_pictures_are_generated_again(world, tmp_path, capsys, dam
 
 
 def test_values_that_are_not_finite_are_errors_and_give_no_pictures(world, tmp_path, capsys):
-    """NaN in the base, in a person's update, in an export; infinity in a LoRA."""
+    """NaN in the base, in a person's update, in an export; huge numbers in a LoRA."""
     shutil.copytree(world / "base", tmp_path / "base")
     for tower, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         file = tmp_path / "base" / tower / f"{name}.safetensors"

@@ -23,7 +23,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with an image encoder, one without, and photos as phones store them (EXIF rotation)."""
+    """A base with an image encoder, one without, and photos of phones (rotated by EXIF)."""
     root = tmp_path_factory.mktemp("world")
     torch_models.write_pipeline(root / "base")
     shutil.copytree(root / "base", root / "bare")
@@ -66,7 +66,7 @@ def test_the_readme_of_an_adapter_runs(world, tmp_path, monkeypatch, kind, base,
     expected = sampled_here(run, [run.adapter], (references,), {})
     generated = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
     assert np.abs(generated - expected).max() <= 1
-    # (the photos are seen in it)
+    # the photos change the picture
     assert np.abs(sampled_here(run, [], (), {}) - expected).max() > 3
 
 

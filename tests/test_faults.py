@@ -157,7 +157,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(root, whole, tmp_path
     assert f"encodings {array.parent}: damaged (" in encoded
     assert "encoding again" in encoded
 
-    # A second run in the same workdir is refused and changes nothing; then one process gets SIGTERM.
+    # A second run in the workdir is refused and changes nothing; then one process gets SIGTERM.
     pids = run.pids()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)

@@ -22,7 +22,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def portrait(person: int, number: int, size: int = 48) -> Image.Image:
-    """Draws a face of a few ellipses: the person sets skin and hair, the photo position and light."""
+    """Draws a face: the person sets skin and hair, the photo position and background."""
     who, when = np.random.default_rng(person), np.random.default_rng((person, number))
     skin, hair = (tuple(int(c) for c in who.integers(40, 230, 3)) for _ in range(2))
     image = Image.new("RGB", (size, size), tuple(int(c) for c in when.integers(0, 255, 3)))

@@ -1,4 +1,4 @@
-"""The Python API on a random base: what goes in, what comes out, and what is refused."""
+"""The Python API on a random base: inputs, outputs and errors."""
 
 import inspect
 import typing
@@ -66,7 +66,7 @@ def photos(world, person: int = 0, count: int = 2) -> list:
 
 
 def apart(some, others) -> int:
-    """The most that images differ by, of 255."""
+    """Returns the largest difference of images, of 255."""
     pairs = zip(some, others, strict=True)
     return max(int(abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in pairs)
 
@@ -86,7 +86,7 @@ def test_five_lines(world, pipe, adapter, tmp_path):
 
 
 def test_the_images_are_those_of_the_sampler_and_of_the_command(world, pipe, adapter, tmp_path):
-    """For a seed: written out by hand below, called, and from the command line."""
+    """One seed gives the same images by the sampler, the API and the command."""
     files = photos(world)
     sampler = generation.make_sampler(pipe.parts, steps=2)
     seen = adapter.encoder.encode([Image.open(file).convert("RGB") for file in files])
@@ -122,7 +122,7 @@ def test_photos_in_any_form(world, pipe, adapter):
         assert apart(pipe(PROMPT, photos=form, adapter=adapter, **FEW), known) == 0
     turned = opened[0].transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 270 degrees to see it upright
+    exif[0x0112] = 6  # upright after a turn by 270 degrees
     turned.getexif().update(exif)
     again = pipe(PROMPT, photos=[turned, opened[1]], adapter=adapter, **FEW)
     assert apart(again, known) == 0
@@ -215,7 +215,7 @@ def test_progress_changes_nothing_and_can_stop(world, pipe, adapter):
 
 
 def test_latents_in_and_out(world, pipe):
-    """z_T of two seeds, as one call; z_0, decoded, is the call's images."""
+    """Given noise of two seeds equals one call; the decoded latents are the call's images."""
     noise = np.random.default_rng(0).standard_normal((2, *pipe.parts.latent_shape), np.float32)
     images = pipe(PROMPT, latents=noise, num=2, **FEW)
     second = pipe(PROMPT, latents=noise[1:], **FEW)
@@ -228,7 +228,7 @@ def test_latents_in_and_out(world, pipe):
 
 
 def test_height_and_width_are_those_of_diffusers(world, pipe):
-    """The same latents as stock diffusers', upright, from the same noise."""
+    """Latents equal those of stock diffusers from the same noise, in a portrait format."""
     noise = np.random.default_rng(0).standard_normal((1, 12, 8, 4), np.float32)
     ours = pipe.generate_latents(PROMPT, latents=noise, height=24, steps=4, guidance=3.0)
     theirs = torch_models.open_diffusers(world / "base")(

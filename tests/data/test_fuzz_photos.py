@@ -1,4 +1,4 @@
-"""Photos, masks, tables of labels and folders of people of any content: a result, or one line."""
+"""Photos, masks, tables of labels and folders with random content: a result or a one-line error."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from persona_jax.errors import UserError
 
 
 def photos() -> list[bytes]:
-    """A file of every kind that is read, most of them with metadata."""
+    """A file of every supported format, most of them with metadata."""
     random = np.random.default_rng(0)
     smooth = Image.fromarray(random.integers(0, 256, (5, 4, 3), np.uint8)).resize((40, 32))
     icc = colour.matrix_profile(colour.ADOBE_RGB)
@@ -151,7 +151,7 @@ def make(path: bytes, kind: str) -> None:
 
 
 def test_folders_of_people(folder, tmp_path):
-    """What is neither read nor named is lost without a word."""
+    """Every file is either read or named as left out."""
 
     def check(people: list) -> None:
         shutil.rmtree(folder)

@@ -1,4 +1,4 @@
-"""Whatever a photo is stored as, its pixels are the right ones, or a line says why not."""
+"""Photos of all formats decode to the right pixels, or a one-line error says why not."""
 
 import io
 import logging
@@ -88,7 +88,7 @@ def test_a_clear_value_of_16_bits():
 
 
 def transparent() -> dict[str, bytes]:
-    """Noise on the left; on the right other noise, hidden."""
+    """Returns noise on the left, and transparent noise on the right."""
     hidden = np.concatenate([noise(16, 16), 255 - HALF[..., None]], axis=-1)
     palette = Image.fromarray(noise(16, 16)).quantize(8)
     indices = np.asarray(palette).copy()
@@ -122,7 +122,7 @@ def test_half_transparent_is_laid_on_white():
 
 
 def srgb_of(levels: np.ndarray, primaries, gamma: float) -> np.ndarray:
-    """The closed form: linear light, another basis, sRGB's curve; all of white D65."""
+    """Returns the closed form: linear light, change of basis, sRGB's curve; white is D65."""
 
     def basis(points):
         columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in points]).T
@@ -164,7 +164,7 @@ def test_profiles_that_change_nothing():
         np.testing.assert_array_equal(
             pixels(encoded(Image.fromarray(levels), "PNG", **extra)), levels
         )
-    # A grey picture with a profile for colours.
+    # A grey picture with an RGB profile.
     grey_levels = levels[..., 0]
     data = encoded(Image.fromarray(grey_levels), "PNG", icc_profile=SRGB)
     np.testing.assert_array_equal(pixels(data), grey(grey_levels))
@@ -214,7 +214,7 @@ def test_cmyk_and_lab():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF"])
 def test_photos_are_turned_upright(kind, orientation):
-    if kind == "HEIF":  # has a rotation of its own, which its reader applies
+    if kind == "HEIF":  # HEIF has its own rotation, which the decoder applies
         pytest.importorskip("pillow_heif").register_heif_opener()
     upright = np.zeros((48, 32, 3), np.uint8)
     upright[:16, :16] = (255, 0, 0)
@@ -293,7 +293,7 @@ def test_200_megapixels_of_jpeg_are_read_smaller(tmp_path, monkeypatch):
     image.save(tmp_path / "a.png")
     whole = np.asarray(load_photo(tmp_path / "a.jpg").resize((80, 60), Image.Resampling.BOX), int)
     monkeypatch.setattr(photo_files, "MOST", 1_000_000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800_000)  # Pillow refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800_000)  # Pillow refuses twice this number
     small = load_photo(tmp_path / "a.jpg")
     assert small.size == (800, 600)
     assert abs(np.asarray(small.resize((80, 60), Image.Resampling.BOX), int) - whole).max() <= 2

@@ -56,7 +56,7 @@ def test_any_spacing_and_prediction_samples_as_diffusers(spacing, prediction):
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, LINEAR], ids=["sd", "linear"])
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_eta_puts_back_as_noise_what_it_takes_from_the_direction(config, eta):
-    """The same noise given to diffusers' step gives the same walk."""
+    """With the same noise, diffusers' step gives the same trajectory."""
     keys, steps = jax.random.split(jax.random.key(3), len(SAMPLE)), 6
     noises = [np.array(picture_noise(keys, i + 1, SAMPLE.shape[1:])) for i in range(steps)]
     ours = ddim(dummy, Schedule.from_json(config), SAMPLE, steps=steps, eta=eta, keys=keys)
@@ -72,13 +72,13 @@ class Seen(Exception):
 def test_variance_of_a_step():
     """diffusers' test suite: variance(420, 400) = 0.14771, for linear betas."""
     linear = Schedule.from_json(LINEAR)
-    # A table that ends at 420, so that a walk of steps of 20 begins 420 → 400.
+    # A schedule that ends at 420, so that a trajectory in steps of 20 starts with 420 → 400.
     schedule = linear.replace(alphas_cumprod=linear.alphas_cumprod[:421], steps_offset=20)
     keys = jax.random.split(jax.random.key(0), 1)
     noise = picture_noise(keys, 1, (4, 4, 3))
 
     def denoise(z, t):
-        """No signal and no noise: all that is there at the second step is what η has added."""
+        """Predicts no signal and no noise: the second step sees only the noise that η added."""
         if t == 400:
             np.testing.assert_allclose((z / noise) ** 2, 0.14771, rtol=1e-3)
             raise Seen

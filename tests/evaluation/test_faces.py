@@ -1,4 +1,4 @@
-"""Judging by faces: what is held against what; and real photos, where they are at hand."""
+"""Evaluation by faces: which pictures are compared; real photos if they are available."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ def config_for(folder, tmp_path, people: int):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A judge whose encoder knows colours and whose words are all the same, and three people."""
+    """An evaluator that encodes colours and gives all texts one embedding, and three people."""
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     photos, groups = open_dataset(config.data)
 

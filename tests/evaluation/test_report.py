@@ -1,4 +1,4 @@
-"""What a table says, and when it keeps silent."""
+"""Columns of a table, and when they are left out."""
 
 import numpy as np
 import pytest

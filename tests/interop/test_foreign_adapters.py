@@ -1,4 +1,4 @@
-"""Damaged, foreign or hostile adapter files: one line each, nothing run, nothing changed."""
+"""Damaged, foreign or hostile adapter files: a one-line error; no code is run, no file changed."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ KEY, BIAS = "ip_adapter.1.to_k_ip.weight", "image_proj.proj.bias"
 
 
 class Trap:
-    """Runs when a careless unpickler opens it."""
+    """Runs code when it is unpickled without protection."""
 
     def __reduce__(self):
         """Prints."""
@@ -60,7 +60,7 @@ def test_half_precision_is_read(world, tmp_path):
 
 
 def changed(**changes):
-    """The good tensors with some replaced, or left out where None."""
+    """Returns a function that replaces some of the good tensors; None removes one."""
 
     def make(good: dict) -> dict:
         tensors = good | {name.replace("__", "."): x for name, x in changes.items()}
@@ -239,7 +239,7 @@ def test_pictures_archives_folders_and_nothing_at_all(world, tmp_path, kind):
 
 
 def refused(file, world, words: str) -> None:
-    """One line that names the file; the file stays as it is."""
+    """Asserts a one-line error that names the file, and that the file is unchanged."""
     before = file.read_bytes() if file.is_file() else None
     names = sorted(file.parent.iterdir())
     with pytest.raises(UserError, match=words) as error:

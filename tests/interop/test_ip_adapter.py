@@ -1,4 +1,4 @@
-"""IP-Adapter files: the published names and shapes, and back."""
+"""IP-Adapter files: published names and shapes, and a round trip."""
 
 import json
 
@@ -19,7 +19,7 @@ DIM = 10
 
 
 def make(settings: dict, dim: int, real: bool = True, kind: str = "avg"):
-    """(adapter, its UNet's config and kernels); shapes alone where not `real`."""
+    """Returns (adapter, its UNet's config and kernels); only shapes unless `real`."""
     unet = towers.build("unet", settings)
 
     def init():

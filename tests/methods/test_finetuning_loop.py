@@ -166,7 +166,7 @@ def test_people_trained_in_parallel_do_not_affect_each_other(run, tmp_path):
         load_file(folder / "people" / name / "pytorch_lora_weights.safetensors")
         for folder in (tmp_path, workdir)
     )
-    # Adam's first steps take the sign of gradients that may be rounding errors.
+    # Adam's first steps follow the sign even of gradients that are rounding errors.
     assert one.keys() == other.keys()
     for key, value in one.items():
         step = alone.optimizer.learning_rate
@@ -174,7 +174,7 @@ def test_people_trained_in_parallel_do_not_affect_each_other(run, tmp_path):
 
 
 def test_parameters_may_lie_in_parts_on_all_devices(run, tmp_path):
-    """Fully sharded: no device holds what it trains, nor the optimiser's state, whole."""
+    """Fully sharded: no device holds all trained parameters or all of the optimiser's state."""
     chosen, workdir = run
     if chosen.method == "lora":
         pytest.skip("its weights are too few to split")
@@ -192,7 +192,7 @@ def test_parameters_may_lie_in_parts_on_all_devices(run, tmp_path):
 
 
 def test_another_run_starts_from_trained_weights(run, tmp_path):
-    """From a LoRA file, and from a pipeline folder; with no steps, the run is what it names."""
+    """Starts from a LoRA file and a pipeline folder; with 0 steps the weights stay unchanged."""
     chosen, workdir = run
     name = names_in(workdir)[0]
     again = chosen.copy_and_resolve_references()
@@ -203,7 +203,7 @@ def test_another_run_starts_from_trained_weights(run, tmp_path):
     if chosen.method == "lora":
         file = "pytorch_lora_weights.safetensors"
         again.init_from = str(workdir / "people" / name / file)
-        again.lora.alpha = 2 * chosen.lora.alpha  # what is in the file does not change by it
+        again.lora.alpha = 2 * chosen.lora.alpha  # the file's content does not change
     else:
         shutil.copytree(chosen.pipeline, tmp_path / "base")
         shutil.rmtree(tmp_path / "base/unet")

@@ -12,7 +12,7 @@ from persona_jax.metrics import distributions as d
 
 
 class Given(torch.nn.Module):
-    """A feature network that hands on what it is given."""
+    """A feature network that returns its input."""
 
     def forward(self, features):
         return features
@@ -80,7 +80,7 @@ def test_kid_is_what_torchmetrics_computes():
     other = other + 0.2
     theirs = float(poly_mmd(torch.from_numpy(one), torch.from_numpy(other)))
     assert d.squared_mmd(one, other) == pytest.approx(theirs, rel=1e-9)
-    # All of both sets, in whatever order: the subset is clamped to what there is.
+    # The subset size is clamped to the size of the sets, so both are used whole.
     mean, spread = d.kernel_distance(one, other, seed=0, subsets=3)
     assert mean == pytest.approx(theirs, rel=1e-9)
     assert spread < 1e-12
@@ -119,7 +119,7 @@ def test_a_uniform_marginal_rewards_a_single_class():
 
 
 def manifold(points: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """Share of points within the k-th-neighbour balls of the centres, by definition."""
+    """Returns the share of points within the k-th-neighbour balls of the centres, by definition."""
     hits = 0
     for point in points:
         for i, centre in enumerate(centres):

@@ -1,4 +1,4 @@
-"""The feature pass: the same whatever the devices; resizing as the standards have it."""
+"""The feature pass: independent of the number of devices; resizing as the standards define it."""
 
 import jax
 import jax.numpy as jnp
@@ -71,5 +71,5 @@ def test_clean_resize_keeps_flat_areas_and_averages_when_it_shrinks():
     np.testing.assert_allclose(resize_clean(flat), 200, atol=1e-3)
     checks = np.indices((598, 598)).sum(axis=0) % 2 * 255
     shrunk = resize_clean(np.repeat(checks[None, :, :, None], 3, axis=3).astype(np.uint8))
-    # Antialiased, a fine chequerboard is grey; sampled without, it is all black or all white.
+    # With antialiasing a fine chequerboard becomes grey; without, all black or all white.
     np.testing.assert_allclose(shrunk[0, 8:-8, 8:-8], 127.5, atol=2)

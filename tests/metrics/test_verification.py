@@ -40,7 +40,7 @@ def test_auc_extremes():
 
 
 def crowd():
-    """One person with 500 photos, nine with 4, ten with a single one."""
+    """Returns one person with 500 photos, nine with 4, ten with one."""
     people = ["famous"] * 500
     people += [f"p{i}" for i in range(9) for _ in range(4)] + [f"q{i}" for i in range(10)]
     return list(np.random.default_rng(0).permutation(people))
@@ -58,8 +58,8 @@ def test_pairs_are_what_they_say():
 def test_nobody_dominates_the_pairs():
     people = np.array(crowd())
     same, different = make_pairs(list(people), 4000, seed=0)
-    # Ten people have two photos, twenty have one: a tenth of the same pairs and a tenth of the
-    # different ones should show each, within four standard deviations (0.02).
+    # Ten people have at least two photos, twenty have one: each should be in a tenth of the same
+    # pairs and of the different pairs, within four standard deviations (0.02).
     for name in ("famous", "p0", "p8"):
         assert np.mean(people[same[:, 0]] == name) == pytest.approx(0.1, abs=0.02)
         share = np.mean((people[different] == name).any(axis=1))
@@ -110,7 +110,7 @@ def test_verification_agrees_with_pairs_scored_by_hand():
     u = scipy.stats.mannwhitneyu(*cosines).statistic / 400**2
     assert result["auc"] == pytest.approx(u, abs=1e-9)
     assert result["auc_low"] < result["auc"] < result["auc_high"]
-    # No threshold among all scores does better, and the named one does as said.
+    # No other threshold is more accurate, and the returned one has the returned accuracy.
     accuracy = [
         (np.mean(cosines[0] >= t) + np.mean(cosines[1] < t)) / 2 for t in np.concatenate(cosines)
     ]
@@ -124,7 +124,7 @@ def test_scale_does_not_matter_and_centre_does():
     x, people = noisy_people(0.8)
     plain = verification(x, people, count=300)
     assert verification(1e3 * x, people, count=300)["auc"] == pytest.approx(plain["auc"])
-    # A common part drowns the difference between people; subtracting it brings it back.
+    # A common component hides the differences between people; centring removes it.
     drowned = verification(x.astype(np.float32) + 100, people, count=300)
     mended = verification(x + 100, people, count=300, centre=np.full(8, 100.0))
     assert drowned["auc"] < plain["auc"] - 0.01
@@ -132,13 +132,13 @@ def test_scale_does_not_matter_and_centre_does():
 
 
 def test_interval_covers_about_95_percent():
-    # The AUC of many people, and how often 40 of them give an interval that holds it.
+    # The AUC of many people, and how often the interval from 40 of them contains it.
     truth = verification(*noisy_people(0.9, persons=2000, seed=99), count=20_000)["auc"]
     results = [
         verification(*noisy_people(0.9, persons=40, seed=s), count=300, seed=s) for s in range(40)
     ]
     covered = np.mean([r["auc_low"] <= truth <= r["auc_high"] for r in results])
-    assert covered >= 0.85  # 95 % but for the luck of 40 draws
+    assert covered >= 0.85  # 95 % within the chance of 40 draws
 
 
 def test_bad_embeddings_are_named():

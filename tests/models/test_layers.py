@@ -1,4 +1,4 @@
-"""Convolutions by patches, and gradients that compute again."""
+"""Convolutions as products of patches, and gradients that recompute."""
 
 import jax
 import jax.numpy as jnp

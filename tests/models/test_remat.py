@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass changes nothing but the memory it takes."""
+"""Recomputation in the backward pass changes only the memory used."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from persona_jax.runtime.compilation import compiler_options
 
 @pytest.fixture(scope="module")
 def gradients() -> dict:
-    """(gradient, numbers kept for it) by kind."""
+    """(gradient, number of stored values) by kind of recomputation."""
     unet = towers.build("unet", torch_models.TINY_UNET)
     params = towers.initialise(unet, jax.random.key(0))
     z = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
@@ -51,8 +51,7 @@ def test_less_is_kept(gradients):
 
 
 def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
-    """XLA's compiler for CPUs has to be told
-    (:func:`persona_jax.runtime.compilation.compiler_options`)."""
+    """XLA for CPUs needs :func:`persona_jax.runtime.compilation.compiler_options` for this."""
     kernels = [jnp.ones((256, 256)) for _ in range(8)]
 
     def loss(x, kernels):

@@ -1,4 +1,4 @@
-"""Which encoder a config gets, and what is said where it cannot be had."""
+"""The image encoder that a config gets, and the errors if it is not available."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def dlib_config(**changes):
 
 @pytest.fixture
 def no_pipeline():
-    """dlib's encoder needs nothing of a pipeline."""
+    """A stand-in for the pipeline, which dlib's encoder does not use."""
     return object.__new__(Pipeline)
 
 
@@ -45,7 +45,7 @@ def test_strange_weights_are_named_by_their_hash(tmp_path, no_pipeline):
     digest = face_weights.face_weights_hash(file)
     with pytest.raises(UserError, match=digest):
         open_image_encoder(dlib_config(path=str(file)), no_pipeline)
-    # Trusted, they are still read strictly.
+    # Accepted weights are still read strictly.
     with pytest.raises(UserError, match=r"other\.dat"):
         open_image_encoder(dlib_config(path=str(file), sha256=digest), no_pipeline)
 
@@ -90,7 +90,7 @@ def test_facenet_embeds(tmp_path, no_pipeline, monkeypatch):
 
 
 def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
-    """transformers' defaults at the tower's size; and a size that the tower cannot read."""
+    """Uses transformers' defaults at the tower's size; refuses sizes that the tower cannot read."""
     torch_models.write_pipeline(tmp_path / "base")
     shutil.rmtree(tmp_path / "base/feature_extractor")
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
@@ -99,12 +99,12 @@ def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
     stock = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
     expected = stock(square, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
     np.testing.assert_allclose(encoder.preprocess(photo), expected, atol=1e-5)
-    # Beside the encoder itself, as a whole CLIP repository has it.
+    # In the encoder's own folder, as in a whole CLIP repository.
     file = tmp_path / "base/image_encoder/preprocessor_config.json"
     file.write_text(json.dumps({"size": 24, "crop_size": 24}))
     with pytest.raises(UserError, match=r"\(24, 24, 3\) of .*encoder reads 16×16"):
         open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
-    # Photos of that size alone would do.
+    # Without resizing, only photos of exactly that size fit.
     file.write_text(json.dumps({"do_resize": False, "do_center_crop": False}))
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
     with pytest.raises(UserError, match=r"\(30, 30, 3\) of .*encoder reads 16×16"):

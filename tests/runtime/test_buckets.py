@@ -1,4 +1,4 @@
-"""Buckets: a file system of fsspec's in memory stands in for one."""
+"""Buckets, imitated by fsspec's in-memory file system."""
 
 import fsspec
 import pytest
@@ -11,7 +11,7 @@ URL = "memory://bucket/run"
 
 @pytest.fixture(autouse=True)
 def empty(tmp_path, monkeypatch):
-    """An empty bucket, and nothing of it here."""
+    """An empty bucket, and an empty local mirror."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(buckets, "_mirrors", {})
     files = fsspec.filesystem("memory")
@@ -21,7 +21,7 @@ def empty(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch) -> None:
-    """What another command would see."""
+    """Resets the state that a new process would not have."""
     monkeypatch.setattr(buckets, "_mirrors", {})
 
 
@@ -170,7 +170,7 @@ def test_a_path_within_a_mirror_is_the_mirrors(empty, capsys):
         here = buckets.local(URL)
         assert buckets.local(f"{URL}/example/1.png") == here / "example/1.png"
         assert (here / "example/1.png").read_bytes() == b"picture"
-    with buckets.keeping():  # the other way round, each has its own list
+    with buckets.keeping():  # in the other order, each has its own list
         buckets.local(f"{URL}/example/1.png")
         buckets.local(URL)
     assert "changed" not in capsys.readouterr().out

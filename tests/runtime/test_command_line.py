@@ -199,7 +199,7 @@ def test_another_run_in_the_workdir_is_refused(tmp_path):
 
 
 def refuse(message: str, capsys, *flags: str) -> list[str]:
-    """What a command that refuses prints."""
+    """Returns the output of a command that fails with a user error."""
 
     def main(arguments):
         raise UserError(message, [f"tensor {i}" for i in range(1000)])

@@ -1,4 +1,4 @@
-"""Whole files and folders, checksums, locks: what a place allows, and what is written there."""
+"""Atomic writes of files and folders, permissions, checksums and locks."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
-    """Also where a library makes them for its owner alone."""
+    """Also if a library creates files that only the owner can read."""
     before = os.umask(umask)
     try:
         with files.whole_folder(tmp_path / "folder") as folder, files.whole_file(folder / "a") as a:
@@ -64,7 +64,7 @@ def test_checksums_name_what_changed(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("a", "b/c", "b/d"):
         (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(1000))
-    assert checksums.fault(tmp_path) is None  # none kept
+    assert checksums.fault(tmp_path) is None  # no checksums yet
     checksums.write(tmp_path)
     assert checksums.fault(tmp_path) is None
     (tmp_path / "b/c").write_bytes(b"other")
@@ -81,7 +81,7 @@ def test_checksums_name_what_changed(tmp_path):
     assert checksums.fault(tmp_path) == "checksums.json cannot be read"
     (tmp_path / checksums.NAME).write_text('{"xxh3_128": {"../x": "00"}}')
     assert checksums.fault(tmp_path) == "checksums.json cannot be read"
-    (tmp_path / checksums.NAME).write_text('{"sha256": {}}')  # another program's
+    (tmp_path / checksums.NAME).write_text('{"sha256": {}}')  # checksums of another program
     assert checksums.fault(tmp_path) is None
 
 

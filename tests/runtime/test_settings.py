@@ -1,4 +1,4 @@
-"""Ranges of settings and flags: what is refused, in which words, wherever it comes from."""
+"""Ranges of settings and flags: the same values are refused, in the same words, everywhere."""
 
 import argparse
 import json
