@@ -46,8 +46,8 @@ PERSONAL = {
 def data() -> ConfigDict:
     return ConfigDict(
         {
-            # "lfw"; "folder": one subfolder per person in data.folder; or drawn people:
-            # "portraits", "portraits2" (128 px and more; no shipped base is trained on them yet)
+            # or "folder": one folder per person, named by data.folder; or drawn: "portraits",
+            # "portraits2" (128 px and more; no base that ships has seen them yet)
             "dataset": "lfw",
             "data_dir": "data",
             "manual_dir": "",  # folder of the archive; data_dir/manual if empty

@@ -119,7 +119,8 @@ def test_the_probe_distinguishes_aggregators_on_unseen_people(tiny, tmp_path, mo
 
 
 def test_a_trait_is_read_off_the_photos_that_show_it():
-    """Three photos of one person, embeddings equal to traits; a trait hidden on one, two, all."""
+    """Three photos of one person whose readings are their embeddings: a trait hidden on one, on
+    two, on all."""
     params = {"kernel": np.eye(3), "bias": np.zeros(3)}
     embeddings = np.array([[[1.0, 1, 1]], [[2, 2, 2]], [[6, 6, 6]]])
     hidden = np.array([[0.0, 1, 1], [0, 1, 1], [1, 0, 1]])

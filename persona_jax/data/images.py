@@ -102,7 +102,7 @@ def grid(
     Args:
       rows: pictures from left to right; None leaves a cell empty, rows may differ in length.
       size: side of a cell in pixels; by default the width of the first picture.
-      titles: a text above each column; may be empty.
+      titles: a word above each column, where not empty.
       gap: pixels between cells.
     """
     cells = [[_to_image(cell) for cell in row] for row in rows]

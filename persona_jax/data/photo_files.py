@@ -102,7 +102,7 @@ def open_photo(photo: Photo, name: str = "photo") -> Image.Image:
 
 
 def open_mask(mask: Photo, name: str = "mask") -> Image.Image:
-    """Applies :func:`decode_mask` to a mask in any form, as in :func:`open_photo`."""
+    """:func:`decode_mask` of a mask in any form, as in :func:`open_photo`."""
     if isinstance(mask, str | os.PathLike):
         return load_mask(pathlib.Path(mask) if not isinstance(mask, str) else mask)
     return _in_memory(mask, name, _coverage)

@@ -36,7 +36,7 @@ from persona_jax.runtime.locks import alone
 log = logging.getLogger(__name__)
 
 DRAWN = {"portraits": Portraits, "portraits2": Portraits2}
-"""Datasets of drawn people, by name."""
+"""The data sets that a program draws."""
 
 DATASETS = (*DRAWN, "lfw", "folder")
 SPLIT = "photos"
@@ -85,12 +85,9 @@ class Photos:
         return name in self.source[self.rows[0]]
 
     def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
-        """Returns a further feature of every photo, if the dataset has it.
-
-        Args:
-          name: "identity" or "scene" of portraits (see data/portraits/traits.py), "traits" or
-            "photo_scene" of portraits2, or "full_caption" ``[P]`` of both.
-        """
+        """A further feature of every photo, where the dataset has it: "identity" and "scene" of
+        portraits (see data/portraits/traits.py), "traits" and "photo_scene" of portraits2, or their
+        "full_caption" ``[P]``."""
         values = [self.source[row][name] for row in self.rows]
         return np.asarray([v.decode() if isinstance(v, bytes) else v for v in values])
 

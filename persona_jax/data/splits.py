@@ -19,7 +19,7 @@ class People:
       train: people with at least two photos who are in neither of the next two lists.
       validation: people on whom every choice is made (scale, guidance, learning rate, steps).
       test: people for the final evaluation only.
-      base: all people but validation and test; includes `train` and people with one photo.
+      base: everyone but validation and test, singles included; `train` is part of it.
     """
 
     train: list[str]

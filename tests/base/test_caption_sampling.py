@@ -1,4 +1,4 @@
-"""Captions for training a base, and retrieval of pictures by their captions."""
+"""Captions for a base, and how well they find their pictures."""
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,7 @@ def test_portraits_have_captions_with_looks(tmp_path):
         assert len(long) > len(short)
     opposites, which = looks_of(photos, rows)
     assert which.shape == (3, len(opposites))
-    # Full captions describe the appearance that the true traits give.
+    # What a full caption says of looks is what the truth says of them.
     for text, row in zip(full, which, strict=True):
         for pair, value in zip(opposites, row, strict=True):
             for side, sentence in enumerate(pair):
@@ -48,7 +48,7 @@ def test_the_true_sentence_of_each_pair_is_to_be_nearer():
     texts = jnp.asarray([[[1.0, 0.0], [0.0, 1.0]], [[0.6, 0.8], [0.8, 0.6]]])
     which = jnp.asarray([[0, -1], [-1, 1]])
     scale = jnp.asarray(5.0)
-    # The first is nearer to its true sentence by 1, the second farther by 0.2; -1 is not counted.
+    # The first is nearer to its true sentence by 1, the second farther by 0.2; -1 counts nothing.
     expected = (np.log1p(np.exp(-5.0)) + np.log1p(np.exp(1.0))) / 2
     loss = contrastive.opposites_loss(images, texts, which, scale)
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
@@ -64,7 +64,7 @@ def test_each_kind_is_drawn_as_often_as_its_share_says():
     assert (drawn == drawn[:, :1]).all()
     counted = np.bincount(drawn[:, 0], minlength=2) / 2000
     np.testing.assert_allclose(counted, [0.7, 0.3], atol=0.04)
-    # A single kind of caption gets all shares.
+    # Where there is one kind of caption, it has all the shares.
     odds = odds_of(("plain",), {"full": 0.3})
     assert (np.asarray(draw_caption(keys, tokens[:, :1], odds)) == 0).all()
 
@@ -81,7 +81,7 @@ def test_retrieval_asks_for_each_captions_own_photo():
     people = [str(i // 2) for i in range(256)]  # two photos of each of 128
     assert retrieval(pictures, 3.0 * pictures, people) == 1.0
     assert retrieval(pictures, rng.normal(size=(256, 32)).astype(np.float32), people) < 0.1
-    # Captions of a person's other photo find nothing: that photo is in another round.
+    # Another photo of the same person is in another round: only who is on it can be right.
     swapped = pictures.reshape(128, 2, 32)[:, ::-1].reshape(256, 32)
     assert retrieval(pictures, swapped, people) < 0.1
     assert np.isnan(retrieval(pictures[:10], pictures[:10], people[:10]))

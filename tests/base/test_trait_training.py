@@ -52,7 +52,7 @@ def test_saving_keeps_every_answer(trained, tmp_path):
     np.testing.assert_allclose(reader.spread, again.spread, atol=1e-5)
 
 
-def test_a_trait_classifier_of_other_traits_is_refused(trained, tmp_path):
+def test_a_reader_of_other_questions_is_refused(trained, tmp_path):
     config = tmp_path / "config.json"
     config.write_text((trained / "config.json").read_text().replace("beard", "wig"))
     with pytest.raises(UserError, match="other questions"):
@@ -119,6 +119,6 @@ def test_it_learns_the_background_in_a_few_steps():
     assert values[-1] < 0.5 * values[0]
 
 
-def test_a_base_without_a_trait_classifier(tmp_path):
+def test_a_base_without_a_reader(tmp_path):
     with pytest.raises(UserError, match=r"no reader there; .*persona_jax.pretrain"):
         reading.load_trait_classifier(tmp_path / "reader")

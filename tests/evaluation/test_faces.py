@@ -85,7 +85,7 @@ def test_a_photo_is_not_held_against_itself(drawn):
     np.testing.assert_allclose(result.scores[title], want.scores[title], atol=1e-6)
 
 
-def test_dlib_cannot_evaluate_what_it_conditions(tmp_path):
+def test_dlib_cannot_judge_what_it_conditions(tmp_path):
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     torch_models.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"

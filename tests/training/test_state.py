@@ -11,7 +11,7 @@ from persona_jax.errors import UserError
 from persona_jax.runtime.mesh import make_mesh, place, put_batch, replicated, shard_params
 from persona_jax.training.state import init_state, make_optimizer, make_schedule, make_step
 
-# Also split the toy's small arrays.
+# Split even the small arrays of the toy.
 RULES = [(r"to_k\.kernel", P(None, "fsdp")), (r"out\.kernel", P("fsdp"))]
 
 
