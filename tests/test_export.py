@@ -307,7 +307,7 @@ def test_a_damaged_base_is_not_exported(world, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_left_alone(world, tmp_path, capsys):
+def test_existing_files_are_left_alone(world, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         run_export(world, "avg", tmp_path, "--format", "ip-adapter")

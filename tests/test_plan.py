@@ -78,7 +78,7 @@ def test_a_plan_is_made_once(tmp_path):
     assert len(calls) == 2
 
 
-def test_a_plan_is_named_by_all_that_matters(monkeypatch):
+def test_the_key_of_a_plan_covers_program_device_flags_and_versions(monkeypatch):
     one, two = SimpleNamespace(device_kind="a"), SimpleNamespace(device_kind="b")
     keys = {compiled.program_key("x", one), compiled.program_key("y", one)}
     keys.add(compiled.program_key("x", two))

@@ -224,6 +224,6 @@ def test_four_people_at_once_are_four_alone(world):
         ('{"mid": "x"}', 'mid : \\["x"\\]|mid'),
     ],
 )
-def test_scales_that_cannot_be(world, text, words):
+def test_invalid_scales(world, text, words):
     with pytest.raises(UserError, match=words):
         scales.read_scale(text, world[1].unet.module.config)

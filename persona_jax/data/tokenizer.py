@@ -39,8 +39,8 @@ def learn_tokenizer(captions: Sequence[str], vocab_size: int, length: int, folde
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [*letters, *(letter + _WORD for letter in letters)]
-    room = vocab_size - len(entries) - 2
-    merges = merges[: max(room, 0)]
+    free = vocab_size - len(entries) - 2
+    merges = merges[: max(free, 0)]
     # Two merges can produce the same token; it keeps its first id.
     entries = list(dict.fromkeys([*entries, *("".join(merge) for merge in merges), START, END]))
     folder.mkdir(parents=True, exist_ok=True)

@@ -139,7 +139,7 @@ def test_photos_in_any_form(world, pipe, adapter):
         ("nowhere.png", "nowhere.png"),
     ],
 )
-def test_photos_that_are_none(pipe, adapter, photo, words):
+def test_invalid_photos(pipe, adapter, photo, words):
     with pytest.raises(pj.UserError, match=words):
         pipe(PROMPT, photos=[photo], adapter=adapter)
 
@@ -281,7 +281,7 @@ def test_a_prompt_for_each_image(pipe):
         ({"loras": ["nowhere.safetensors"]}, "nowhere.safetensors: no such file"),
     ],
 )
-def test_arguments_that_cannot_be(pipe, arguments, words):
+def test_invalid_arguments(pipe, arguments, words):
     with pytest.raises(pj.UserError, match=words) as error:
         pipe(PROMPT, **arguments)
     assert "--" not in str(error.value)
@@ -289,7 +289,7 @@ def test_arguments_that_cannot_be(pipe, arguments, words):
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "a person's run", "no person", "nobody"])
-def test_what_is_not_there(world, pipe, wrong):
+def test_missing_runs_and_people(world, pipe, wrong):
     opened = {
         "nowhere": (lambda: pj.load_adapter("nowhere", pipe), "no such adapter"),
         "a person's run": (lambda: pj.load_adapter(world / "lora", pipe), "with load_person"),

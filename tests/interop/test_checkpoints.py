@@ -98,7 +98,7 @@ def test_saving_while_the_state_is_donated_and_overwritten(tmp_path):
     np.testing.assert_array_equal(load_params(tmp_path)["a"], np.ones((512, 4096)))
 
 
-def test_nothing_yet(tmp_path):
+def test_an_empty_folder(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.latest() is None
         assert checkpoints.restore(state(0)) is None

@@ -45,7 +45,7 @@ def test_names_and_shapes_are_those_published(tmp_path, file, kind, dim):
 
 
 @pytest.mark.parametrize("kind", ["avg", "resampler"])
-def test_a_file_comes_back(tmp_path, kind):
+def test_round_trip(tmp_path, kind):
     params, config, kernels = make(TINY_UNET, DIM, kind=kind)
     params = jax.tree.map(lambda x: x + 0.1, params)
     save_ip_adapter(params, config, tmp_path / "a.safetensors")

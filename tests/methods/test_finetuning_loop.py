@@ -217,7 +217,7 @@ def test_another_run_starts_from_trained_weights(run, tmp_path):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_what_does_not_fit_to_start_from(run, tmp_path):
+def test_initial_weights_that_do_not_fit(run, tmp_path):
     chosen, workdir = run
     again = chosen.copy_and_resolve_references()
     if chosen.method == "lora":

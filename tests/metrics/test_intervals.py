@@ -34,6 +34,6 @@ def test_pairing_leaves_only_the_difference():
 
 
 @pytest.mark.parametrize("values", [np.ones((1, 1)), np.array([[1.0, np.nan]])])
-def test_too_little_to_say(values):
+def test_too_few_values(values):
     with pytest.raises(UserError, match="two or more"):
         bootstrap(values)

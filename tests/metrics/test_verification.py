@@ -46,7 +46,7 @@ def crowd():
     return list(np.random.default_rng(0).permutation(people))
 
 
-def test_pairs_are_what_they_say():
+def test_pairs_show_the_same_or_different_people():
     people = np.array(crowd())
     same, different = make_pairs(list(people), 2000, seed=3)
     assert same.shape == different.shape == (2000, 2)
@@ -55,7 +55,7 @@ def test_pairs_are_what_they_say():
     assert (people[different[:, 0]] != people[different[:, 1]]).all()
 
 
-def test_nobody_dominates_the_pairs():
+def test_people_with_many_photos_do_not_dominate_the_pairs():
     people = np.array(crowd())
     same, different = make_pairs(list(people), 4000, seed=0)
     # Ten people have at least two photos, twenty have one: each should be in a tenth of the same

@@ -46,7 +46,7 @@ def test_a_learnt_one_adds_its_product(unet):
         np.testing.assert_allclose(merged[name], want, rtol=1e-6, atol=1e-6)
 
 
-def test_the_start_is_no_dead_end(unet):
+def test_a_fresh_lora_has_a_gradient(unet):
     """Two zero factors would have no gradient; if one is random, the other has one."""
     update = lora.init(jax.random.key(0), unet.params, 2)
     loss = lambda u: sum(jnp.sum(x**2) for x in jax.tree.leaves(lora.merge(unet.params, u)))  # noqa: E731

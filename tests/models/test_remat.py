@@ -44,7 +44,7 @@ def test_the_gradient_is_the_same(gradients, remat):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_less_is_kept(gradients):
+def test_recomputation_stores_fewer_values(gradients):
     none, transformers, blocks = (gradients[remat][1] for remat in REMAT)
     assert transformers < 0.7 * none
     assert blocks < 0.7 * transformers

@@ -226,7 +226,7 @@ def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
     assert sampler._cache_size() == before + 1
 
 
-def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
+def test_a_picture_depends_on_its_key_alone(loaded, frozen, learnt, sampler):
     """Picture i does not depend on the number of pictures, or on being generated alone."""
     embeddings = references().embeddings[:1]
 
@@ -306,7 +306,7 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
     assert torch_models.relative(split, np.asarray(expected)) < 1e-4
 
 
-def test_what_is_of_each_picture(loaded):
+def test_a_subset_of_a_requests_pictures(loaded):
     reference_set = generation.References(
         jnp.zeros((4, 3, DIM)), jnp.ones((4, 3)), {"a": jnp.zeros((1, 4)), "b": jnp.zeros((4, 4))}
     )

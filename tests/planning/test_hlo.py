@@ -73,7 +73,7 @@ def test_collectives_of_this_machines_compiler():
     assert hlo.collectives(text, 8) == [Collective("all-reduce", 8, 1, 128)]
 
 
-def test_loops_count_as_often_as_they_turn():
+def test_loops_count_once_per_iteration():
     def function(x, w):
         x = jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=9)[0]
         return jax.lax.platform_dependent(

@@ -54,7 +54,7 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../x", "/etc/x", "a/b", "a\0b"])
-def test_names_are_names(tmp_path, name):
+def test_only_plain_names_are_accepted(tmp_path, name):
     with pytest.raises(UserError, match=r"--person .*: expected a name"):
         files.name_below(tmp_path, name, "--person")
     assert files.name_below(tmp_path, "ann [2]", "--person") == tmp_path / "ann [2]"
@@ -98,7 +98,7 @@ def test_a_place_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number", files.DISK)
-def test_what_a_place_does_not_allow_is_a_line(number, capsys):
+def test_errors_of_the_disk_are_one_line(number, capsys):
     def main(arguments):
         raise OSError(number, os.strerror(number), "/data/x")
 
@@ -121,7 +121,7 @@ def test_a_librarys_own_error_of_a_full_disk_is_a_line(capsys):
     assert capsys.readouterr().err.startswith("error: No space left on device (RuntimeError)")
 
 
-def test_pipes_and_folders_are_no_files(tmp_path):
+def test_pipes_and_folders_are_refused_as_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "folder.json").mkdir()
     for name in ("pipe.json", "folder.json"):
