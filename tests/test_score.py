@@ -127,7 +127,7 @@ def test_other_files_of_sample_are_ignored(world, tmp_path, capsys):
     assert any("splits (the reader)" in title for title in row_of(printed))
 
 
-def test_pictures_are_detected_by_content_and_read_in_batches(tmp_path, monkeypatch):
+def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeypatch):
     levels = np.arange(5 * 8 * 8 * 3, dtype=np.uint8).reshape(5, 8, 8, 3)
     for i, name in enumerate(("a.jfif", "b", "c.txt", "d.PNG", "e.png")):
         Image.fromarray(levels[i]).save(tmp_path / name, "PNG")
