@@ -33,7 +33,7 @@ def world(tmp_path_factory):
         trait_classifier.TraitClassifier(params, np.ones(27, np.float32), 16),
         folder / "base/reader",
     )
-    for name, count, low in (("generated", 24, 0), ("real", 30, 90)):
+    for name, count, low in (("painted", 24, 0), ("real", 30, 90)):
         (folder / name / "within").mkdir(parents=True)
         random = np.random.default_rng(count)
         for i in range(count):
@@ -43,7 +43,7 @@ def world(tmp_path_factory):
 
 
 def run_score(world, *flags: str) -> None:
-    argv = ["score", "--pictures", str(world / "generated"), "--against", str(world / "real")]
+    argv = ["score", "--pictures", str(world / "painted"), "--against", str(world / "real")]
     run_with_arguments(score.parser(), score.main, [*argv, *flags])
 
 
@@ -59,7 +59,7 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     network = networks.from_trait_classifier(
         trait_classifier.load_trait_classifier(world / "base/reader")
     )
-    one, other = (score.run_network(world / name, network) for name in ("generated", "real"))
+    one, other = (score.run_network(world / name, network) for name in ("painted", "real"))
     assert one.features.shape == (24, 256)
     moments = [distributions.moments(output.features) for output in (one, other)]
     kid, _ = distributions.kernel_distance(one.features, other.features, seed=0)
@@ -113,7 +113,7 @@ def test_both_inceptions_are_named(world, tmp_path, capsys):
 def test_other_files_of_sample_are_ignored(world, tmp_path, capsys):
     """As in README: the folder also holds a grid of another size and a JSON file."""
     out = tmp_path / "out"
-    shutil.copytree(world / "generated", out)
+    shutil.copytree(world / "painted", out)
     images.save_sheet(Image.new("RGB", (99, 40)), out / "grid.png")
     (out / "sample.json").write_text("{}")
     (out / ".hidden.png").write_bytes(b"")
