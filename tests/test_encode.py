@@ -38,7 +38,7 @@ def run(flags: list[str], *more: str) -> None:
 
 
 def test_parts_are_all_that_training_needs(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encodings, "SHARD", 5)  # of sixteen photos, four shards
+    monkeypatch.setattr(encodings, "SHARD", 5)  # 16 photos in four shards
     run(flags, "--part", "2/3")
     assert "part 2 of 3 is done, 1 of 4 shards are here" in capsys.readouterr().out
     run(flags, "--part", "1/3")
