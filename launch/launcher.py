@@ -138,7 +138,9 @@ def make_parser() -> Parser:
 
     one = place("k8s", "a Kubernetes JobSet, one process per pod", "python")
     one.add_argument("--name", required=True, help="name of the JobSet")
-    one.add_argument("--image", required=True, help="with persona_jax installed or as workdir")
+    one.add_argument(
+        "--image", required=True, help="image with persona_jax installed, or as working directory"
+    )
     one.add_argument("--nodes", type=at_least_one, required=True, metavar="N")
     one.add_argument("--gpus-per-node", type=at_least_one, metavar="N")
     one.add_argument("--tpu", metavar="TYPE/TOPOLOGY/CHIPS", help="GKE TPU; CHIPS per node")
