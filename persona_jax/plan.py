@@ -71,7 +71,7 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.quick and (other := another_batch(batch, config.accumulate)):
         plans[other] = plan(arguments, machine, other)
     print(page(arguments, machine, batch, plans))
-    if plans[batch].shortage:
+    if shortage(plans[batch], machine):
         raise UserError(advice(config, machine, batch, plans))
 
 
@@ -230,9 +230,19 @@ def largest_line(plans: dict[int, Compiled], machine: Machine, config: ConfigDic
     ]
 
 
+def shortage(program: Compiled, machine: Machine) -> tuple[float, float] | None:
+    """(bytes needed, bytes of a device) if a program does not fit; else None.
+
+    Compilers for accelerators refuse such a program themselves. That for CPUs does not.
+    """
+    if program.shortage or program.total <= machine.memory:
+        return program.shortage
+    return float(program.total), machine.memory
+
+
 def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Compiled]) -> str:
     """The error for too little memory, with the settings to change."""
-    used, there = plans[batch].shortage
+    used, there = shortage(plans[batch], machine)
     (few, less), (many, more) = sorted(plans.items()) if len(plans) > 1 else ((0, None),) * 2
     fixed = less.total - few * (more.total - less.total) / (many - few) if less else 0.0
     ways = [f"--batch_per_chip below {batch} (or a smaller --config.batch_size)"]

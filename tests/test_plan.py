@@ -101,6 +101,17 @@ def made(**changes) -> Compiled:
     return Compiled(**(values | changes))
 
 
+def test_a_program_larger_than_the_machine_does_not_fit():
+    """A compiler for CPUs accepts programs of any size."""
+    machine = plan.Machine("toy", [None], None, 0, 6.0 * GIB)
+    assert plan.shortage(made(), machine) == (8.0 * GIB, 6.0 * GIB)
+    config = config_of("sa", "tiny")
+    assert "out of memory, 8.00 GiB of 6.00 a chip" in plan.advice(config, machine, 2, {2: made()})
+    assert plan.shortage(made(), machine._replace(memory=8.0 * GIB)) is None
+    told = made(memory={}, shortage=(20.0 * GIB, 16.0 * GIB))
+    assert plan.shortage(told, machine) == (20.0 * GIB, 16.0 * GIB)
+
+
 def test_aliased_memory_counts_once():
     result = made()
     assert result.total == 8 * GIB
