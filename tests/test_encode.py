@@ -55,7 +55,7 @@ def test_wrong_parts(flags, part, capsys):
     with pytest.raises(SystemExit) as stop:
         run(flags, "--part", part)
     assert stop.value.code == 2
-    assert re.search(rf"error: --part {part}: expected a number of all", capsys.readouterr().err)
+    assert re.search(rf"error: --part {part}: expected K/N", capsys.readouterr().err)
 
 
 def test_only_adapters_photos(flags, capsys):
