@@ -51,12 +51,12 @@ def main(arguments: argparse.Namespace) -> None:
     photos, groups = open_dataset(config.data)
     group = known_to(config, workdir, getattr(groups, arguments.group))
     people = evaluators.how_many(arguments.people, group)
+    run = finished_run.open_run(workdir)
     evaluator = builder.build_evaluator(config, photos, people, arguments)
     subjects = evaluators.choose_subjects(
         evaluator, photos, group, people, config, evaluators.AGAIN
     )
     counts = counted(arguments.references, subjects, config)
-    run = finished_run.open_run(workdir)
     settings = run.sampling_settings(
         steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale
     )

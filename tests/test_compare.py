@@ -95,6 +95,15 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     with pytest.raises(SystemExit):
         run_compare(*flags, "--steps", "9")
     assert "holds a comparison with other settings" in capsys.readouterr().err
+    settings = small_configs / "base/pipeline/unet/config.json"
+    before = settings.read_text()
+    settings.write_text(before + "\n")  # another base, in the place of the first
+    try:
+        with pytest.raises(SystemExit):
+            run_compare(*flags)
+    finally:
+        settings.write_text(before)
+    assert "now has hash" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

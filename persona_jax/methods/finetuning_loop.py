@@ -318,13 +318,15 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
     """A finished person's towers, ``{"unet", "text_encoder"}``.
 
     Raises:
-      UserError: nobody of that name is finished, or files that do not fit.
+      UserError: nobody of that name is finished, files that do not fit, or another base than they
+        were trained on.
     """
     folder = person_folder(workdir, name)
     if not (folder / "person.json").exists():
         there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
     checksums.verify(folder, None, "remove that folder and run the training again")
+    finetuning.require_trained_on_base(folder, pipeline)
     frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         update = load_person_lora(workdir, name, pipeline, config)

@@ -37,6 +37,7 @@ class Pipeline:
     scheduler_config: Mapping[str, Any]
     tokenizer: Any
     feature_extractor: Mapping[str, Any] | None
+    source: str = ""  # the folder or hub id that was named
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -144,7 +145,29 @@ def load(
         feature_extractor=_feature_extractor(
             folder, place("image_encoder") if loaded["image_encoder"] else None
         ),
+        source=path_or_id,
     )
+
+
+def require_trained_on(
+    run: Path, base: str, now: str, trained: str | None, what: str = "base"
+) -> None:
+    """Refuses what a run has learnt on another base, or with another image encoder, than this one.
+
+    Args:
+      run: its workdir.
+      base: where this base lies: a folder or hub id.
+      now, trained: the hash of what lies there, and of what the run was trained on.
+      what: "base" or "image encoder".
+
+    Raises:
+      UserError: names both hashes.
+    """
+    if trained != now:
+        raise UserError(
+            f"{run}: the {what} at {base} now has hash {now:.80}, this run was trained on "
+            f"{trained or 'an unknown one':.80}; restore the original"
+        )
 
 
 def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None]) -> None:

@@ -7,14 +7,14 @@ from ml_collections import ConfigDict
 
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
-from persona_jax.interop.checkpoints import load_newest
+from persona_jax.interop.checkpoints import load_newest, read_fingerprint
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.methods import adapter_training, finetuning
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
-from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline, require_trained_on
 from persona_jax.runtime import checksums
 from persona_jax.runtime.run_folder import read_run
 
@@ -95,17 +95,25 @@ def open_run(
       pipeline: the run's base, where it is open already, with the run's image encoder.
 
     Raises:
-      UserError: no run there, or files that do not fit.
+      UserError: no run there, files that do not fit, or another base or image encoder than the run
+        was trained with.
     """
     config = read_run(workdir)
     if crop is not None:
         config.data.crop = crop
     pipeline = pipeline or open_pipeline(config)
     if config.method in finetuning.METHODS:
+        for file in sorted(workdir.glob("people/*/person.json")):
+            finetuning.require_trained_on_base(file.parent, pipeline)
         return Run(workdir, config, pipeline)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    step, params = load_newest(workdir / "checkpoints", which)
+    trained, base = read_fingerprint(workdir / "checkpoints"), pipeline.source
+    require_trained_on(workdir, base, pipeline.unet.hash, trained.get("unet"))
     encoder = open_image_encoder(config, pipeline)
+    if crop is None:  # which the encoder's hash counts in
+        place = config.image_encoder.get("path") or base
+        require_trained_on(workdir, place, encoder.hash, trained.get("eye"), "image encoder")
+    step, params = load_newest(workdir / "checkpoints", which)
     learnt = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
     return Run(workdir, config, pipeline, encoder, learnt, step)
 
