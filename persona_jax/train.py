@@ -54,7 +54,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         write_run_files(workdir, config)
 
     photos, people = open_dataset(config.data)
-    pipeline = open_pipeline(config)
+    pipeline = open_pipeline(config, mesh)
     encoder = open_image_encoder(config, pipeline)
 
     def batches_from(start: int):
@@ -163,7 +163,6 @@ def grid_drawer(
     )
     sampler = generation.make_sampler(pipeline, steps=config.sampling.steps)
     aggregator = adapter_training.make_aggregator(config.aggregator)
-    frozen = generation.sampler_params(pipeline)
     size, crop = pipeline.image_size, config.data.crop
 
     def square(photo) -> np.ndarray:
@@ -172,6 +171,7 @@ def grid_drawer(
     def draw(step: int, state) -> None:
         params = to_host(state.params if state.ema is None else state.ema)
         learnt = Adapter(aggregator, params, encoder.blank)
+        frozen = generation.sampler_params(pipeline)
         pixels = np.asarray(sampler(frozen, (learnt,), request))
         try:
             generation.refuse_not_finite(pixels, frozen, (learnt,), request)

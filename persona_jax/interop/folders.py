@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.typing import DTypeLike
 
 from persona_jax.errors import UserError
@@ -172,7 +171,7 @@ def load_tower(
     *,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
-    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+    sharding: Callable[[Mapping], Any] | None = None,
 ) -> Tower:
     """One tower from its folder.
 
@@ -181,7 +180,7 @@ def load_tower(
       tower: which of :data:`TOWERS` it is.
       dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
       param_dtype: dtype of the parameters; None keeps the stored one.
-      sharding: of the parameters, or a function from the abstract tree to a tree of shardings.
+      sharding: a function from the abstract tree to a tree of shardings.
 
     Raises:
       UserError: settings or tensors that do not fit, all named.
@@ -206,7 +205,7 @@ def load_tower(
         tensors.TensorFiles(tensors.weight_files(folder), str(folder)),
         rename=_RENAME[tower],
         dtype=param_dtype,
-        sharding=sharding(abstract) if callable(sharding) else sharding,
+        sharding=sharding(abstract) if sharding else None,
     )
     return Tower(module, params, config, content_hash(folder))
 

@@ -61,7 +61,7 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
 
     photos, groups = open_dataset(config.data)
     people = chosen_people(config, groups)
-    pipeline = open_pipeline(config)
+    pipeline = open_pipeline(config, mesh)
     own = training_rows(photos, people, config)
     moments = encode_photos(photos, np.concatenate(own), pipeline, config)
     first = np.cumsum([0, *map(len, own)])

@@ -89,7 +89,7 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def frechet_distance_infinity(
-    features: Float[np.ndarray, "P D"], reference: Statistics, seed: int, points: int = 15
+    features: Float[np.ndarray, "P D"], reference: Statistics, seed: int
 ) -> float:
     """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
 
@@ -102,7 +102,7 @@ def frechet_distance_infinity(
     if len(features) < 20:
         raise UserError(f"FID infinity needs 20 pictures or more, got {len(features)}")
     rng = np.random.default_rng(seed)
-    sizes = np.linspace(len(features) // 10, len(features), points).astype(np.int64)
+    sizes = np.linspace(len(features) // 10, len(features), 15).astype(np.int64)
     found = []
     for size in sizes:
         chosen = rng.choice(len(features), size, replace=False)

@@ -21,7 +21,7 @@ from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import finite
 from persona_jax.runtime.compilation import compiler_options
-from persona_jax.runtime.mesh import local_sharding, replicated, traced_for
+from persona_jax.runtime.mesh import gathered, local_sharding, replicated, traced_for
 
 LARGE = 2**30
 """Bytes of weights."""
@@ -342,8 +342,10 @@ def some_of(request: Request, rows: np.ndarray) -> Request:
 
 
 def sampler_params(pipeline: Pipeline) -> dict:
-    """The frozen tree that a sampler takes."""
-    return {name: getattr(pipeline, name).params for name in ("unet", "text_encoder", "vae")}
+    """The frozen tree that a sampler takes; towers that are split among devices are gathered
+    (:func:`persona_jax.runtime.mesh.gathered`)."""
+    names = ("unet", "text_encoder", "vae")
+    return {name: gathered(getattr(pipeline, name).params) for name in names}
 
 
 def picture_keys(seed: int, count: int, first: int = 0) -> Key[Array, " B"]:

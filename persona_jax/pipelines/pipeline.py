@@ -5,14 +5,16 @@ code; stock diffusers opens what :func:`save` writes.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
@@ -23,6 +25,7 @@ from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
 from persona_jax.runtime import checksums
+from persona_jax.runtime.mesh import shard_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,7 +96,7 @@ def load(
     image_encoder: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
-    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """A pipeline from a diffusers-layout folder or a hub id.
 
@@ -102,7 +105,9 @@ def load(
       only: which towers to load; the others are None.
       image_encoder: folder or hub id of the image encoder, where the pipeline has none of its
         own (Stable Diffusion 1.5's repository does not).
-      dtype, param_dtype, sharding: see :func:`load_tower`.
+      dtype, param_dtype: see :func:`persona_jax.interop.folders.load_tower`.
+      mesh: over which the UNet and the text tower lie from the start, as training has them
+        (:func:`persona_jax.runtime.mesh.shard_params`); None: all on the default device.
 
     Raises:
       UserError: what is missing or does not fit, by name.
@@ -124,9 +129,15 @@ def load(
         other = folders.find(image_encoder)
         return other / "image_encoder" if (other / "image_encoder").exists() else other
 
+    sharding = None if mesh is None else functools.partial(shard_params, mesh)
     loaded = {
         tower: folders.load_tower(
-            place(tower), tower, dtype=dtype, param_dtype=param_dtype, sharding=sharding
+            place(tower),
+            tower,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            # The others are run by each process for itself.
+            sharding=sharding if tower in ("unet", "text_encoder") else None,
         )
         if tower in only
         else None
@@ -238,9 +249,7 @@ def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
     return tokenizer
 
 
-def embed_captions(
-    folder: Path, captions: Sequence[str], batch_size: int = 64
-) -> Float[np.ndarray, "P D"]:
+def embed_captions(folder: Path, captions: Sequence[str]) -> Float[np.ndarray, "P D"]:
     """Captions in the space of the pipeline's image embeddings ``[P, D]``.
 
     Raises:
@@ -258,7 +267,7 @@ def embed_captions(
     }
     kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
     embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
-    parts = [embed(text.params, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+    parts = [embed(text.params, ids[i : i + 64]) for i in range(0, len(ids), 64)]
     return np.concatenate([np.asarray(part) for part in parts])
 
 
@@ -297,9 +306,10 @@ def dtype_on(config: ConfigDict, platform: str) -> DTypeLike:
     return dtypes[config.dtype]
 
 
-def open_pipeline(config: ConfigDict) -> Pipeline:
+def open_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline that a method's config names, its frozen weights cast once (see
-    :func:`dtype_on`); the image encoder only where the method reads with it."""
+    :func:`dtype_on`); the image encoder only where the method reads with it. On a `mesh` that
+    splits weights (fsdp > 1), no device ever holds the UNet or the text tower whole."""
     dtype = dtype_on(config, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
     pipeline = load(
@@ -308,6 +318,7 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
         image_encoder=config.image_encoder.path if own_encoder else None,
         dtype=dtype,
         param_dtype=dtype,
+        mesh=mesh if mesh is not None and mesh.shape["fsdp"] > 1 else None,
     )
     if note := sampler_note(pipeline):
         print(note, file=sys.stderr)

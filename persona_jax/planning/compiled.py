@@ -179,13 +179,13 @@ def shortage_in(message: str) -> tuple[float, float] | None:
 
 
 @contextlib.contextmanager
-def progress(what: str, every: float = 30.0) -> Iterator[None]:
+def progress(what: str) -> Iterator[None]:
     """Says every half minute that `what` is still being compiled, and for how long; nothing where
     it is empty."""
     done, start = threading.Event(), time.monotonic()
 
     def tell() -> None:
-        while not done.wait(every):
+        while not done.wait(30.0):
             elapsed = time.monotonic() - start
             print(f"compiling {what}: {elapsed:.0f} s", file=sys.stderr, flush=True)
 

@@ -125,14 +125,14 @@ def open_base(base: str) -> Run:
     return Run(Path(base), config, open_pipeline(config))
 
 
-def outside_settings(base: str, image_encoder: str | None = None, crop: float = 1.0) -> ConfigDict:
+def outside_settings(base: str, crop: float = 1.0) -> ConfigDict:
     """Settings of what was not trained here."""
     return ConfigDict(
         {
             "method": "adapter",
             "pipeline": base,
             "dtype": "auto",
-            "image_encoder": {"kind": "clip", "path": image_encoder or ""},
+            "image_encoder": {"kind": "clip", "path": ""},
             "data": {"crop": crop},
             "sampling": {"steps": 30, "guidance": 5.0, "eta": 0.0, "scale": 1.0},
         }
@@ -142,7 +142,6 @@ def outside_settings(base: str, image_encoder: str | None = None, crop: float = 
 def open_adapter(
     path: Path,
     base: str,
-    image_encoder: str | None = None,
     crop: float = 1.0,
     pipeline: Pipeline | None = None,
 ) -> Run:
@@ -155,14 +154,13 @@ def open_adapter(
     Args:
       path: the file or folder.
       base: what it is for, as in ``config.pipeline``.
-      image_encoder: where the base has none.
       crop: central part of a photo that the image encoder looks at.
       pipeline: the base, where it is open already, with its image encoder.
 
     Raises:
       UserError: files that are missing or do not fit.
     """
-    config = outside_settings(base, image_encoder, crop)
+    config = outside_settings(base, crop)
     pipeline = pipeline or open_pipeline(config)
     unet, tower = pipeline.unet, pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path

@@ -1,6 +1,6 @@
 """Pictures of a config's people by a finished run, the same requests whatever its method."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +13,16 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.pipelines import generation
 from persona_jax.runs.finished_run import Run, SamplingSettings
 
+AT_ONCE = 32
+"""Pictures in a batch."""
+
 
 def make_run_sampler(
     run: Run,
     settings: SamplingSettings,
-    batch_size: int = 32,
     sampler: generation.Sampler | None = None,
     *,
     adapters: Sequence[Adapter] | None = None,
-    towers: Mapping | None = None,
 ) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
     """A function that paints people with a run; compiled once for all calls with as many reference
     slots.
@@ -29,14 +30,12 @@ def make_run_sampler(
     Args:
       run: what to paint with.
       settings: how.
-      batch_size: pictures at a time.
       sampler: :func:`persona_jax.pipelines.generation.make_sampler`'s, of another run on the same
         base, to compile less.
       adapters: in place of the run's one.
-      towers: in place of the base's, by name.
     """
     sampler = sampler or generation.make_sampler(run.pipeline, steps=settings.steps)
-    frozen = generation.sampler_params(run.pipeline) | dict(towers or {})
+    frozen = generation.sampler_params(run.pipeline)
     if adapters is None:
         adapters = [run.adapter] if run.adapter else []
 
@@ -46,7 +45,6 @@ def make_run_sampler(
         *,
         names: Sequence[str] | None = None,
         references: Sequence[generation.References] = (),
-        negative_prompt: str = "",
     ) -> Float[np.ndarray, "P H W 3"]:
         """P pictures in [−1, 1]: of the people that references tell of, or of people by name; of
         nobody in particular where neither is given.
@@ -56,10 +54,9 @@ def make_run_sampler(
           keys: one a picture.
           names: whom, where weights belong to people.
           references: one for each adapter.
-          negative_prompt: for all.
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
-        negative, _ = run.pipeline.tokenize([negative_prompt])
+        negative, _ = run.pipeline.tokenize([""])
         request = generation.Request(
             keys=keys,
             ids=jnp.asarray(ids),
@@ -70,12 +67,12 @@ def make_run_sampler(
         )
         if names is None:
             active = adapters if references else ()
-            return generation.in_batches(sampler, frozen, active, request, batch_size)
+            return generation.in_batches(sampler, frozen, active, request, AT_ONCE)
         out: dict[int, np.ndarray] = {}
         for name in dict.fromkeys(names):
             rows = np.flatnonzero(np.asarray(names) == name)
             own = finetuning_loop.load_person(run.workdir, name, run.pipeline, run.config)
-            size = min(batch_size, len(rows))
+            size = min(AT_ONCE, len(rows))
             some = generation.some_of(request, rows)
             pictures = generation.in_batches(sampler, frozen | own, (), some, size)
             out |= dict(zip(rows.tolist(), pictures, strict=True))

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from persona_jax.errors import UserError
 from persona_jax.runtime.compilation import compiler_options
 from persona_jax.runtime.mesh import (
-    Rules,
     batch_sharding,
     place,
     replicated,
@@ -128,13 +127,11 @@ def init_state(
     mesh: Mesh,
     *,
     ema: bool = False,
-    rules: Rules = (),
 ) -> TrainState:
     """Return the state at step 0, each array made where it will live.
 
     params: the trainable tree (arrays, the same in every process; copied, so that donating the
-    state leaves them alone), or a function without arguments that makes it. rules: see
-    :func:`persona_jax.runtime.mesh.shard_params`; give make_step the same.
+    state leaves them alone), or a function without arguments that makes it.
     """
 
     def create(params: Any) -> TrainState:
@@ -143,8 +140,8 @@ def init_state(
     if callable(params):
         make, args = lambda: create(params()), ()
     else:
-        make, args = create, (place(params, shard_params(mesh, params, rules)),)
-    shardings = shard_params(mesh, jax.eval_shape(make, *args), rules)
+        make, args = create, (place(params, shard_params(mesh, params)),)
+    shardings = shard_params(mesh, jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
@@ -155,7 +152,6 @@ def make_step(
     *,
     accumulate: int = 1,
     ema_decay: float | None = None,
-    rules: Rules = (),
 ) -> StepFn:
     """Return the jitted step (state, frozen, batch) -> (state, metrics); state is donated.
 
@@ -198,7 +194,7 @@ def make_step(
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), ema, _float32(params))
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return jax.lax.with_sharding_constraint(new, shard_params(mesh, new, rules)), metrics
+        return jax.lax.with_sharding_constraint(new, shard_params(mesh, new)), metrics
 
     return jax.jit(
         step,
