@@ -4,34 +4,33 @@ Features and logits come from one of the networks that score; nothing here knows
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from persona_jax.errors import UserError
+
+BLOCK = 4096
+"""Rows that are made float64 at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums from which mean and covariance follow, about a fixed origin; they add up in any order.
+    """Mean and scatter of pictures' features; those of parts merge in any order (:func:`merge`).
 
     Attributes:
       count: pictures.
-      total: sum of their features ``[D]``.
-      products: sum of the features' outer products ``[D, D]``.
+      mean: of their features ``[D]``.
+      scatter: Σ (x − mean)(x − mean)ᵀ ``[D, D]``.
     """
 
     count: int
-    total: Float[np.ndarray, " D"]
-    products: Float[np.ndarray, "D D"]
-
-    @property
-    def mean(self) -> Float[np.ndarray, " D"]:
-        """Mean of the features."""
-        return self.total / self.count
+    mean: Float[np.ndarray, " D"]
+    scatter: Float[np.ndarray, "D D"]
 
     @property
     def covariance(self) -> Float[np.ndarray, "D D"]:
@@ -42,29 +41,45 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"a covariance needs 2 pictures or more, got {self.count}")
-        off = np.outer(self.mean, self.total)
-        return (self.products - off) / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
-def moments(features: Float[np.ndarray, "P D"]) -> Moments:
-    """The moments of P pictures' features.
+def moments(
+    features: Float[np.ndarray, "P D"], rows: Int[np.ndarray, " R"] | None = None
+) -> Moments:
+    """The moments of P pictures' features, or of some rows of them; :data:`BLOCK` rows at a time,
+    so that it takes little memory beside the features.
 
     Raises:
       UserError: a feature that is not finite.
     """
-    if not np.isfinite(features).all():
-        raise UserError("features that are not finite; look for NaN in the pictures")
-    wide = features.astype(np.float64)
-    return Moments(len(wide), wide.sum(axis=0), wide.T @ wide)
+    count = len(features) if rows is None else len(rows)
+
+    def block(start: int) -> Moments:
+        chosen = slice(start, start + BLOCK) if rows is None else rows[start : start + BLOCK]
+        wide = features[chosen].astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise UserError("features that are not finite; look for NaN in the pictures")
+        mean = wide.mean(axis=0)
+        wide -= mean
+        return Moments(len(wide), mean, wide.T @ wide)
+
+    return merge(block(start) for start in range(0, count, BLOCK))
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts' pictures together."""
-    parts = list(parts)
+    """The moments of all parts' pictures together, by the parallel update of Chan, Golub & LeVeque
+    (1983): no sums of squares, whose rounding errors grow with the mean. One part is held at a
+    time."""
+    return functools.reduce(_merged, parts)
+
+
+def _merged(one: Moments, other: Moments) -> Moments:
+    count = one.count + other.count
+    step = other.mean - one.mean
+    between = np.outer(step, step * (one.count * other.count / count))
     return Moments(
-        sum(part.count for part in parts),
-        np.sum([part.total for part in parts], axis=0),
-        np.sum([part.products for part in parts], axis=0),
+        count, one.mean + step * (other.count / count), one.scatter + other.scatter + between
     )
 
 
@@ -94,7 +109,7 @@ def frechet_distance_infinity(
     """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
 
     FID is computed of random subsets, evenly spaced from a tenth of the pictures to all, and is
-    linear in 1/N: the line's value at 0.
+    linear in 1/N: the line's value at 0. It takes all features; float32 ones will do.
 
     Raises:
       UserError: fewer than 20 pictures.
@@ -106,7 +121,7 @@ def frechet_distance_infinity(
     found = []
     for size in sizes:
         chosen = rng.choice(len(features), size, replace=False)
-        found.append(frechet_distance(moments(features[chosen]), reference))
+        found.append(frechet_distance(moments(features, chosen), reference))
     _, at_zero = np.polyfit(1.0 / sizes, found, 1)
     return float(at_zero)
 
@@ -118,7 +133,9 @@ def kernel_distance(
     subsets: int = 100,
     subset_size: int = 1000,
 ) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³.
+    """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³, over random
+    subsets, as torch-fidelity has it: of all features (float32 ones will do), one subset at a time
+    in float64.
 
     Args:
       one, other: features.
@@ -151,7 +168,9 @@ def precision_recall(
 
     A set's manifold is the union of balls about its features that reach to each one's k-th nearest
     neighbour in the set. Precision is the share of generated pictures within the real ones'
-    manifold, recall the share of real ones within the generated ones'.
+    manifold, recall the share of real ones within the generated ones'. It takes all features
+    (float32 ones will do); distances are float64, of a block of rows at a time. The time grows with
+    P · R: the paper takes 50,000 of each.
 
     Raises:
       UserError: no more than k pictures on a side, or features of different networks.
@@ -161,19 +180,29 @@ def precision_recall(
             f"precision and recall with k = {k}: features {generated.shape} and {real.shape}; "
             f"expected the same network's, of more than {k} pictures each"
         )
-    one, other = generated.astype(np.float64), real.astype(np.float64)
 
     def within(points: np.ndarray, centres: np.ndarray) -> float:
         # The nearest of a feature's neighbours in its own set is itself.
-        radii = np.partition(_squared_distances(centres, centres), k, axis=1)[:, k]
-        return float((_squared_distances(points, centres) <= radii).any(axis=1).mean())
+        own = _squared_distances(centres, centres)
+        radii = np.concatenate([np.partition(rows, k, axis=1)[:, k].copy() for rows in own])
+        found = _squared_distances(points, centres)
+        return float(np.concatenate([(rows <= radii).any(axis=1) for rows in found]).mean())
 
-    return within(one, other), within(other, one)
+    return within(generated, real), within(real, generated)
 
 
-def _squared_distances(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> np.ndarray:
-    squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * x @ y.T
-    return np.maximum(squares, 0.0)
+def _squared_distances(
+    x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"], block: int = 512
+) -> Iterator[np.ndarray]:
+    """Squared distances of some rows of `x` at a time from all of `y`."""
+    for start in range(0, len(x), block):
+        wide = x[start : start + block].astype(np.float64)
+        out = np.empty((len(wide), len(y)))
+        for first in range(0, len(y), BLOCK):
+            other = y[first : first + BLOCK].astype(np.float64)
+            squares = (wide**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None]
+            out[:, first : first + BLOCK] = np.maximum(squares - 2 * wide @ other.T, 0.0)
+        yield out
 
 
 def squared_mmd(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M D"]) -> float:
@@ -209,13 +238,13 @@ def inception_score(
     """
     if splits < 1 or len(logits) < splits:
         raise UserError(f"Inception Score of {len(logits)} pictures in {splits} splits; use fewer")
-    shuffled = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
-    log_p = shuffled - np.logaddexp.reduce(shuffled, axis=1, keepdims=True)
+    order = np.random.RandomState(seed).permutation(len(logits))
     # The same cuts as torch-fidelity's, so that splits of unequal length agree.
-    cuts = [len(log_p) * i // splits for i in range(splits + 1)]
+    cuts = [len(logits) * i // splits for i in range(splits + 1)]
     scores = []
     for start, end in pairwise(cuts):
-        part = log_p[start:end]
+        part = logits[order[start:end]].astype(np.float64)
+        part -= np.logaddexp.reduce(part, axis=1, keepdims=True)
         p = np.exp(part)
         q = np.full_like(p[0], 1.0 / len(p[0])) if uniform else p.mean(axis=0)
         there = np.broadcast_to(q > 0, p.shape)  # what no picture shows adds nothing
