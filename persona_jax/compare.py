@@ -38,6 +38,7 @@ from persona_jax.pipelines.pipeline import open_pipeline
 from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
+from persona_jax.runtime.run_folder import config_difference
 from persona_jax.runtime.settings import number
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
@@ -49,6 +50,8 @@ DOUBLINGS = 3
 number of steps, down."""
 SHOWN = 8
 """People on the grid."""
+WITHOUT_EFFECT = ("data.data_dir:", "log_every:", "save_every:", "grid.", "grid_every:", "mesh.")
+"""Settings that change no result."""
 CHOOSERS = {"adapter": 32, "personal": 8}
 """Validation people by whom choices are made; personal ones are trained for it."""
 
@@ -110,7 +113,7 @@ def main(arguments: argparse.Namespace) -> None:
         evaluators.choose_subjects(evaluator, photos, groups.test, people, data, evaluators.AGAIN),
         evaluators.choose_subjects(evaluator, photos, groups.validation, CHOOSERS["adapter"], data),
     )
-    _same_settings(out, arguments)
+    _same_settings(out, people, configs)
     rows: dict[str, list[EvaluationResult]] = {}
     for name, config in configs.items():
         # What is learnt by heart is a training for each person anyway: people are seeds too.
@@ -371,25 +374,33 @@ def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
     return json.loads(file.read_text())
 
 
-def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
-    """Refuses a folder of another comparison: its pictures would be taken for this one's."""
-    file = out / "settings.json"
-    # These only add to what is there.
-    free = ("out", "methods", "seeds", "fid", "inception", "inception_sha256")
-    settings = {name: value for name, value in vars(arguments).items() if name not in free}
-    try:
+def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) -> None:
+    """Refuses a folder of another comparison: its pictures would be taken for this one's. It is
+    another by what its configs hold, wherever that came from, or by the number of test people;
+    methods and seeds only add to what is there."""
+    file, before = out / "settings.json", {}
+    with contextlib.suppress(FileNotFoundError):
         before = outside.read_json(file)
-    except FileNotFoundError:
-        before = settings
-    if before != settings:
+    known = before.get("configs", {})
+    if not isinstance(known, dict):
+        raise UserError(f"--out {out}: of an earlier version of compare; choose another folder")
+    changes = [f"people: {before.get('people')}, now {people}"] * (
+        bool(before) and before.get("people") != people
+    )
+    for name in configs.keys() & known.keys():
+        lines = config_difference(ConfigDict(known[name]), configs[name])
+        changes += [f"{name}: {line}" for line in lines if not line.startswith(WITHOUT_EFFECT)]
+    if changes:
         raise UserError(
-            f"--out {out} holds a comparison with other settings ({before!s:.300}); choose "
-            "another folder"
+            f"--out {out} holds a comparison with other settings "
+            f"({'; '.join(sorted(changes)):.300}); choose another folder"
         )
+    contents = {name: json.loads(config.to_json()) for name, config in configs.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         with files.whole_file(file) as part:
-            part.write_text(json.dumps(settings) + "\n")
+            settings = {"people": people, "configs": known | contents}
+            part.write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another") from error
 
