@@ -11,15 +11,7 @@ from ml_collections import ConfigDict
 
 from persona_jax.interop.folders import SHIPPED
 from persona_jax.interop.lora_files import FILE, KOHYA_FILE
-
-_AGGREGATES = {
-    "resampler": "the set of the photos' embeddings, which its resampler reads together",
-    "plus": "photos, whose patches its resampler reads one photo after the other",
-    "first": "the first photo alone",
-    "max": "the element-wise maximum of the photos' embeddings",
-    "avg": "the average of the photos' embeddings",
-    "self_attention": "self-attention over the set of the photos' embeddings",
-}
+from persona_jax.models.aggregators import KINDS
 
 _LOAD_PHOTO = """
 def load_photo(path):
@@ -58,8 +50,8 @@ def ip_adapter(
       photos: whether there are embeddings of photos beside it.
       extractor: the settings of CLIPImageProcessor, where the base has none.
     """
-    layout = "Plus" if kind in ("resampler", "plus") else "plain"
-    notes = {"resampler": _STOCK_ALONE, "plus": _PLUS}.get(kind, "")
+    about = KINDS[kind]
+    notes = "" if about.layout == "plain" else _PLUS if about.patches else _STOCK_ALONE
     clip = config.image_encoder.kind == "clip"
     parts = _reading(config, kind, extractor) if clip else _embeds_file(config)
     made = """
@@ -71,7 +63,7 @@ above, and at a guidance of 1 the second half alone, `[1:]`.
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
-In IP-Adapter's {layout} layout. What it is given is {_AGGREGATES[kind]}.
+In IP-Adapter's {about.layout} layout. What it is given is {about.gives}.
 {notes}
 {_base(config, trained["unet"])}
 It reads image embeddings of the encoder of hash `{trained["eye"]}`.
@@ -86,7 +78,7 @@ central part, a fraction of {config.data.crop:g} of the shorter side.
 
 def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None) -> str:
     """Code from photos to a picture, with CLIP's encoder."""
-    plus, resampler = kind == "plus", kind == "resampler"
+    plus, resampler = KINDS[kind].patches, KINDS[kind].layout == "Plus"
     encoder, more, classes = "", "", []
     if path := config.image_encoder.path:
         inside = PurePosixPath(path).parts[2:]
@@ -103,7 +95,7 @@ def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None)
         more += ", feature_extractor=feature_extractor"
         classes.append("CLIPImageProcessor")
     imported = f"from transformers import {', '.join(sorted(classes))}\n" if classes else ""
-    if not plus and not resampler:
+    if not resampler:
         imported += "\nfrom aggregator import load  # the file beside this one\n"
     if plus:
         read = "photos = [load_photo(path) for path in PHOTOS]\n"

@@ -6,6 +6,8 @@ exactly the zero vector, which is the unconditional branch of stock IP-Adapter (
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -223,14 +225,86 @@ class AverageMLP(nn.Module):
         return _zero_if_empty(x, weights), _shares(weights)[:, None]
 
 
-UNPOOLED = ("resampler", "plus")
-"""Kinds that pool nothing: what makes the image tokens reads the set, or each photo's patches."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """What the package knows of a kind of aggregator: one entry of :data:`KINDS`.
 
-FIXED = {"first": first, "max": maximum, "avg": average}
-"""The aggregators that learn nothing, by their name in configs."""
+    Attributes:
+      gives: what an adapter is given, for the README beside its exported files.
+      pool: embeddings ``[B, N, D]``, weights ``[B, N]`` → ``[B, D]``, where nothing is learned.
+      network: the module that learns to pool; its sizes are the settings of that name.
+      sizes: their names.
+      layout: of the exported file. In "Plus" nothing is pooled: what makes the image tokens, a
+        resampler, reads the set, or each photo's patches.
+      patches: it is given patches of each photo, in place of one embedding.
+      exported: whether it is more than a comparison.
+      probed: whether :mod:`persona_jax.probe` measures it.
+    """
 
-LEARNT = ("self_attention", "avg_mlp")
-"""Those that learn, likewise."""
+    gives: str
+    pool: Callable[[Array, Array], Array] | None = None
+    network: type[nn.Module] | None = None
+    sizes: tuple[str, ...] = ()
+    layout: Literal["plain", "Plus"] = "plain"
+    patches: bool = False
+    exported: bool = True
+    probed: bool = True
+
+
+KINDS = {
+    "first": Kind("the first photo alone", pool=first),
+    "max": Kind("the element-wise maximum of the photos' embeddings", pool=maximum),
+    "avg": Kind("the average of the photos' embeddings", pool=average),
+    "self_attention": Kind(
+        "self-attention over the set of the photos' embeddings",
+        network=SelfAttentionAggregator,
+        sizes=("depth", "heads", "width", "pooling_heads"),
+    ),
+    "avg_mlp": Kind(
+        "a network on the average of the photos' embeddings",
+        network=AverageMLP,
+        sizes=("depth", "width"),
+        exported=False,
+        probed=False,
+    ),
+    "resampler": Kind(
+        "the set of the photos' embeddings, which its resampler reads together",
+        layout="Plus",
+        probed=False,
+    ),
+    "plus": Kind(
+        "photos, whose patches its resampler reads one photo after the other",
+        layout="Plus",
+        patches=True,
+        probed=False,
+    ),
+}
+"""By their name in configs (``aggregator.kind``)."""
+
+FIXED = {name: kind.pool for name, kind in KINDS.items() if kind.pool}
+LEARNT = tuple(name for name, kind in KINDS.items() if kind.network)
+UNPOOLED = tuple(name for name, kind in KINDS.items() if kind.layout == "Plus")
+
+
+def known_kind(name: str) -> Kind:
+    """The entry of a name. Raises UserError where there is none."""
+    if name not in KINDS:
+        raise UserError(f"aggregator.kind={name!r}; known: {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def build(kind: str, settings: Mapping[str, Any]) -> "Aggregator":
+    """An aggregator by its name; `settings` have the sizes that :data:`KINDS` names.
+
+    Raises:
+      UserError: an unknown kind.
+    """
+    entry = known_kind(kind)
+    if entry.layout == "Plus":
+        return EveryPhoto(kind)
+    if entry.network is None:
+        return Aggregator(kind)
+    return Aggregator(kind, entry.network(**{name: settings[name] for name in entry.sizes}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -238,18 +312,17 @@ class Aggregator:
     """An aggregator by name: what it learns (perhaps nothing) and how it is applied.
 
     Attributes:
-      kind: one of :data:`FIXED`, :data:`LEARNT` or :data:`UNPOOLED`.
-      module: the network behind one of :data:`LEARNT`; None for the others.
+      kind: one of :data:`KINDS`.
+      module: the network of those that learn; None for the others.
     """
 
     kind: str
-    module: SelfAttentionAggregator | AverageMLP | None = None
+    module: nn.Module | None = None
 
     def __post_init__(self):
-        """Refuses an unknown kind."""
-        if self.kind not in (*FIXED, *UNPOOLED) and self.module is None:
-            known = ", ".join([*FIXED, *LEARNT, *UNPOOLED])
-            raise UserError(f"aggregator.kind={self.kind!r}; known: {known}")
+        """Refuses an unknown kind, and one that learns, without its network."""
+        if known_kind(self.kind).network and self.module is None:
+            raise UserError(f"aggregator.kind={self.kind}: it has a network, and none was given")
 
     def init(self, key: Array, dim: int) -> dict:
         """Its parameters for embeddings of `dim` features; empty where nothing is learned."""
@@ -262,8 +335,9 @@ class Aggregator:
     ) -> Float[Array, "B ..."]:
         """[B, N, D], weights [B, N] → [B, D]; of :data:`UNPOOLED` kinds, the embeddings as they
         are."""
-        if self.kind in FIXED:
-            return FIXED[self.kind](embeddings, weights)
+        entry = KINDS.get(self.kind)
+        if entry and entry.pool:
+            return entry.pool(embeddings, weights)
         if self.module is None:
             return embeddings
         pooled, _ = self.module.apply({"params": params}, embeddings, weights)

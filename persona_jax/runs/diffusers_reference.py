@@ -16,7 +16,7 @@ from jaxtyping import Float
 from persona_jax.errors import UserError
 from persona_jax.interop import lora_files
 from persona_jax.models.adapter import Adapter
-from persona_jax.models.aggregators import UNPOOLED
+from persona_jax.models.aggregators import KINDS
 from persona_jax.pipelines import generation, pipeline
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runs import finished_run
@@ -48,10 +48,10 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
 
     def their_embeds(seen: torch.Tensor) -> torch.Tensor:
         """Of [1, n, D] or [1, n, L, D]."""
-        if kind == "plus":
+        if KINDS[kind].patches:
             nothing = torch.from_numpy(np.array(blank)).expand(seen.shape)
             return torch.cat([nothing, seen])
-        if kind in UNPOOLED:
+        if KINDS[kind].layout == "Plus":
             return torch.cat([torch.zeros_like(seen), seen])[:, None]
         with torch.no_grad():
             image = torch_aggregator.load(folder / "aggregator.json")(seen)

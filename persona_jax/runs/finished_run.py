@@ -11,11 +11,11 @@ from persona_jax.interop.checkpoints import load_newest, read_fingerprint
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.methods import adapter_training, finetuning
 from persona_jax.models.adapter import Adapter
-from persona_jax.models.aggregators import EveryPhoto
+from persona_jax.models.aggregators import EveryPhoto, known_kind
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline, require_trained_on
-from persona_jax.runtime import checksums
+from persona_jax.runtime import checksums, settings
 from persona_jax.runtime.run_folder import read_run
 
 
@@ -106,6 +106,9 @@ def open_run(
         for file in sorted(workdir.glob("people/*/person.json")):
             finetuning.require_trained_on_base(file.parent, pipeline)
         return Run(workdir, config, pipeline)
+    sizes = known_kind(config.aggregator.kind).sizes
+    where = str(workdir / "config.json")
+    settings.require(config, {f"aggregator.{name}": int for name in sizes}, where)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
     trained, base = read_fingerprint(workdir / "checkpoints"), pipeline.source
     require_trained_on(workdir, base, pipeline.unet.hash, trained.get("unet"))
