@@ -147,17 +147,17 @@ def grid_drawer(
     prompts = [photos.captions[found[-1]] for found in rows]
     ids, _ = pipeline.tokenize([p for p in prompts for _ in range(grid.samples)])
     empty, _ = pipeline.tokenize([""])
-    request = generation.Request(
-        keys=generation.picture_keys(config.seed, len(ids)),
-        ids=jnp.asarray(ids),
-        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
-        references=(
+    request = generation.make_request(
+        generation.picture_keys(config.seed, len(ids)),
+        ids,
+        empty,
+        references=[
             generation.References(
                 jnp.repeat(embeddings, grid.samples, axis=0),
                 jnp.repeat(weights, grid.samples, axis=0),
                 config.sampling.scale,
-            ),
-        ),
+            )
+        ],
         guidance=config.sampling.guidance,
         eta=config.sampling.eta,
     )

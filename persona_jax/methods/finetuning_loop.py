@@ -231,11 +231,8 @@ def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDi
     print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
     sampler = generation.make_latent_sampler(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
-    request = generation.Request(
-        keys=generation.picture_keys(config.seed, len(ids)),
-        ids=jnp.asarray(ids),
-        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
-        guidance=config.prior.guidance,
+    request = generation.make_request(
+        generation.picture_keys(config.seed, len(ids)), ids, empty, guidance=config.prior.guidance
     )
     sampler = jax.jit(generation.split_among_devices(sampler))
     return generation.in_batches(sampler, generation.sampler_params(pipeline), (), request)

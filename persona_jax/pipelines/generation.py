@@ -75,6 +75,29 @@ class Request:
     step: Int[Array, ""] | int | None = None
 
 
+def make_request(
+    keys: Key[Array, " B"],
+    ids: Int[Array | np.ndarray, "B T"],
+    negative_ids: Int[Array | np.ndarray, "1 T"],
+    *,
+    references: Sequence[References] = (),
+    guidance: float | int = 7.5,
+    eta: float | int = 0.0,
+    noise: Float[Array | np.ndarray, "B h w C"] | None = None,
+) -> Request:
+    """A :class:`Request` from host arrays; `negative_ids` are one prompt's, for all pictures."""
+    ids = jnp.asarray(ids)
+    return Request(
+        keys=keys,
+        ids=ids,
+        negative_ids=jnp.broadcast_to(jnp.asarray(negative_ids), ids.shape),
+        references=tuple(references),
+        guidance=guidance,
+        eta=eta,
+        noise=None if noise is None else jnp.asarray(noise, jnp.float32),
+    )
+
+
 def text_source(
     text_encoder: Any, params: Mapping, unet_kernels: Mapping, ids: Int[Array, "B T"]
 ) -> Source:

@@ -123,18 +123,18 @@ def our_sampler(
     """
     sampler = jax.jit(generation.make_latent_sampler(parts, steps=STEPS))
     frozen = generation.sampler_params(parts) | dict(towers or {})
-    ids, negative_ids = (jnp.asarray(parts.tokenize([text])[0]) for text in (PROMPT, ""))
+    ids, negative_ids = (parts.tokenize([text])[0] for text in (PROMPT, ""))
 
     def latents(
         adapters: Sequence[Adapter] = (), references: Sequence[generation.References] = ()
     ) -> np.ndarray:
-        request = generation.Request(
-            keys=generation.picture_keys(0, 1),
-            ids=ids,
-            negative_ids=negative_ids,
-            references=tuple(references),
+        request = generation.make_request(
+            generation.picture_keys(0, 1),
+            ids,
+            negative_ids,
+            references=references,
             guidance=GUIDANCE,
-            noise=jnp.asarray(noise_for(parts)),
+            noise=noise_for(parts),
         )
         with jax.default_matmul_precision("highest"):
             return np.asarray(sampler(frozen, tuple(adapters), request))

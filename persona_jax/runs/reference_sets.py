@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 
 import jax.numpy as jnp
@@ -120,6 +120,7 @@ def references(
     default: Number,
     num: int,
     size: tuple[int, int],
+    each: Callable[[Image.Image], None] = lambda photo: None,
 ) -> generation.References:
     """A set as `num` pictures are generated from it.
 
@@ -130,6 +131,7 @@ def references(
       default: λ, where the set has none.
       num: B.
       size: height and width of the latents.
+      each: is given every photo of the person on the way, decoded; none is decoded twice.
 
     Raises:
       UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
@@ -143,7 +145,7 @@ def references(
     places, negative = None, None
     if photo_set.mask is not None:
         places = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
-    seen, own = _encode(encoder, photo_set.photos, "photo"), photo_set.counts
+    seen, own = _encode(encoder, photo_set.photos, "photo", each), photo_set.counts
     if len(photo_set.negative):
         away = _encode(encoder, photo_set.negative, "negative photo")
         slots = max(len(seen), len(away))
@@ -160,13 +162,18 @@ def references(
 
 
 def _encode(
-    encoder: ImageEncoder, photos: Sequence[Photo], name: str
+    encoder: ImageEncoder,
+    photos: Sequence[Photo],
+    name: str,
+    each: Callable[[Image.Image], None] = lambda photo: None,
 ) -> Float[np.ndarray, "N ..."]:
-    return encoder.encode(_opened(photos, name))
+    def opened() -> Iterator[Image.Image]:
+        for i, one in enumerate(photos):
+            photo = photo_files.open_photo(one, f"{name} {i + 1}")
+            each(photo)
+            yield photo
 
-
-def _opened(photos: Sequence[Photo], name: str = "photo") -> Iterator[Image.Image]:
-    return (photo_files.open_photo(x, f"{name} {i + 1}") for i, x in enumerate(photos))
+    return encoder.encode(opened())
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -178,10 +185,9 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(photo_set: ReferenceSet, crop: float, size: int) -> list[Image.Image]:
-    """The photos as the image encoder sees them, the central `crop` of each, of `size` pixels."""
-    photos = _opened(photo_set.photos)
-    return [images.centre_crop(photo, crop).resize((size, size)) for photo in photos]
+def square(photo: Image.Image, crop: float, size: int) -> Image.Image:
+    """A photo as the image encoder sees it: its central `crop`, of `size` pixels."""
+    return images.centre_crop(photo, crop).resize((size, size))
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

@@ -57,11 +57,11 @@ def make_run_sampler(
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
         negative, _ = run.pipeline.tokenize([""])
-        request = generation.Request(
-            keys=keys,
-            ids=jnp.asarray(ids),
-            negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
-            references=tuple(references),
+        request = generation.make_request(
+            keys,
+            ids,
+            negative,
+            references=references,
             guidance=settings.guidance,
             eta=settings.eta,
         )
