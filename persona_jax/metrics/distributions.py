@@ -183,26 +183,25 @@ def precision_recall(
 
     def within(points: np.ndarray, centres: np.ndarray) -> float:
         # The nearest of a feature's neighbours in its own set is itself.
-        own = _squared_distances(centres, centres)
+        own = _distance_blocks(centres, centres)
         radii = np.concatenate([np.partition(rows, k, axis=1)[:, k].copy() for rows in own])
-        found = _squared_distances(points, centres)
+        found = _distance_blocks(points, centres)
         return float(np.concatenate([(rows <= radii).any(axis=1) for rows in found]).mean())
 
     return within(generated, real), within(real, generated)
 
 
-def _squared_distances(
-    x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"], block: int = 512
-) -> Iterator[np.ndarray]:
-    """Squared distances of some rows of `x` at a time from all of `y`."""
-    for start in range(0, len(x), block):
-        wide = x[start : start + block].astype(np.float64)
-        out = np.empty((len(wide), len(y)))
-        for first in range(0, len(y), BLOCK):
-            other = y[first : first + BLOCK].astype(np.float64)
-            squares = (wide**2).sum(axis=1)[:, None] + (other**2).sum(axis=1)[None]
-            out[:, first : first + BLOCK] = np.maximum(squares - 2 * wide @ other.T, 0.0)
-        yield out
+def _distance_blocks(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> Iterator:
+    """:func:`_squared_distances` of some rows of `x` at a time from all of `y`, float64."""
+    for start in range(0, len(x), 512):
+        rows = x[start : start + 512].astype(np.float64)
+        parts = (y[i : i + BLOCK].astype(np.float64) for i in range(0, len(y), BLOCK))
+        yield np.concatenate([_squared_distances(rows, part) for part in parts], axis=1)
+
+
+def _squared_distances(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> np.ndarray:
+    squares = (x**2).sum(axis=1)[:, None] + (y**2).sum(axis=1)[None] - 2 * x @ y.T
+    return np.maximum(squares, 0.0)
 
 
 def squared_mmd(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "M D"]) -> float:
