@@ -34,7 +34,7 @@ from persona_jax.evaluation.evaluators import EvaluationResult, Evaluator, Subje
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
-from persona_jax.pipelines.pipeline import open_pipeline
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
@@ -128,11 +128,11 @@ def main(arguments: argparse.Namespace) -> None:
             together = _control(world, "ip", configs["ip"], seed, "every", side_by_side=True)
             rows.setdefault("ip, all photos side by side", []).append(together)
     rows["text alone"] = [_control(world, "sa", data, 0, "text", see=lambda seen: None)]
-    size = open_pipeline(data).image_size
-    first, real = evaluators.real_photos(evaluator, photos, world.test, size, data.data.crop)
+    base, crop = open_pipeline(data), data.data.crop
+    first, real = evaluators.real_photos(evaluator, photos, world.test, base.image_size, crop)
     rows |= {"real photos": [first]}
-    rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
-    images.save_sheet(_grid(world, arguments.methods, data.data.crop), out / "grid.png")
+    rows |= {"real photos through the VAE": [_through_the_vae(world, base, crop)]}
+    images.save_sheet(_grid(world, arguments.methods, crop), out / "grid.png")
     caption = (
         f"{people} people, {arguments.seeds} trainings of each adapter; judged by {evaluator.name}"
     )
@@ -338,10 +338,10 @@ def _evaluate(
     return world.evaluator.pictures(subjects, np.load(file))
 
 
-def _through_the_vae(world: World, config: ConfigDict) -> EvaluationResult:
+def _through_the_vae(world: World, base: Pipeline, crop: float) -> EvaluationResult:
     """The held-out photos as the base's VAE gives them back."""
-    base, rows = open_pipeline(config), world.test.held_out
-    real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, config.data.crop)
+    rows = world.test.held_out
+    real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
     parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)

@@ -292,25 +292,25 @@ def save(pipeline: Pipeline, folder: Path) -> None:
     folders.write_json(folder / "model_index.json", index)
 
 
-def dtype_on(config: ConfigDict, platform: str) -> DTypeLike:
-    """What a config computes in: bfloat16 on accelerators, float32 where `platform` is "cpu",
-    unless its ``dtype`` says otherwise.
+def dtype_on(dtype: str, platform: str) -> DTypeLike:
+    """What a config's ``dtype`` stands for: "auto" is bfloat16 on accelerators, float32 where
+    `platform` is "cpu".
 
     Raises:
       UserError: an unknown dtype.
     """
     dtypes = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16}
     dtypes |= {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if config.dtype not in dtypes:
-        raise UserError(f"config.dtype={config.dtype!r}; known: {', '.join(dtypes)}")
-    return dtypes[config.dtype]
+    if dtype not in dtypes:
+        raise UserError(f"config.dtype={dtype!r}; known: {', '.join(dtypes)}")
+    return dtypes[dtype]
 
 
 def open_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> Pipeline:
     """The pipeline that a method's config names, its frozen weights cast once (see
     :func:`dtype_on`); the image encoder only where the method reads with it. On a `mesh` that
     splits weights (fsdp > 1), no device ever holds the UNet or the text tower whole."""
-    dtype = dtype_on(config, jax.default_backend())
+    dtype = dtype_on(config.dtype, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
     pipeline = load(
         config.pipeline,
