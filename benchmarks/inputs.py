@@ -1,10 +1,10 @@
-"""How many examples a second the input pipeline gives, beside what a training step takes.
+"""Measures the input pipeline's examples per second, beside those of a training step.
 
 python -m benchmarks.inputs --size small
 
-Encodings of random numbers are written as training keeps them; the loader reads batches of ten
-photos from them and nothing else is done. Both ways of reading are timed: arrays held in memory, as
-small ones are, and every record from its file. The step is the one of ``python -m benchmarks``.
+Writes random encodings in the format of training; then only the loader runs, with ten photos per
+example. Both ways of reading are timed: from arrays held in memory, as small ones are, and record
+by record from files. The step is the one of ``python -m benchmarks``.
 """
 
 import argparse
@@ -26,13 +26,13 @@ PEOPLE, PHOTOS, SHARD = 100, 10, 250
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Encodings → examples a second of each way of reading → those of the step."""
+    """Prints examples per second of each way of reading, relative to those of the step."""
     size = SIZES[arguments.size]
     with tempfile.TemporaryDirectory() as folder:
-        found = {}
+        measured = {}
         for title, held in (("held in memory", 2**40), ("record by record", 0)):
             records.IN_MEMORY = held
-            found[title] = [rate(encodings(size, Path(folder)), size.batch) for _ in range(5)]
+            measured[title] = [rate(encodings(size, Path(folder)), size.batch) for _ in range(5)]
     towers = Path(arguments.folder or tempfile.gettempdir()) / f"benchmarks-{arguments.size}"
     write(size, towers)
     worker = start("ours", "step", towers, arguments)
@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
         steps.append(size.batch / float(read(worker)))
     worker.kill()
     step = statistics.median(steps)
-    for title, rates in found.items():
+    for title, rates in measured.items():
         middle = statistics.median(rates)
         print(
             f"{arguments.size}, batch {size.batch}, {title}: {middle:.0f} examples/s "
@@ -54,7 +54,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def encodings(size: Size, folder: Path) -> Mapping[str, Records]:
-    """Random encodings of 1,000 photos, both orientations, in shards; written once."""
+    """Returns random encodings of 1,000 photos in both orientations; writes the shards once."""
     side, channels = size.unet["sample_size"], size.vae["latent_channels"]
     shapes = {
         "moments": ((2, side, side, 2 * channels), "float32"),
@@ -76,7 +76,7 @@ def encodings(size: Size, folder: Path) -> Mapping[str, Records]:
 
 
 def rate(arrays: Mapping[str, Records], batch: int, seconds: float = 3.0) -> float:
-    """Examples a second."""
+    """Returns the loader's examples per second."""
     people = [np.arange(i * PHOTOS, (i + 1) * PHOTOS) for i in range(PEOPLE)]
     stream = batches(arrays, people, batch_size=batch, n=PHOTOS, fixed=False, flip=True, seed=0)
     next(stream)
@@ -88,19 +88,19 @@ def rate(arrays: Mapping[str, Records], batch: int, seconds: float = 3.0) -> flo
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Returns the parser of the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument("--size", choices=tuple(SIZES), default="small")
     flags.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     flags.set_defaults(batch=0, steps=0)  # the size's own
-    flags.add_argument("--folder", help="for the towers; the system's for temporary files if not")
+    flags.add_argument("--folder", help="where towers are kept (the system's temporary folder)")
     return flags
 
 
 if __name__ == "__main__":
     from absl import flags
 
-    flags.FLAGS.mark_as_parsed()  # the library that reads records looks there
+    flags.FLAGS.mark_as_parsed()  # array_record reads absl's flags, which must be parsed
     main(parser().parse_args())

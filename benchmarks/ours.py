@@ -1,6 +1,6 @@
-"""What is timed of persona_jax: each maker gives a function that does the work once.
+"""The benchmark items in persona_jax: each maker returns a function that runs the item once.
 
-Batches are shared out among the devices, CPU cores too, as training and sampling do it.
+Batches are split over the devices, CPU cores included, as in training and sampling.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,7 +38,7 @@ from persona_jax.training.state import init_state, make_step
 
 
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
-    """The function, compiled when it is called first."""
+    """Returns the function that runs an item; it is compiled at its first call."""
     use_cpu_cores()
     memory.give_back_after_compilation()
     return {
@@ -54,7 +54,7 @@ def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
 
 
 def device_memory() -> int | None:
-    """The most bytes in use on the accelerator, if there is one."""
+    """Returns the accelerator's peak memory in bytes; None without an accelerator."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
@@ -105,8 +105,14 @@ def _unet(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
 def _split_among_devices(
     function: Callable, batch: int, weights: tuple, inputs: int
 ) -> tuple[Callable, tuple]:
-    """The function of weights and batches, each device working on its own share of these, as
-    :func:`persona_jax.pipelines.generation.split_among_devices`; and the weights on all of them."""
+    """Splits a function's batches over the devices, as generation.split_among_devices does.
+
+    Args:
+      function: of the weights, then `inputs` arrays with a leading batch axis.
+
+    Returns:
+      the compiled function, and the weights replicated on all devices.
+    """
     mesh = local_sharding(batch).mesh
     share = PartitionSpec(mesh.axis_names)
     shared = jax.shard_map(
@@ -121,13 +127,13 @@ def _split_among_devices(
 
 
 def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
-    """Guided DDIM with an adapter, and the decoder."""
+    """Guided DDIM with an adapter, followed by the VAE's decoder."""
     unet, params = _tower(folder, "unet", dtype)
     vae, vae_params = _tower(folder, "vae", dtype)
     latents, hidden, photos = _inputs(size, dtype)
-    learnt = _adapter(unet, params, size)
+    adapter_params = _adapter(unet, params, size)
 
-    def paint(params, vae_params, learnt, latents, hidden, photos):
+    def generate(params, vae_params, adapter_params, latents, hidden, photos):
         text = Source(
             *project_keys_values(
                 text_kernels(params, unet.config), jnp.concatenate([hidden, hidden])
@@ -135,21 +141,23 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
         )
         image = photos.mean(axis=1)
         image = jnp.concatenate([jnp.zeros_like(image), image])
-        shown = adapter.source(learnt, image, dtype=dtype)
+        photo_source = adapter.source(adapter_params, image, dtype=dtype)
 
         def both(z, t):
             t = jnp.broadcast_to(t, (len(z),))
-            return unet.apply({"params": params}, z, t, (text, shown))
+            return unet.apply({"params": params}, z, t, (text, photo_source))
 
         z = ddim(guide(both, 7.5), Schedule.from_json(SCHEDULE), latents, steps=size.steps)
         return vae.apply({"params": vae_params}, z, method=AutoencoderKL.decode)
 
-    run, weights = _split_among_devices(paint, size.batch, (params, vae_params, learnt), 3)
+    run, weights = _split_among_devices(
+        generate, size.batch, (params, vae_params, adapter_params), 3
+    )
     return lambda: run(*weights, latents, hidden, photos).block_until_ready()
 
 
 def _whole_step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
-    """A step of the UNet's own training, text as its condition."""
+    """One training step of the whole UNet, conditioned on text."""
     unet, params = _tower(folder, "unet", dtype)
     latents, hidden, _ = _inputs(size, dtype)
 
@@ -161,51 +169,54 @@ def _whole_step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None
 
 
 def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
-    """A step of an adapter's training: frozen UNet, image projection and W'_k, W'_v learn."""
+    """One training step of an adapter: image projection, W'_k and W'_v; the UNet is frozen."""
     unet, params = _tower(folder, "unet", dtype)
     latents, hidden, photos = _inputs(size, dtype)
 
-    def sources(learnt, frozen, batch):
+    def sources(trainable, frozen, batch):
         return (
             Source(*project_keys_values(text_kernels(frozen, unet.config), batch["hidden"])),
-            adapter.source(learnt, batch["photos"].mean(axis=1), dtype=dtype),
+            adapter.source(trainable, batch["photos"].mean(axis=1), dtype=dtype),
         )
 
-    learnt = _adapter(unet, params, size)
-    del learnt["aggregator"]
+    trainable = _adapter(unet, params, size)
+    del trainable["aggregator"]
     batch = {"latents": latents, "hidden": hidden, "photos": photos}
-    return _training(size, unet, learnt, params, lambda learnt, frozen: frozen, sources, batch)
+    return _training(
+        size, unet, trainable, params, lambda trainable, frozen: frozen, sources, batch
+    )
 
 
 def _training(
     size: Size,
     unet: Any,
-    learnt: Mapping,
+    trainable: Mapping,
     frozen: Mapping | None,
     unet_params: Callable[[Any, Any], Mapping],
     sources: Callable[[Any, Any, Mapping], tuple[Source, ...]],
     batch: Mapping,
 ) -> Callable[[], None]:
-    """A step that predicts noise and updates what is learnt.
+    """Returns a function that runs one training step: noise prediction and parameter update.
 
     Args:
-      unet_params, sources: of (learnt, frozen), and the batch.
+      unet_params: function of (trainable, frozen).
+      sources: function of (trainable, frozen, batch).
     """
     schedule = Schedule.from_json(SCHEDULE)
     mesh = make_mesh(devices=local_sharding(size.batch).mesh.devices.flatten())
 
-    def loss(learnt, frozen, batch, step):
-        steered = sources(learnt, frozen, batch)
+    def loss(trainable, frozen, batch, step):
+        conditions = sources(trainable, frozen, batch)
 
         def predict(z, t):
-            return unet.apply({"params": unet_params(learnt, frozen)}, z, t, steered)
+            return unet.apply({"params": unet_params(trainable, frozen)}, z, t, conditions)
 
         t = jnp.full((len(batch["latents"]),), 500)
         noise = batch["latents"][::-1] * 0.5
         return denoising_loss(predict, schedule, batch["latents"], noise, t).mean(), {}
 
     optimizer = optax.adamw(1e-4, weight_decay=0.01)
-    state = init_state(learnt, optimizer, mesh)
+    state = init_state(trainable, optimizer, mesh)
     frozen = place(frozen, shard_params(mesh, frozen))
     batch = jax.device_put(batch, batch_sharding(mesh))
     step = make_step(loss, optimizer, mesh)
@@ -240,8 +251,8 @@ def _vae_decode(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None
 
 
 def _clip(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
-    eye, params = _tower(folder, "image_encoder", dtype)
+    encoder, params = _tower(folder, "image_encoder", dtype)
     side = size.image_encoder["image_size"]
     pixels = jnp.asarray(_normal(1, side, side, 3))
-    run = jax.jit(lambda params, x: eye.apply({"params": params}, x).embedding)
+    run = jax.jit(lambda params, x: encoder.apply({"params": params}, x).embedding)
     return lambda: run(params, pixels).block_until_ready()

@@ -1,4 +1,4 @@
-"""What is timed: random towers in diffusers' layout, written once and read by both sides."""
+"""Sizes and items of the benchmark; random towers in diffusers' layout, read by all sides."""
 
 import dataclasses
 from pathlib import Path
@@ -7,23 +7,23 @@ from persona_jax.planning.published import CLIP_VIT_H_14, STABLE_DIFFUSION_1_5
 
 TEXT_LENGTH = 77
 PHOTOS = 9
-"""References of the training step and of sampling."""
+"""Number of reference photos in the training step and in sampling."""
 SCHEDULE = STABLE_DIFFUSION_1_5["scheduler"] | {"clip_sample": False, "steps_offset": 1}
 WHAT = ("matmul", "unet", "sampling", "step", "whole_step", "vae_encode", "vae_decode", "clip")
-"""matmul: one large product, by whose speed the others' are judged. Of Stable Diffusion 1.5,
-whole_step takes four times its weights in memory on each side."""
+"""The items. matmul is one large product, the yardstick for the speed of the others. At sd15,
+whole_step needs four times the UNet's weights in memory on each side."""
 MATRIX = {"cpu": 2048, "gpu": 8192}
-"""Rows and columns of the matrices, by platform."""
+"""Rows and columns of matmul's matrices, by platform."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Size:
-    """One size of all parts.
+    """The size of all networks, and the batch and steps they run with.
 
     Attributes:
-      unet, vae, image_encoder: what diffusers' and transformers' classes are made of.
-      batch: pictures at once, in all but the autoencoder and the eye, which take one.
-      steps: of DDIM.
+      unet, vae, image_encoder: configurations of diffusers' and transformers' classes.
+      batch: batch size; VAE and image encoder always take one picture.
+      steps: DDIM steps.
     """
 
     unet: dict
@@ -79,13 +79,13 @@ SIZES = {
 
 
 def size_of(name: str, batch: int | None = None, steps: int | None = None) -> Size:
-    """A size by its name, with another number of pictures at once or of DDIM steps."""
+    """Returns a size by its name, with batch size and DDIM steps replaced where given."""
     changes = {"batch": batch, "steps": steps}
     return dataclasses.replace(SIZES[name], **{k: v for k, v in changes.items() if v})
 
 
 def write(size: Size, folder: Path) -> None:
-    """Writes the towers that are not there yet, each into a folder of its own."""
+    """Writes the missing towers, each into its own folder."""
     import diffusers
     import torch
     import transformers

@@ -1,4 +1,4 @@
-"""The same of PyTorch, diffusers and transformers."""
+"""The benchmark items in PyTorch: diffusers and transformers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +16,11 @@ ON_GPU = torch.cuda.is_available()
 def make(
     what: str, size: Size, folder: Path, dtype: str, *, compiled: bool = False
 ) -> Callable[[], None]:
-    """The function, on the GPU if there is one; `compiled` by ``torch.compile``."""
+    """Returns the function that runs an item, on the GPU if there is one.
+
+    Args:
+      compiled: use ``torch.compile``.
+    """
     torch.manual_seed(0)
     torch.set_default_device("cuda" if ON_GPU else "cpu")
 
@@ -43,12 +47,12 @@ def make(
 
 
 def device_memory() -> int | None:
-    """The most bytes in use on the GPU, if there is one."""
+    """Returns the GPU's peak memory in bytes; None without a GPU."""
     return torch.cuda.max_memory_allocated() if ON_GPU else None
 
 
 def count(work: Callable[[], None]) -> int:
-    """Floating point operations of the products, convolutions and attention in a call."""
+    """Returns the floating-point operations of one call: products, convolutions, attention."""
     with FlopCounterMode(display=False) as counter:
         work()
     return counter.get_total_flops()
@@ -98,7 +102,7 @@ def _unet(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
 
 
 def _with_adapter(unet: diffusers.UNet2DConditionModel, size: Size) -> None:
-    """A plain IP-Adapter, random, by diffusers' own loader."""
+    """Loads a random plain IP-Adapter with diffusers' own loader."""
     dim, text = size.image_encoder["projection_dim"], size.unet["cross_attention_dim"]
     projection = {
         "proj.weight": torch.randn(4 * text, dim) * dim**-0.5,
@@ -126,18 +130,18 @@ def _sampling(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None
     scheduler = diffusers.DDIMScheduler.from_config(SCHEDULE)
     hidden = torch.cat([hidden, hidden])
     image = photos.mean(dim=1)
-    shown = {"image_embeds": [torch.cat([torch.zeros_like(image), image])[:, None]]}
+    embeds = {"image_embeds": [torch.cat([torch.zeros_like(image), image])[:, None]]}
 
-    def paint() -> None:
+    def generate() -> None:
         scheduler.set_timesteps(size.steps)
         z = latents
         for t in scheduler.timesteps:
-            both = unet(torch.cat([z, z]), t, hidden, added_cond_kwargs=shown).sample
-            away, to = both.chunk(2)
-            z = scheduler.step(away + 7.5 * (to - away), t, z).prev_sample
+            both = unet(torch.cat([z, z]), t, hidden, added_cond_kwargs=embeds).sample
+            negative, positive = both.chunk(2)
+            z = scheduler.step(negative + 7.5 * (positive - negative), t, z).prev_sample
         vae.decode(z / vae.config.scaling_factor)
 
-    return _no_grad(paint)
+    return _no_grad(generate)
 
 
 def _whole_step(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
@@ -151,25 +155,25 @@ def _step(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
     unet.requires_grad_(False)
     _with_adapter(unet, size)
     latents, hidden, photos = _inputs(size, dtype)
-    learnt = [*unet.encoder_hid_proj.parameters()]
+    trainable = [*unet.encoder_hid_proj.parameters()]
     for processor in unet.attn_processors.values():
         if isinstance(processor, torch.nn.Module):
-            learnt += processor.parameters()
-    for parameter in learnt:
+            trainable += processor.parameters()
+    for parameter in trainable:
         parameter.requires_grad_(True)
 
     def predict(z: torch.Tensor, t: torch.Tensor):
-        shown = {"image_embeds": [photos.mean(dim=1)[:, None]]}
-        return unet(z, t, hidden, added_cond_kwargs=shown)
+        embeds = {"image_embeds": [photos.mean(dim=1)[:, None]]}
+        return unet(z, t, hidden, added_cond_kwargs=embeds)
 
-    return _training(size, learnt, latents, predict)
+    return _training(size, trainable, latents, predict)
 
 
 def _training(
-    size: Size, learnt: list, latents: torch.Tensor, predict: Callable
+    size: Size, trainable: list, latents: torch.Tensor, predict: Callable
 ) -> Callable[[], None]:
     scheduler = diffusers.DDPMScheduler.from_config(SCHEDULE)
-    optimizer = torch.optim.AdamW(learnt, lr=1e-4, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, weight_decay=0.01)
     t, noise = torch.full((size.batch,), 500), torch.randn_like(latents)
 
     def once() -> None:
@@ -197,6 +201,6 @@ def _vae_decode(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], No
 
 def _clip(size: Size, load: Loader, dtype: torch.dtype) -> Callable[[], None]:
     cls = transformers.CLIPVisionModelWithProjection
-    eye, side = load(cls, "image_encoder"), size.image_encoder["image_size"]
+    encoder, side = load(cls, "image_encoder"), size.image_encoder["image_size"]
     pixels = torch.randn(1, 3, side, side, dtype=dtype)
-    return _no_grad(lambda: eye(pixels))
+    return _no_grad(lambda: encoder(pixels))

@@ -1,5 +1,4 @@
-"""The same of PyTorch with its networks compiled, their convolutions channels last, as diffusers'
-pages advise."""
+"""The items in PyTorch with torch.compile, channels last, as diffusers' documentation advises."""
 
 import functools
 

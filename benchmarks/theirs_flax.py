@@ -1,7 +1,7 @@
-"""The same of diffusers' last Flax release (0.39.0), in an environment of its own.
+"""The items in diffusers' last release with Flax (0.39.0), which needs its own environment.
 
-It has no IP-Adapter: sampling is guided by the text alone, and a step is the gradient of the text's
-hidden states through the frozen UNet, so both do less than our side.
+It has no IP-Adapter: sampling uses text guidance alone, and a step is the gradient for the text's
+hidden states through the frozen UNet. So both do less work than in persona_jax.
 """
 
 from collections.abc import Callable
@@ -19,12 +19,12 @@ from benchmarks.sizes import SCHEDULE, TEXT_LENGTH, Size
 
 
 def device_memory() -> int | None:
-    """The most bytes in use on the accelerator, if there is one."""
+    """Returns the accelerator's peak memory in bytes; None without an accelerator."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
 def make(what: str, size: Size, folder: Path, dtype: str) -> Callable[[], None]:
-    """The function, compiled when it is called first."""
+    """Returns the function that runs an item; it is compiled at its first call."""
     return {
         "unet": _unet,
         "sampling": _sampling,
@@ -67,22 +67,22 @@ def _sampling(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
     state = scheduler.set_timesteps(scheduler.create_state(), size.steps, latents.shape)
 
     @jax.jit
-    def paint(params, vae_params, latents, hidden):
+    def generate(params, vae_params, latents, hidden):
         hidden = jnp.concatenate([hidden, hidden])
 
-        def turn(i, carry):
+        def denoise(i, carry):
             z, state = carry
             t = state.timesteps[i]
             both = jnp.concatenate([z, z])
             both = unet.apply({"params": params}, both, jnp.broadcast_to(t, len(both)), hidden)
-            away, to = jnp.split(both.sample, 2)
-            return scheduler.step(state, away + 7.5 * (to - away), t, z).to_tuple()
+            negative, positive = jnp.split(both.sample, 2)
+            return scheduler.step(state, negative + 7.5 * (positive - negative), t, z).to_tuple()
 
-        z, _ = jax.lax.fori_loop(0, size.steps, turn, (latents, state))
+        z, _ = jax.lax.fori_loop(0, size.steps, denoise, (latents, state))
         z = z / vae.config.scaling_factor
         return vae.apply({"params": vae_params}, z, method=vae.decode).sample
 
-    return lambda: paint(params, vae_params, latents, hidden).block_until_ready()
+    return lambda: generate(params, vae_params, latents, hidden).block_until_ready()
 
 
 def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
@@ -94,8 +94,8 @@ def _step(size: Size, folder: Path, dtype: jnp.dtype) -> Callable[[], None]:
     @jax.jit
     def step(hidden, state, params, latents):
         def loss(hidden):
-            found = unet.apply({"params": params}, latents, 500, hidden).sample
-            return jnp.square(found - noise).mean()
+            predicted = unet.apply({"params": params}, latents, 500, hidden).sample
+            return jnp.square(predicted - noise).mean()
 
         updates, state = optimizer.update(jax.grad(loss)(hidden), state, hidden)
         return optax.apply_updates(hidden, updates), state

@@ -1,9 +1,10 @@
-"""One side of a benchmark, in a process of its own: does the work once for every line it is given.
+"""One side of a benchmark in its own process: runs an item once for every line on stdin.
 
-``python -m benchmarks.worker SIDE WHAT SIZE BATCH STEPS FOLDER DTYPE`` (0: the size's own) → a line
-with the first call's seconds (compilation included), then one with seconds for every line read, and
-at the end one of JSON: the peak of memory in bytes, the accelerator's where there is one, and the
-floating point operations of a call where the side counts them. SIDE is a module of this package.
+``python -m benchmarks.worker SIDE WHAT SIZE BATCH STEPS FOLDER DTYPE``. SIDE is a module of this
+package; BATCH or STEPS 0 stand for those of the size. The first line on stdout is the time of the
+first call in seconds, compilation included. One line of seconds follows for every line read. At the
+end comes a line of JSON: peak memory in bytes (of the accelerator, if there is one), and the
+floating-point operations of a call, if the side counts them.
 """
 
 import importlib
@@ -15,7 +16,7 @@ from pathlib import Path
 
 
 def main(side: str, what: str, size: str, batch: str, steps: str, folder: str, dtype: str) -> None:
-    """Made, called once, then once a line."""
+    """Makes the item's function, calls it once, then once per line read."""
     from benchmarks.sizes import size_of
 
     module = importlib.import_module(f"benchmarks.{side}")

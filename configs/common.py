@@ -1,4 +1,4 @@
-"""What the configs share: data, optimiser and mesh, per preset."""
+"""Settings shared by the configs (data, optimiser, mesh), and the presets."""
 
 from ml_collections import ConfigDict
 
@@ -6,12 +6,12 @@ from persona_jax.errors import UserError
 
 PRESETS = {
     "tiny": {
-        "pipeline": "tiny",  # comes with the package, and so does a plain adapter
+        "pipeline": "tiny",  # the base and plain adapter shipped with the package
         "init_from": "tiny",
-        "flip": False,  # partings and moles have a side
+        "flip": False,  # partings and moles are on one side
         "data": {"dataset": "portraits", "crop": 1.0},
         "batch_size": 16,
-        # After 300 steps the loss is 0.0015 lower than with 1e-3, and no higher than Muon's.
+        # After 300 steps, the loss is 0.0015 lower than with 1e-3, and no higher than with Muon.
         "optimizer": {"learning_rate": 3e-3, "schedule": "cosine", "steps": 400},
         "sampling": {"steps": 20},
     },
@@ -32,15 +32,15 @@ PRESETS = {
         "sampling": {"steps": 50, "guidance": 7.5},
     },
 }
-"""What each preset changes of an adapter's training on a small base."""
+"""Changes that each preset makes to the settings of adapter training."""
 
 PERSONAL = {
-    # With a text tower that stays as it is, the rare token calls nobody: whom the noun alone paints
-    # is the same person.
+    # With a frozen text encoder, a small base gives the same person for prompts with and without
+    # the rare token.
     "dreambooth": {"train_text_encoder": True, "optimizer": {"learning_rate": 8e-4, "steps": 50}},
     "lora": {"optimizer": {"learning_rate": 2e-3, "steps": 100}},
 }
-"""What small bases change of the training of weights that belong to one person."""
+"""Changes to per-person fine-tuning on the small bases."""
 
 
 def data() -> ConfigDict:
@@ -50,15 +50,15 @@ def data() -> ConfigDict:
             # "portraits2" (128 px and more; no base that ships has seen them yet)
             "dataset": "lfw",
             "data_dir": "data",
-            "manual_dir": "",  # where the archive lies; data_dir/manual if empty
+            "manual_dir": "",  # folder of the archive; data_dir/manual if empty
             "folder": "",
-            "archive_sha256": "",  # one more archive to accept beside those known
+            "archive_sha256": "",  # SHA-256 of one more archive to accept
             "crop": 0.6,  # central square, as a fraction of the photo's shorter side
             "test_people": 100,
-            "validation_people": -1,  # -1: all who remain with enough photos
+            "validation_people": -1,  # -1: all remaining people with enough photos
             "least_photos": 10,  # of a validation or test person: nine references and a target
-            "seed": 0,  # of the division of people
-            "portraits": {  # who is drawn, where the dataset is drawn
+            "seed": 0,  # of the split into groups of people
+            "portraits": {  # of the drawn datasets
                 "people": {"train": 2048, "validation": 256, "test": 256},
                 "photos": 10,
                 "size": 64,
@@ -78,7 +78,7 @@ def optimizer(learning_rate: float, steps: int, **changes) -> ConfigDict:
         "b2": 0.999,
         "weight_decay": 0.01,
         "clip_norm": 1.0,
-        "muon": 0.0,  # AdamW throughout
+        "muon": 0.0,  # 0: AdamW for all parameters
     }
     return ConfigDict(settings | changes)
 
@@ -88,24 +88,24 @@ def mesh() -> ConfigDict:
 
 
 def personal(preset: str, method: str) -> ConfigDict:
-    """The training of weights that belong to one person, at one of the presets."""
+    """Returns the config of per-person fine-tuning at one of the presets."""
     check(preset)
     config = ConfigDict(
         {
             "preset": preset,
             "method": method,
             "seed": 0,
-            "pipeline": "",  # folder or hub id, or the name of a shipped base
-            # What each starts from: a LoRA file for lora, a pipeline folder for dreambooth.
+            "pipeline": "",  # folder, hub id, or name of a shipped base
+            # Initial weights of each person: a LoRA file (lora) or a pipeline folder (dreambooth).
             "init_from": "",
             "people": {"group": "test", "count": 8, "at_once": 1},
-            # The same photos that adapters are shown: the first n less the last.
+            # The photos that adapters get as references: the first n without the last.
             "references": {"n": 10, "hold_out": True},
-            # Rare; before whichever of the nouns is there, it calls the person. The first noun
+            # A rare token, put before the prompt's noun, stands for the person. The first noun
             # names the class.
             "token": "sks",
             "nouns": ("person", "man", "woman"),
-            "captions": True,  # prompts are the photos' captions; False: the two fixed ones
+            "captions": True,  # prompts are the photos' captions; False: the two fixed prompts
             "prompt": "a photo of a person",
             "prior": {
                 "weight": 1.0,  # λ; 0: no prior preservation
@@ -117,7 +117,7 @@ def personal(preset: str, method: str) -> ConfigDict:
             "data": data(),
             "mesh": mesh(),
             "dtype": "auto",
-            "batch_size": 4,  # of the person's photos; as many of the class beside them
+            "batch_size": 4,  # photos of the person; as many pictures of the class are added
             "accumulate": 1,
             "remat": "none",
             "optimizer": optimizer(5e-6, 800, warmup_steps=0),
@@ -145,24 +145,24 @@ def check(preset: str) -> None:
 
 
 def adapter(preset: str, aggregator: str) -> ConfigDict:
-    """An adapter's training at one of the presets."""
+    """Returns the config of adapter training at one of the presets."""
     check(preset)
     config = ConfigDict(
         {
             "preset": preset,
             "method": "adapter",
             "seed": 0,
-            "pipeline": "",  # folder or hub id, or the name of a shipped base
+            "pipeline": "",  # folder, hub id, or name of a shipped base
             "image_encoder": {
                 "kind": "clip",  # or "dlib", "facenet"
-                # clip: folder or hub id, where the pipeline has none; dlib: its weights, where they
-                # are not installed (extra "faces"); facenet: its weights, fetched if empty
+                # clip: folder or hub id, if the pipeline has no image encoder; dlib: weights, if
+                # the extra "faces" is not installed; facenet: weights, downloaded if empty
                 "path": "",
-                "sha256": "",  # dlib, facenet: of weights to accept beside those known
+                "sha256": "",  # dlib, facenet: SHA-256 of other weights to accept
                 "face_centre": (0.5, 0.532),  # of faces within photos, as fractions
                 "face_side": 0.496,
             },
-            # Whose adapter to start from: the workdir of an earlier run, a file, a shipped base.
+            # Initial adapter: workdir of an earlier run, adapter file, or name of a shipped base.
             "init_from": "",
             "aggregator": {
                 "kind": aggregator,
@@ -171,7 +171,7 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
                 "width": 128,
                 "pooling_heads": 8,
             },
-            # wrong: share of the examples with a minority of photos of other people among them
+            # wrong: share of the examples in which a minority of references shows other people
             "references": {"n": 10, "fixed": False, "wrong": 0.0},
             "flip": True,
             "drop": {"image": 0.05, "text": 0.05, "both": 0.05},
@@ -181,12 +181,12 @@ def adapter(preset: str, aggregator: str) -> ConfigDict:
             "dtype": "auto",  # bfloat16 on accelerators, float32 on CPU
             "batch_size": 32,
             "accumulate": 1,
-            "remat": "none",  # "transformers", "blocks": computed again, where memory is short
+            "remat": "none",  # "transformers" or "blocks": recompute activations to save memory
             "optimizer": optimizer(1e-3, 1000, ema_decay=0.999),
             "log_every": 20,
             "save_every": 200,
             "grid_every": 500,
-            "grid": {"people": 6, "samples": 4},  # no people, no grids
+            "grid": {"people": 6, "samples": 4},  # people 0: no grids
             "sampling": {"steps": 30, "guidance": 3.0, "scale": 1.0, "eta": 0.0},
         }
     )

@@ -1,4 +1,4 @@
-"""DreamBooth: the UNet itself learns one person, with prior preservation."""
+"""DreamBooth: fine-tunes the UNet on one person, with prior preservation."""
 
 import common
 from ml_collections import ConfigDict

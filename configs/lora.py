@@ -1,4 +1,4 @@
-"""LoRA: DreamBooth's training through low-rank updates of the attention projections."""
+"""LoRA: DreamBooth's training, restricted to low-rank updates of the attention projections."""
 
 import common
 from ml_collections import ConfigDict

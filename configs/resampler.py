@@ -1,4 +1,4 @@
-"""A resampler reads the set of the references' embeddings: IP-Adapter-Plus' layout, over photos."""
+"""A resampler over the set of the references' embeddings, in IP-Adapter-Plus' layout."""
 
 import common
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""Self-attention over the set of the references' embeddings: the method this is about."""
+"""Self-attention over the set of the references' embeddings: this project's contribution."""
 
 import common
 from ml_collections import ConfigDict

@@ -1,4 +1,4 @@
-"""What to tell gcloud, sbatch and kubectl."""
+"""Commands and job files for gcloud, sbatch and kubectl."""
 
 import argparse
 import json
@@ -8,18 +8,18 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 PORT = 1234
-"""Where pod 0 waits for the others."""
+"""Port of the JAX coordinator in pod 0."""
 GRACE = 300
-"""Seconds that a pod has to save in, once it is told to stop."""
+"""Seconds that a pod has for saving after SIGTERM."""
 
 
 def tpu(
     arguments: argparse.Namespace, command: Sequence[str], logs: str
 ) -> tuple[list[str], list[str]]:
-    """The gcloud commands that start the command on all workers of a TPU VM, and that stop it.
+    """Returns the gcloud commands that start and stop the command on all workers of a TPU VM.
 
-    JAX finds the workers by itself. Worker 0 writes to the terminal, the others to `logs`, whose
-    end is shown where one fails.
+    JAX discovers the workers by itself. Worker 0 writes to the terminal, the others into `logs`;
+    when a worker fails, the end of its log is printed.
     """
     ssh = ["gcloud", "compute", "tpus", "tpu-vm", "ssh", arguments.name]
     ssh += ["--zone", arguments.zone]
@@ -40,10 +40,10 @@ def tpu(
 
 
 def slurm(arguments: argparse.Namespace, command: Sequence[str], logs: str) -> str:
-    """A script for sbatch that sruns the command: one process a GPU, or a node without any.
+    """Returns a script for sbatch: one process per GPU, or one per node without GPUs.
 
-    JAX finds the others, and its GPU, in SLURM's variables. SIGTERM comes two minutes before the
-    time limit. Raises ValueError if --gpus-per-node has no number.
+    JAX reads the processes and its GPU from SLURM's variables. SLURM sends SIGTERM two minutes
+    before the time limit. Raises ValueError if --gpus-per-node has no number.
     """
     tasks = 1
     if arguments.gpus_per_node:
@@ -70,7 +70,7 @@ def slurm(arguments: argparse.Namespace, command: Sequence[str], logs: str) -> s
         if value is not None
     ]
     srun = ["srun", "--kill-on-bad-exit=1", "--open-mode=append", f"--output={logs}/process_%t.log"]
-    # srun does not inherit this one from the job.
+    # srun does not inherit --cpus-per-task from the job.
     srun += [f"--cpus-per-task={arguments.cpus_per_task}"] if arguments.cpus_per_task else []
     return "\n".join(
         [
@@ -88,11 +88,10 @@ def slurm(arguments: argparse.Namespace, command: Sequence[str], logs: str) -> s
 
 
 def k8s(arguments: argparse.Namespace, command: Sequence[str]) -> str:
-    """The manifest of a JobSet that runs the command in a pod a node.
+    """Returns the manifest of a JobSet that runs the command in one pod per node.
 
-    A pod that fails fails all, and all are started again, which resumes; exit status 2, a mistake
-    of the user's, is final. Raises ValueError if a name or value is not of the form Kubernetes
-    takes.
+    If a pod fails, the JobSet restarts all pods, and the run resumes. Exit status 2 (a user error)
+    is not retried. Raises ValueError if a name or value is not in Kubernetes' form.
     """
     name = arguments.name
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
@@ -103,7 +102,7 @@ def k8s(arguments: argparse.Namespace, command: Sequence[str]) -> str:
     container = {
         "name": "main",
         "image": arguments.image,
-        # $(NAME) is Kubernetes' own; $$ is a dollar.
+        # Kubernetes expands $(NAME) in commands; $$ is an escaped dollar sign.
         "command": [word.replace("$(", "$$(") for word in command],
         "env": [
             {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{name}-workers-0-0.{name}:{PORT}"},
@@ -147,7 +146,7 @@ def k8s(arguments: argparse.Namespace, command: Sequence[str]) -> str:
 def _add_devices(arguments: argparse.Namespace, pod: dict, container: dict) -> None:
     if arguments.gpus_per_node:
         container["resources"] = {"limits": {"nvidia.com/gpu": arguments.gpus_per_node}}
-        # NCCL talks through shared memory, of which a container has 64 MB.
+        # NCCL needs shared memory; a container's default is 64 MB.
         memory = {"name": "shm", "emptyDir": {"medium": "Memory"}}
         pod.setdefault("volumes", []).append(memory)
         mount = {"name": "shm", "mountPath": "/dev/shm"}
@@ -179,7 +178,7 @@ def _add_claim(arguments: argparse.Namespace, pod: dict, container: dict) -> Non
 
 
 def to_yaml(value: Any, indent: str = "") -> list[str]:
-    """Lines of YAML for mappings, lists, strings, numbers and booleans; strings as in JSON."""
+    """Returns lines of YAML for mappings, lists, strings (as in JSON), numbers and booleans."""
     lines = []
     pairs = value.items() if isinstance(value, Mapping) else ((None, one) for one in value)
     for key, one in pairs:
@@ -196,7 +195,7 @@ def to_yaml(value: Any, indent: str = "") -> list[str]:
 
 
 def follow(arguments: argparse.Namespace, logs: str) -> str:
-    """How to see what process 0 of a submitted job says, and how to stop it."""
+    """Returns instructions for reading process 0's output of a submitted job, and stopping it."""
     if arguments.where == "slurm":
         return f"process 0: tail -F {shlex.quote(logs)}/process_0.log; to stop: scancel JOB"
     space = f"-n {arguments.namespace} " if arguments.namespace else ""

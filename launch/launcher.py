@@ -5,13 +5,14 @@ launch/run tpu --name NAME --zone ZONE -- --config configs/sa.py:sd15 --workdir 
 launch/run slurm --nodes 4 --gpus-per-node 8 --time 24:00:00 -- --config … --workdir …
 launch/run k8s --name sa --image IMAGE --nodes 4 --claim DISK:/mnt -- --config … --workdir /mnt/sa
 
-Everywhere it is `python -m persona_jax.train` with what follows `--` (--module: another entry
-point). WORKDIR is a folder that all processes see. Process 0 is in front, the others write
-process_1.log and so on into WORKDIR/logs. One that dies ends all; SIGTERM or Ctrl-C saves and
-stops all; the same command, or one with other numbers, goes on. --dry-run prints what would run.
+Each process runs `python -m persona_jax.train` with the arguments after `--` (--module: another
+command). WORKDIR must be visible to all processes. Process 0 writes to the terminal, the others
+to process_1.log and so on in WORKDIR/logs. If one process dies, all are ended. SIGTERM or Ctrl-C
+saves and stops all. To resume, run the same command again; the number of processes may change.
+--dry-run prints what would run.
 
-Needs nothing but Python. Exit status: 0 done; 2 a mistake of the user's, in one line; else that
-of the process that died first, 128 + n where signal n ended it.
+Needs only Python's standard library. Exit status: 0 success; 2 a user error, in one line; else
+that of the process that died first, 128 + n if signal n ended it.
 """
 
 import argparse
@@ -33,12 +34,12 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print one line and exit with status 2."""
+        """Prints one line and exits with status 2."""
         self.exit(2, f"error: {message}; see launch/run --help\n")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Parse, print or run; return the exit status. argv: sys.argv[1:] where not given."""
+    """Parses `argv` (default: sys.argv[1:]), prints or runs; returns the exit status."""
     argv = list(sys.argv[1:] if argv is None else argv)
     own, command = (
         (argv[: argv.index("--")], argv[argv.index("--") + 1 :]) if "--" in argv else (argv, [])
@@ -52,15 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         parser.error(str(error))
     except FileNotFoundError as error:
-        parser.error(f"{error.filename}: not found; install it, or look with --dry-run")
+        parser.error(f"{error.filename}: not found; install it, or use --dry-run")
     except OSError as error:
         parser.error(f"{error.filename}: {error.strerror}")
 
 
 def run(arguments: argparse.Namespace, module: str, command: Sequence[str]) -> int:
-    """Start the command where the arguments say, or print it; return the exit status.
+    """Starts or prints the command for the chosen place; returns the exit status.
 
-    Raises ValueError, with one line that says what to do, where values do not fit.
+    Raises ValueError with a one-line message if the arguments do not fit.
     """
     logs = arguments.logs or str(Path(workdir_of(command)) / "logs")
     whole = [arguments.python, "-m", module, *command]
@@ -93,7 +94,7 @@ def run(arguments: argparse.Namespace, module: str, command: Sequence[str]) -> i
 
 
 def make_parser() -> Parser:
-    """The command line, up to ``--``."""
+    """Returns the parser of the launcher's own arguments, which come before ``--``."""
     parser = Parser(
         prog="launch/run",
         description=__doc__,
@@ -107,53 +108,59 @@ def make_parser() -> Parser:
         one.add_argument(
             "--dry-run", action="store_true", help="print what would run, start nothing"
         )
-        one.add_argument("--module", default="train", help="entry point: train, pretrain, …")
-        one.add_argument("--logs", metavar="DIR", help="where logs lie (WORKDIR/logs)")
-        one.add_argument("--python", default=python, help=f"interpreter there ({python})")
+        one.add_argument("--module", default="train", help="command: train, pretrain, … (train)")
+        one.add_argument("--logs", metavar="DIR", help="folder for logs (WORKDIR/logs)")
+        one.add_argument("--python", default=python, help=f"Python interpreter there ({python})")
         return one
 
     one = place("local", "processes on this machine", interpreter())
     one.add_argument("--processes", type=at_least_one, required=True, metavar="N")
     one.add_argument(
         "--grace", type=float, default=120.0, metavar="SECONDS",
-        help="how long saving may take after SIGTERM or Ctrl-C (120)",
+        help="time for saving after SIGTERM or Ctrl-C (120)",
     )  # fmt: skip
 
     one = place("tpu", "all workers of a TPU VM, over gcloud's ssh", ".venv/bin/python")
-    one.add_argument("--name", required=True, help="of the TPU VM")
+    one.add_argument("--name", required=True, help="name of the TPU VM")
     one.add_argument("--zone", required=True)
-    one.add_argument("--project", help="gcloud's own default where not given")
-    one.add_argument("--directory", default="persona_jax", help="checkout there, below the home")
+    one.add_argument("--project", help="Google Cloud project (gcloud's default)")
+    one.add_argument(
+        "--directory", default="persona_jax", help="checkout there, below the home (persona_jax)"
+    )
 
-    one = place("slurm", "a job for sbatch, one process a GPU", interpreter())
+    one = place("slurm", "a job for sbatch, one process per GPU", interpreter())
     one.add_argument("--nodes", type=at_least_one, required=True, metavar="N")
     one.add_argument("--gpus-per-node", metavar="[TYPE:]N")
     one.add_argument("--cpus-per-task", type=at_least_one, metavar="N")
-    one.add_argument("--time", metavar="D-HH:MM:SS", help="limit; it saves two minutes before")
+    one.add_argument("--time", metavar="D-HH:MM:SS", help="limit; saves two minutes before it")
     one.add_argument("--partition")
-    one.add_argument("--name", default="persona_jax", help="of the job (persona_jax)")
+    one.add_argument("--name", default="persona_jax", help="name of the job (persona_jax)")
 
-    one = place("k8s", "a JobSet of Kubernetes, one process a pod", "python")
-    one.add_argument("--name", required=True, help="of the JobSet")
-    one.add_argument("--image", required=True, help="with persona_jax installed, or in its workdir")
+    one = place("k8s", "a Kubernetes JobSet, one process per pod", "python")
+    one.add_argument("--name", required=True, help="name of the JobSet")
+    one.add_argument(
+        "--image", required=True, help="image with persona_jax installed, or as working directory"
+    )
     one.add_argument("--nodes", type=at_least_one, required=True, metavar="N")
     one.add_argument("--gpus-per-node", type=at_least_one, metavar="N")
-    one.add_argument("--tpu", metavar="TYPE/TOPOLOGY/CHIPS", help="GKE's; CHIPS of each node")
-    one.add_argument("--claim", metavar="CLAIM:FOLDER", help="volume claim all pods share")
+    one.add_argument("--tpu", metavar="TYPE/TOPOLOGY/CHIPS", help="GKE TPU; CHIPS per node")
+    one.add_argument("--claim", metavar="CLAIM:FOLDER", help="volume claim that all pods mount")
     one.add_argument("--namespace")
-    one.add_argument("--restarts", type=int, default=10, help="after preemptions and deaths (10)")
+    one.add_argument(
+        "--restarts", type=int, default=10, help="restarts after preemptions and failures (10)"
+    )
     return parser
 
 
 def at_least_one(text: str) -> int:
-    """A number of processes or nodes."""
+    """Parses a number of processes or nodes."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: expected a whole number, at least 1")
     return int(text)
 
 
 def module_of(name: str) -> str:
-    """persona_jax.NAME, for NAME or persona_jax.NAME. Raises ValueError if there is none."""
+    """Returns persona_jax.NAME for NAME or persona_jax.NAME. Raises ValueError if it is absent."""
     short = name.removeprefix("persona_jax.")
     if not (ROOT / "persona_jax" / f"{short.replace('.', '/')}.py").is_file():
         raise ValueError(f"argument --module: no persona_jax.{short}; expected train or pretrain")
@@ -161,7 +168,7 @@ def module_of(name: str) -> str:
 
 
 def workdir_of(command: Sequence[str]) -> str:
-    """The value of --workdir, or of --out; the current folder where neither is given."""
+    """Returns the value of --workdir, or of --out; the current folder if neither is given."""
     for flag in ("--workdir", "--out"):
         for i, word in enumerate(command):
             if word.startswith(f"{flag}="):
@@ -172,7 +179,7 @@ def workdir_of(command: Sequence[str]) -> str:
 
 
 def interpreter() -> str:
-    """This Python if it has JAX, else that of the checkout's .venv if there is one."""
+    """Returns this Python if it has JAX, else that of the checkout's .venv if there is one."""
     venv = ROOT / ".venv" / "bin" / "python"
     return (
         str(venv) if importlib.util.find_spec("jax") is None and venv.exists() else sys.executable

@@ -1,4 +1,4 @@
-"""Processes on this machine: their environments, and what happens when one of them ends."""
+"""Processes on this machine: environments, supervision, signals and logs."""
 
 import contextlib
 import ctypes
@@ -16,18 +16,24 @@ from pathlib import Path
 from typing import BinaryIO
 
 POLL = 0.05
-"""Seconds between looks at the processes."""
+"""Seconds between checks of the processes."""
 DEAD_GRACE = 5.0
-"""Seconds that the others get when one has died: they can save nothing without it."""
+"""Seconds until the others are killed after one has died: without it they cannot save."""
 TAIL = 15
-"""Lines of a dead process' log that are shown."""
+"""Number of lines printed of a dead process's log."""
 STOPPED = (128 + signal.SIGTERM, 128 + signal.SIGINT)
-"""Exit statuses of a process that was told to stop, and has saved."""
+"""Exit statuses of a process that has saved and stopped after a signal."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Process:
-    """One process to be: its command, what it adds to the environment, its log (None: in front)."""
+    """One process to start.
+
+    Attributes:
+      command: program and arguments.
+      environment: variables added to the environment.
+      log: file for its output; None for the terminal.
+    """
 
     command: list[str]
     environment: dict[str, str]
@@ -35,10 +41,10 @@ class Process:
 
 
 def plan(command: Sequence[str], count: int, logs: Path) -> list[Process]:
-    """The processes of a run on this machine.
+    """Returns the processes of a run on this machine.
 
-    They find each other over a free port. GPUs are shared out among them, and so are CPU cores.
-    Raises ValueError if there are fewer GPUs than processes, or they do not divide.
+    They connect over a free port. GPUs and CPU cores are divided among them. Raises ValueError if
+    the number of GPUs is not a multiple of the number of processes.
     """
     if count == 1:
         return [Process(list(command), {}, None)]
@@ -66,19 +72,19 @@ def plan(command: Sequence[str], count: int, logs: Path) -> list[Process]:
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Returns a free TCP port."""
     with socket.socket() as one:
         one.bind(("127.0.0.1", 0))
         return one.getsockname()[1]
 
 
 def cores() -> int:
-    """CPU cores this process may use."""
+    """Returns the number of CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpus() -> list[str]:
-    """NVIDIA GPUs that JAX would use, by what CUDA_VISIBLE_DEVICES calls them."""
+    """Returns the NVIDIA GPUs that JAX would use, named as in CUDA_VISIBLE_DEVICES."""
     if os.environ.get("JAX_PLATFORMS", "cuda").split(",")[0] not in ("cuda", "gpu"):
         return []
     if "CUDA_VISIBLE_DEVICES" in os.environ:
@@ -92,9 +98,9 @@ def gpus() -> list[str]:
 
 
 def shares(devices: Sequence[str], count: int) -> list[list[str]]:
-    """`devices` dealt out to `count` processes; none where there are none.
+    """Divides `devices` among `count` processes; returns an empty list without devices.
 
-    Raises ValueError if they do not divide.
+    Raises ValueError if they do not divide evenly.
     """
     if len(devices) % count:
         raise ValueError(
@@ -106,7 +112,7 @@ def shares(devices: Sequence[str], count: int) -> list[list[str]]:
 
 
 def describe(processes: Sequence[Process]) -> str:
-    """The processes as shell commands, one a line."""
+    """Returns the processes as shell commands, one per line."""
     lines = []
     for one in processes:
         variables = " ".join(f"{name}={shlex.quote(v)}" for name, v in one.environment.items())
@@ -116,10 +122,11 @@ def describe(processes: Sequence[Process]) -> str:
 
 
 def run(processes: Sequence[Process], grace: float) -> int:
-    """Run them until all have ended; return the exit status of the first that failed, or 0.
+    """Runs the processes until all have ended; returns the first failure's exit status, or 0.
 
-    SIGTERM and SIGINT go on to all of them, which have `grace` seconds to save; a second signal
-    kills. Where one dies, the others are told to stop, and killed `DEAD_GRACE` seconds later.
+    SIGTERM and SIGINT are forwarded to all processes, which have `grace` seconds to save; a second
+    signal kills them. If one dies, the others get SIGTERM and are killed `DEAD_GRACE` seconds
+    later.
     """
     with contextlib.ExitStack() as stack:
         received = stack.enter_context(signals())
@@ -130,7 +137,7 @@ def run(processes: Sequence[Process], grace: float) -> int:
         started = [_start(one, out) for one, out in zip(processes, outs, strict=True)]
         if len(started) > 1:
             say(f"{len(started)} processes, {' '.join(str(one.pid) for one in started)}; "
-                f"in front the first, the others in {processes[1].log.parent}")  # fmt: skip
+                f"the first prints here, the others to {processes[1].log.parent}")  # fmt: skip
         first = _supervise(started, received, grace)
         if first is not None:
             _report(first, started, processes[first], begins[first], received)
@@ -138,7 +145,7 @@ def run(processes: Sequence[Process], grace: float) -> int:
 
 
 def _log(one: Process) -> BinaryIO:
-    """Its log, open for more, with a line that says what follows."""
+    """Opens a process's log for appending, and writes a line with the command."""
     one.log.parent.mkdir(parents=True, exist_ok=True)
     out = one.log.open("ab")
     out.write(f"--- {shlex.join(one.command)}\n".encode())
@@ -153,14 +160,14 @@ def _start(one: Process, out: BinaryIO | None) -> subprocess.Popen:
         stdin=subprocess.DEVNULL,
         stdout=out,
         stderr=subprocess.STDOUT if out else None,
-        # Ctrl-C would reach them beside us, and two signals are one too many.
+        # Own session: Ctrl-C reaches only the launcher, which forwards it once; twice would kill.
         start_new_session=True,
         preexec_fn=_die_with_parent if sys.platform == "linux" else None,
     )
 
 
 def _die_with_parent() -> None:
-    """A launcher that is killed leaves nobody behind who holds the workdir: SIGTERM for them."""
+    """Makes Linux send SIGTERM to the process when the launcher dies, to release the workdir."""
     set_parent_death_signal = 1
     ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGTERM)
 
@@ -168,18 +175,21 @@ def _die_with_parent() -> None:
 def _supervise(
     started: Sequence[subprocess.Popen], received: list[int], grace: float
 ) -> int | None:
-    """Wait for all; return which failed first."""
-    first, told, deadline = None, 0, math.inf
+    """Waits for all processes; returns which failed first."""
+    first, handled, deadline = None, 0, math.inf
     while alive := [one for one in started if one.poll() is None]:
-        if len(received) > told:  # the first is passed on, the second kills
-            number = signal.SIGKILL if told else received[0]
-            say(f"{_name(number)} to all" + ("" if told else "; they save and stop; again: kill"))
+        if len(received) > handled:  # the first signal is forwarded, the second kills
+            number = signal.SIGKILL if handled else received[0]
+            say(
+                f"{_name(number)} to all"
+                + ("" if handled else "; they save and stop; a second signal kills them")
+            )
             _send(alive, number)
-            told, deadline = len(received), min(deadline, time.monotonic() + grace)
+            handled, deadline = len(received), min(deadline, time.monotonic() + grace)
         if first is None:
             first = _failed(started)
-            if first is not None and not told:
-                # One that was told to stop has told the others, and they save together.
+            if first is not None and not handled:
+                # A process that stopped on a signal has notified the others; all save together.
                 stopped = started[first].returncode in STOPPED
                 if not stopped:
                     _send(alive, signal.SIGTERM)
@@ -207,7 +217,7 @@ def _report(
     begin: int,
     received: Sequence[int],
 ) -> None:
-    """Say who ended, how, what it said last, and what to do."""
+    """Reports which process ended first, how, the end of its log, and what to do."""
     code, again = started[first].returncode, "run the same command again to go on"
     if received or code in STOPPED:
         killed = [i for i, one in enumerate(started) if one.returncode == -signal.SIGKILL]
@@ -229,23 +239,23 @@ def _report(
 
 
 def run_with_stop(start: Sequence[str], stop: Sequence[str]) -> int:
-    """Run `start`; on SIGTERM or Ctrl-C run `stop`, which makes it end, and wait for it."""
+    """Runs `start` until it ends; on SIGTERM or Ctrl-C runs `stop`, which makes `start` end."""
     with signals() as received:
-        process, told = subprocess.Popen(start, start_new_session=True), 0
+        process, handled = subprocess.Popen(start, start_new_session=True), 0
         while process.poll() is None:
-            if len(received) > told:
-                if told:
+            if len(received) > handled:
+                if handled:
                     process.kill()
                 else:
                     subprocess.run(stop, check=False)
-                told = len(received)
+                handled = len(received)
             time.sleep(POLL)
         return 128 + received[0] if received else _status(process.returncode)
 
 
 @contextlib.contextmanager
 def signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list."""
+    """Collects SIGTERM and SIGINT in a list instead of their default effect."""
     received: list[int] = []
     numbers = (signal.SIGTERM, signal.SIGINT)
     before: Mapping[int, object] = {
@@ -260,7 +270,7 @@ def signals() -> Iterator[list[int]]:
 
 
 def say(text: str) -> None:
-    """A line of the launcher's own, on stderr."""
+    """Prints a line of the launcher on stderr."""
     print(f"launch: {text}", file=sys.stderr, flush=True)
 
 

@@ -1,4 +1,4 @@
-"""persona_jax: pictures of one particular person, from a handful of photos and a prompt, in JAX.
+"""persona_jax: images of a particular person from a few photos and a prompt, in JAX.
 
     import persona_jax as pj
     pipe = pj.load_pipeline("tiny")                  # or a folder, a hub id
@@ -6,7 +6,7 @@
     images = pipe("a photo of a smiling person", photos=["a.jpg", "b.jpg"], adapter=adapter, num=4)
     images[0].save("out.png")
 
-Names are imported when they are first used, JAX with them.
+Names are imported lazily, at their first use; JAX is imported with them.
 """
 
 import importlib
@@ -59,7 +59,7 @@ _HOME = {
 
 
 def __getattr__(name: str) -> Any:
-    """A public name, from the module that has it."""
+    """Imports a public name from the module that defines it."""
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_HOME[name]}"), name)
@@ -68,5 +68,5 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    """Public names and what is imported already."""
+    """Public names, and names that are already imported."""
     return sorted({*globals(), *__all__})

@@ -18,7 +18,7 @@ COMMANDS = (
 
 
 def main() -> None:
-    """Runs the command that the first argument names."""
+    """Runs the command named by the first argument."""
     if sys.argv[1:] in (["--version"], ["-V"]):
         print(__version__)
         return
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def _listed() -> str:
-    """The commands, each with the first line of what it says of itself."""
+    """The commands, each with the first line of its docstring."""
     lines = []
     for command in COMMANDS:
         about = ast.get_docstring(ast.parse(Path(__file__).with_name(f"{command}.py").read_text()))

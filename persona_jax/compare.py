@@ -1,12 +1,12 @@
-"""Trains several methods on the same people and compares them on people none of them has seen.
+"""Trains several methods on the same people and compares them on people not seen in training.
 
 python -m persona_jax.compare --preset tiny --out runs/compare
 
-Equal budgets; guidance, λ and learning rates are chosen on validation people; all methods paint the
-same test people with the same prompts and noise. Beside the methods stand the rows without which
-their numbers say little: real photos, real photos through the VAE, another person's photos, the
-text alone, the plain adapter with all photos side by side. Writes OUT/table.md, report.html,
-table.json and grid.png. Stopped, it goes on where it was when run again.
+All methods have equal budgets. Guidance, λ and learning rates are chosen on validation people. All
+methods generate the same test people with the same prompts and noise. The table also has control
+rows: real photos, real photos through the VAE, another person's photos, text alone, and the plain
+adapter with all photos side by side. Writes OUT/table.md, report.html, table.json and grid.png. An
+interrupted comparison continues when it is run again.
 """
 
 import argparse
@@ -44,30 +44,29 @@ from persona_jax.runtime.settings import number
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
 METHODS = (*ADAPTERS, "dreambooth", "lora")
 GUIDANCE, SCALES = (2.0, 3.0, 5.0), (0.75, 1.25)
-"""What sampling may choose from; λ = 1 is tried with each guidance."""
+"""Choices for sampling; λ = 1 is used with each guidance, the other λ with the best one."""
 DOUBLINGS = 3
-"""How far methods of one person may go from the config's learning rate, up or down, and from its
-number of steps, down."""
+"""How often per-person fine-tuning may double or halve the config's learning rate, and halve its
+number of steps."""
 SHOWN = 8
-"""People on the grid."""
+"""Number of people on the grid."""
 WITHOUT_EFFECT = ("data.data_dir:", "log_every:", "save_every:", "grid.", "grid_every:", "mesh.")
 """Settings that change no result."""
 CHOOSERS = {"adapter": 32, "personal": 8}
-"""Validation people by whom choices are made; personal ones are trained for it."""
+"""Number of validation people for choices. Per-person fine-tuning must train each of them."""
 
 
 @dataclasses.dataclass(frozen=True)
 class World:
-    """What all methods share: people, photos, and who judges.
+    """What all methods share: people, photos and the evaluator.
 
     Attributes:
-      out: where everything goes.
-      photos: all of them.
-      evaluator: who says how good pictures are.
-      test, validation: whom to paint.
-      samplers: compiled, by number of steps; all methods share one base.
-      embeddings: embeddings of the subjects' references, by the image encoder and the subjects'
-        names.
+      out: output folder.
+      photos: of the dataset.
+      evaluator: of generated images.
+      test, validation: people to generate.
+      samplers: compiled samplers by number of steps; all methods share one base.
+      embeddings: cache of the references' embeddings, by image encoder and names of the subjects.
     """
 
     out: Path
@@ -81,7 +80,7 @@ class World:
     def encode_references(
         self, run: finished_run.Run, subjects: Subjects
     ) -> Float[np.ndarray, "P N D"] | None:
-        """What the run's encoder sees in the references of each; looked at once."""
+        """Embeds the references of each subject, once; None for per-person fine-tuning."""
         if run.encoder is None:
             return None
         key = (run.encoder.hash, *subjects.names)
@@ -91,15 +90,15 @@ class World:
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Runs → choices → pictures → verdicts → table."""
+    """Trains, chooses settings, generates, evaluates and writes the table."""
     unknown = [name for name in arguments.methods if name not in METHODS]
     if unknown or "sa" not in arguments.methods:
         raise UserError(
-            f"--methods {' '.join(arguments.methods)}: of {', '.join(METHODS)}, sa among them "
-            "(differences are told from it)"
+            f"--methods {' '.join(arguments.methods)}: expected some of {', '.join(METHODS)}, with "
+            "sa (differences are relative to it)"
         )
     if arguments.seeds < 1:
-        raise UserError(f"--seeds {arguments.seeds}: one training of each adapter or more")
+        raise UserError(f"--seeds {arguments.seeds}: expected 1 or more")
     out = buckets.local(arguments.out)
     configs = {name: _config(arguments, name) for name in arguments.methods}
     data = configs["sa"]
@@ -116,7 +115,7 @@ def main(arguments: argparse.Namespace) -> None:
     _same_settings(out, people, configs)
     rows: dict[str, list[EvaluationResult]] = {}
     for name, config in configs.items():
-        # What is learnt by heart is a training for each person anyway: people are seeds too.
+        # Per-person fine-tuning has a training for each person: one seed is enough.
         for seed in range(arguments.seeds if name in ADAPTERS else 1):
             for row, result in _method(world, name, config, seed).items():
                 rows.setdefault(row, []).append(result)
@@ -134,7 +133,7 @@ def main(arguments: argparse.Namespace) -> None:
     rows |= {"real photos through the VAE": [_through_the_vae(world, base, crop)]}
     images.save_sheet(_grid(world, arguments.methods, crop), out / "grid.png")
     caption = (
-        f"{people} people, {arguments.seeds} trainings of each adapter; judged by {evaluator.name}"
+        f"{people} people, {arguments.seeds} trainings of each adapter; evaluator: {evaluator.name}"
     )
     table = report.table(rows, real, versus="sa", fid=arguments.fid)
     report.write(out, table, caption, ["grid.png"])
@@ -153,8 +152,10 @@ def _config(arguments: argparse.Namespace, name: str) -> ConfigDict:
 
 
 def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str, EvaluationResult]:
-    """The verdict on a method trained from one seed, its choices made; of people learnt by heart
-    also what has become of everybody else."""
+    """Trains a method from one seed with chosen settings and evaluates it, by name of the row.
+
+    Per-person fine-tuning has a second row: other people, generated by the same weights.
+    """
     if name in ADAPTERS:
         workdir = _trained(world.out / f"runs/{name}-{seed}", config, seed=seed)
     else:
@@ -173,7 +174,7 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str,
 
 
 def _trained(workdir: Path, config: ConfigDict, seed: int) -> Path:
-    """The workdir of an adapter trained to the end."""
+    """Trains an adapter to the end; returns its workdir."""
     config = config.copy_and_resolve_references()
     config.seed, config.grid.people = seed, 0
     if (newest_step(workdir / "checkpoints") or 0) < config.optimizer.steps:
@@ -192,13 +193,13 @@ def _finetuned(
     learning_rate: float,
     steps: int,
 ) -> Path:
-    """The workdir of people learnt one by one."""
+    """Fine-tunes people one by one; returns the workdir."""
     config = config.copy_and_resolve_references()
     config.seed, config.optimizer.learning_rate = seed, learning_rate
     config.optimizer.steps = steps
     config.people.group, config.people.count = group, count
     if len(list(workdir.glob("people/*/person.json"))) < count:
-        print(f"learning {count} people by heart in {workdir}", flush=True)
+        print(f"fine-tuning {count} people in {workdir}", flush=True)
         train.main(config, workdir)
     return workdir
 
@@ -206,7 +207,7 @@ def _finetuned(
 def _on_validation(
     world: World, name: str, config: ConfigDict, learning_rate: float, steps: int
 ) -> finished_run.Run:
-    """The first validation people, learnt so."""
+    """Fine-tunes the first validation people with these settings and opens the run."""
     workdir = world.out / f"runs/{name}-choice-{learning_rate:g}-{steps}"
     count = len(world.validation.some(CHOOSERS["personal"]).names)
     changes = {"group": "validation", "count": count, "seed": 0}
@@ -215,8 +216,11 @@ def _on_validation(
 
 
 def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
-    """The learning rate and then the steps by which validation people come out best, and anybody
-    else stays what the base paints: what is lost there counts against what the person gains."""
+    """Chooses the learning rate, then the number of steps, on validation people.
+
+    The loss is the evaluator's for these people, plus a penalty: the amount by which images of
+    other people by the same weights are closer to these people than the base's images are.
+    """
     few = world.validation.some(CHOOSERS["personal"])
     most, rate = config.optimizer.steps, config.optimizer.learning_rate
     settings = finished_run.SamplingSettings(**config.sampling, scale=1.0)
@@ -248,33 +252,36 @@ def _walk(
     factors: Sequence[float],
     loss: Callable[[dict[str, float | int]], float],
 ) -> dict[str, float | int]:
-    """Multiplies one of the choice's numbers by the first of the factors that lowers the loss, and
-    on by the same for as long as it does, :data:`DOUBLINGS` times at most."""
+    """Line search over one number of the choice.
+
+    Multiplies it by the first of the factors that lowers the loss, and repeats this as long as the
+    loss falls, at most :data:`DOUBLINGS` times.
+    """
     for factor in factors:
-        found = [choice]
-        while len(found) <= DOUBLINGS:
-            value = found[-1][key]
-            further = {**found[-1], key: type(value)(value * factor) or 1}
-            if loss(further) >= loss(found[-1]):
+        choices = [choice]
+        while len(choices) <= DOUBLINGS:
+            value = choices[-1][key]
+            further = {**choices[-1], key: type(value)(value * factor) or 1}
+            if loss(further) >= loss(choices[-1]):
                 break
-            found.append(further)
-        if len(found) > 1:
-            return found[-1]
+            choices.append(further)
+        if len(choices) > 1:
+            return choices[-1]
     return choice
 
 
 def _choose_settings(
     world: World, name: str, run: finished_run.Run, seed: int
 ) -> finished_run.SamplingSettings:
-    """Guidance, and an adapter's λ, chosen on validation people."""
-    if run.personal:  # the choice of the training has left validation people
+    """Chooses guidance, and an adapter's λ, on validation people."""
+    if run.personal:  # _choose_training has fine-tuned validation people with these settings
         chosen = run.config.optimizer
         run = _on_validation(world, name, run.config, chosen.learning_rate, chosen.steps)
     subjects = world.validation.some(CHOOSERS["personal"]) if run.personal else world.validation
 
     def loss(changes: Mapping[str, float]) -> float:
-        words = "-".join(f"{k}{v:g}" for k, v in changes.items())
-        label = f"{name}-{seed}-choice-{words}"
+        text = "-".join(f"{k}{v:g}" for k, v in changes.items())
+        label = f"{name}-{seed}-choice-{text}"
         return world.evaluator.loss(
             _evaluate(world, label, run, subjects, run.sampling_settings(**changes))
         )
@@ -292,7 +299,7 @@ def _choose_settings(
 def _control(
     world: World, name: str, config: ConfigDict, seed: int, label: str, **changes
 ) -> EvaluationResult:
-    """An adapter under the same choices, with other references, or none (see :func:`_evaluate`)."""
+    """Evaluates an adapter with its chosen settings and other references (:func:`_evaluate`)."""
     run = finished_run.open_run(_trained(world.out / f"runs/{name}-{seed}", config, seed))
     settings = _choose_settings(world, name, run, seed)
     return _evaluate(world, f"{name}-{seed}-{label}", run, world.test, settings, **changes)
@@ -309,17 +316,22 @@ def _evaluate(
     side_by_side: bool = False,
     named: bool = True,
 ) -> EvaluationResult:
-    """The verdict on a run's pictures of people; pictures are kept and painted once.
+    """Generates images of people with a run and evaluates them. Images are cached on disk.
 
     Args:
-      see: changes the references' embeddings.
-      side_by_side: no aggregator; each photo makes tokens of its own.
+      world: people and evaluator.
+      label: name of the cached file.
+      run: to sample from.
+      subjects: the people.
+      settings: of sampling.
+      see: changes the references' embeddings; it may return None, for text alone.
+      side_by_side: no aggregator; each photo gives tokens of its own.
       named: see :func:`persona_jax.runs.subject_sampling.sample_subjects`.
     """
     file = world.out / f"pictures/{label}.npy"
-    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # (damaged: painted again)
+    with contextlib.suppress(FileNotFoundError, ValueError, EOFError):  # damaged: generated again
         return world.evaluator.pictures(subjects, np.load(file, allow_pickle=False))
-    print(f"painting {label}", flush=True)
+    print(f"generating {label}", flush=True)
     if settings.steps not in world.samplers:
         world.samplers[settings.steps] = generation.make_sampler(run.pipeline, steps=settings.steps)
     adapters = None
@@ -339,7 +351,7 @@ def _evaluate(
 
 
 def _through_the_vae(world: World, base: Pipeline, crop: float) -> EvaluationResult:
-    """The held-out photos as the base's VAE gives them back."""
+    """Evaluates the held-out photos after encoding and decoding by the base's VAE."""
     rows = world.test.held_out
     real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
@@ -349,35 +361,39 @@ def _through_the_vae(world: World, base: Pipeline, crop: float) -> EvaluationRes
 
 
 def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
-    """The first people: three of their photos and the held-out one, then what each method made of
-    them, plainly and as on the held-out photo."""
+    """Draws the first people: three photos, the held-out photo, and two images of each method.
+
+    The images are for the plain prompt and for the held-out photo's caption.
+    """
     subjects, cells = world.test, []
-    painted = {name: np.load(world.out / f"pictures/{name}-0.npy") for name in names}
-    size = painted["sa"].shape[1]
+    images_of = {name: np.load(world.out / f"pictures/{name}-0.npy") for name in names}
+    size = images_of["sa"].shape[1]
     for i in range(SHOWN):
         rows = [*subjects.references[i, :3], subjects.held_out[i]]
         photos = evaluators.photos_as_pictures(world.photos, np.asarray(rows), size, crop)
-        pictures = [p[j] for p in painted.values() for j in (i, len(subjects.names) + i)]
+        pictures = [p[j] for p in images_of.values() for j in (i, len(subjects.names) + i)]
         cells.append([images.to_uint8(x) for x in (*photos, *np.float32(pictures))])
     titles = ["photos", "", "", "held out", *(t for name in names for t in (name, ""))]
     return images.grid(cells, titles=titles)
 
 
 def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
-    """What `measure` found, kept in a file."""
-    with contextlib.suppress(FileNotFoundError, ValueError):  # (damaged: measured again)
+    """Returns the result of `measure`, cached in a file."""
+    with contextlib.suppress(FileNotFoundError, ValueError):  # damaged: measured again
         return json.loads(file.read_text())
-    found = measure()
+    result = measure()
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.whole_file(file) as part:
-        part.write_text(json.dumps(found))
+        part.write_text(json.dumps(result))
     return json.loads(file.read_text())
 
 
 def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) -> None:
-    """Refuses a folder of another comparison: its pictures would be taken for this one's. It is
-    another by what its configs hold, wherever that came from, or by the number of test people;
-    methods and seeds only add to what is there."""
+    """Raises UserError for the folder of another comparison, whose cached images do not apply.
+
+    It is another one if a config has other settings, or if the number of test people differs. Other
+    methods and seeds add files but do not invalidate cached ones.
+    """
     file, before = out / "settings.json", {}
     with contextlib.suppress(FileNotFoundError):
         before = outside.read_json(file)
@@ -406,7 +422,7 @@ def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) ->
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -421,14 +437,16 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument(
         "--people", type=number(settings.COUNT), help="test people; all, 128 at most, if not given"
     )
-    flags.add_argument("--pipeline", help="the base, in place of the preset's; with its reader")
+    flags.add_argument(
+        "--pipeline", help="replaces the preset's base; with its trait classifier beside it"
+    )
     flags.add_argument(
         "--steps",
         type=number(settings.STEPS),
-        help="of each adapter's training; the config's if not",
+        help="of each adapter's training; default: the config's",
     )
     flags.add_argument(
-        "--fid", action="store_true", help="with FID, though of fewer pictures than features"
+        "--fid", action="store_true", help="report FID even for fewer images than features"
     )
     networks.add_flags(flags)
     flags.add_argument("--configs", default="configs", help="folder of the configs")

@@ -1,11 +1,10 @@
-"""Encodes the photos that an adapter learns from, ahead of training: a job for many machines.
+"""Encodes an adapter's training photos before training, on one or several machines.
 
 python -m persona_jax.encode --config configs/sa.py:sd15 --part 3/16
 
-Training does this by itself, its processes sharing the work; a job of its own needs no accelerator
-that training would rather have. Give every machine another part, and the same data_dir if they
-share a disk; parts are numbered from 1. Run a part again after an interruption: it goes on where it
-was.
+Training encodes the photos itself if this was not done; a separate job leaves training's
+accelerators free. Give each machine its own part, counted from 1, and the same data_dir if they
+share a disk. An interrupted part continues when it is run again.
 """
 
 import argparse
@@ -20,11 +19,11 @@ from persona_jax.runtime.command_line import config_parser, run_with_arguments
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Data, frozen towers, one part of the encodings."""
+    """Encodes one part of the photos."""
     config = arguments.config
     settings.require(config, {"method": str}, "--config")
     if config.method != "adapter":
-        raise UserError(f"config.method={config.method}: only adapters' photos are encoded ahead")
+        raise UserError(f"config.method={config.method}: photos are encoded for adapters only")
     part, parts = numbers(arguments.part)
     photos, people = open_dataset(config.data)
     pipeline = open_pipeline(config)
@@ -44,21 +43,21 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def numbers(part: str) -> tuple[int, int]:
-    """(k, n) of ``k/n``.
+    """Parses ``k/n`` to (k, n).
 
     Raises:
-      UserError: anything else, or not 1 ≤ k ≤ n.
+      UserError: the text is not of this form, or not 1 ≤ k ≤ n.
     """
     k, _, n = part.partition("/")
     if not (k.isdecimal() and n.isdecimal() and 1 <= int(k) <= int(n)):
-        raise UserError(f"--part {part}: expected a number of all parts, 3/16 say, from 1 on")
+        raise UserError(f"--part {part}: expected K/N with 1 ≤ K ≤ N, for example 3/16")
     return int(k), int(n)
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = config_parser(__doc__)
-    flags.add_argument("--part", default="1/1", metavar="K/N", help="which of how many parts")
+    flags.add_argument("--part", default="1/1", metavar="K/N", help="part K of N parts")
     return flags
 
 

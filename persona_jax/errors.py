@@ -1,31 +1,34 @@
-"""The one exception a user is meant to see."""
+"""The exception for users' errors, and formatting of its messages."""
 
 from collections.abc import Sequence
 
 
 class UserError(Exception):
-    """A mistake the user can mend: wrong file, key, argument or value.
+    """An error that the user can correct: a wrong file, key, argument or value.
 
-    The message is one line of less than 500 characters: what is wrong, where, and what to do. Entry
-    points print it without a traceback and exit with status 2 (see
+    The message is one line of less than 500 characters: what is wrong, where, and what to do.
+    Commands print it without a traceback and exit with status 2 (see
     :mod:`persona_jax.runtime.command_line`).
 
     Attributes:
-      details: all that the message names the first few of, a line each; printed with ``--verbose``.
-      argument: what to change, as a function's argument is called; a command adds which of its
-        flags that is. Empty: not known. (Of configurations, a message has ``config.a.b=VALUE``.)
+      details: the full list, one line each, if the message names only the first few items; printed
+        with ``--verbose``.
+      argument: name of the function argument to change; a command names the flag for it. Empty: not
+        known. (For configurations, the message contains ``config.a.b=VALUE``.)
     """
 
     def __init__(self, message: str, details: Sequence[str] = (), *, argument: str = ""):
-        """`message`, `details` and `argument` as above, line breaks as spaces; what a terminal does
-        not show is written as in Python."""
+        """Takes the attributes and the message.
+
+        Line breaks of the message become spaces; unprintable characters are escaped as in Python.
+        """
         super().__init__(_printable(" ".join(message.split())))
         self.details = tuple(map(_printable, details))
         self.argument = argument
 
 
 def shown(name: object) -> str:
-    """A name as it may stand in a message: in one line, in UTF-8, and not too long."""
+    """Formats a name for a message: on one line, in UTF-8, at most 200 characters."""
     text = _printable(str(name))
     return text if len(text) <= 200 else f"{text[:120]}…{text[-60:]}"
 
@@ -35,7 +38,7 @@ def _printable(text: str) -> str:
 
 
 def listed(names: Sequence[str], room: int = 120) -> str:
-    """The first names, as many as `room` characters take but at least one, and how many more."""
+    """Formats the first names that fit in `room` characters, at least one, and counts the rest."""
     chosen: list[str] = []
     length = 0
     for name in names:

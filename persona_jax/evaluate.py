@@ -1,14 +1,13 @@
-"""Measures, on people never seen in training, how much of a person a run's pictures keep.
+"""Evaluates identity and prompt fidelity of a run's images, on people not seen in training.
 
 python -m persona_jax.evaluate --workdir runs/sa
 
-Paints each test person from 1, 3 and 9 of their photos, plainly and as on a photo that is held out,
-and has a judge say whom and what the pictures show: of drawn portraits, whose people are known
-number by number, the base's reader; of real people, a face network and the base's CLIP pair. Beside
-them stand the same people painted from another person's photos, and real photos. Of weights that
-belong to one person it asks instead what they make of anybody else. Writes report.json,
-report.html, table.md, curve.svg (identity by number of photos), grid.png and all pictures into
-WORKDIR/evaluation.
+Generates images of each test person from 1, 3 and 9 of their photos, with a plain prompt and with
+the caption of a held-out photo. For drawn portraits, whose traits are known, the evaluator is the
+base's trait classifier; for real people, a face network and the base's CLIP pair. The controls are
+images from another person's photos, and real photos; for per-person fine-tuning, images of other
+people by the same weights. Writes report.json, report.html, table.md, curve.svg (identity by number
+of photos), grid.png and all images into WORKDIR/evaluation.
 """
 
 import argparse
@@ -34,16 +33,16 @@ from persona_jax.runtime.run_folder import read_run
 from persona_jax.runtime.settings import number
 
 SHOWN = 8
-"""People on the grid."""
+"""Number of people on the grid."""
 ANOTHER, ANYBODY, REAL = "from another person's", "anybody, by the same weights", "real photos"
 TITLES = {ANOTHER: "another's", ANYBODY: "anybody"}
-"""On the grid and of folders, where they must be short."""
+"""Short titles for the grid and for folders."""
 
 Pictures = dict[str, np.ndarray]
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """People → references → pictures → verdicts → report."""
+    """Generates images of a group of people, evaluates them and writes the report."""
     workdir = buckets.local(arguments.workdir)
     config = read_run(workdir)
     out = outputs.try_folder(workdir / "evaluation", "--workdir", r".*\.(svg|json|md|html|png)")
@@ -63,41 +62,45 @@ def main(arguments: argparse.Namespace) -> None:
     )
     pictures = generate(run, settings, photos, subjects, counts, arguments.seed)
 
-    rows = {name: [evaluator.pictures(subjects, found)] for name, found in pictures.items()}
+    rows = {name: [evaluator.pictures(subjects, content)] for name, content in pictures.items()}
     base, crop = run.pipeline, config.data.crop
     real, features = evaluators.real_photos(evaluator, photos, subjects, base.image_size, crop)
     table = report.table(rows | {REAL: [real]}, features, from_(max(counts)), arguments.fid)
-    found = {"people": len(subjects.names), "group": arguments.group, "judge": evaluator.name}
-    found |= {**dataclasses.asdict(settings), "prompt": run.prompt(evaluator.plain), "rows": table}
+    content = {"people": len(subjects.names), "group": arguments.group, "judge": evaluator.name}
+    content |= {
+        **dataclasses.asdict(settings),
+        "prompt": run.prompt(evaluator.plain),
+        "rows": table,
+    }
     for count in counts:
         if details := evaluator.details(subjects, pictures[from_(count)], count):
-            found.setdefault("details", {})[count] = details
+            content.setdefault("details", {})[count] = details
     write_pictures(out, photos, subjects, pictures, crop, pictures[from_(max(counts))])
     outputs.write_text(out / "curve.svg", curve(table, counts, evaluator.likeness))
-    text = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
+    text = json.dumps(content, indent=2, ensure_ascii=False, default=dataclasses.asdict)
     outputs.write_text(out / "report.json", text + "\n")
-    caption = f"{len(subjects.names)} {arguments.group} people; judged by {evaluator.name}"
+    caption = f"{len(subjects.names)} {arguments.group} people; evaluator: {evaluator.name}"
     report.write(out, table, caption, ["curve.svg", "grid.png"])
 
 
 def from_(count: int) -> str:
-    """The row of pictures from so many photos."""
+    """The name of the row of images from `count` photos."""
     return f"from {count}"
 
 
 def known_to(method: str, workdir: Path, group: Sequence[str]) -> list[str]:
-    """The people of a group whom the run can paint: all, or those that it learnt by heart."""
+    """The people of a group that a run can generate: all, or those with fine-tuned weights."""
     if method not in finetuning.METHODS:
         return list(group)
-    learnt = {path.parent.name for path in workdir.glob("people/*/person.json")}
-    return [name for name in group if name in learnt]
+    finished = {path.parent.name for path in workdir.glob("people/*/person.json")}
+    return [name for name in group if name in finished]
 
 
 def counted(wanted: Sequence[int], most: int) -> list[int]:
-    """From how many photos people are to be painted, of the `most` references of each.
+    """The numbers of reference photos to generate from, sorted; `most` is how many there are.
 
     Raises:
-      UserError: more than there are, or fewer than one.
+      UserError: a number is below one, or above the number of references.
     """
     if min(wanted) < 1 or max(wanted) > most:
         raise UserError(
@@ -115,38 +118,47 @@ def generate(
     counts: Sequence[int],
     seed: int,
 ) -> Pictures:
-    """What ``subjects.pictures`` asks for, from so many photos each; from another person's; of
-    anybody, where weights belong to people. The same noise for all."""
-    sampler, seen = (
+    """Generates the images of ``subjects.pictures`` for each row, all from the same noise.
+
+    For an adapter, the rows are the numbers of references in `counts`, and another person's photos.
+    For per-person fine-tuning, they are the person, and other people by the same weights.
+
+    Returns:
+      Images in [−1, 1] by row.
+    """
+    sampler, embeddings = (
         subject_sampling.make_run_sampler(run, settings),
         subject_sampling.encode_references(run, photos, subjects),
     )
 
-    def sampled(seen: np.ndarray | None, **changes) -> np.ndarray:
+    def sampled(embeddings: np.ndarray | None, **changes) -> np.ndarray:
         changes |= {"scale": settings.scale, "seed": seed}
-        return subject_sampling.sample_subjects(run, sampler, subjects, seen, **changes)
+        return subject_sampling.sample_subjects(run, sampler, subjects, embeddings, **changes)
 
-    if seen is None:
+    if embeddings is None:
         return {from_(counts[0]): sampled(None), ANYBODY: sampled(None, named=False)}
-    out = {from_(count): sampled(seen, num_references=count) for count in counts}
-    return out | {ANOTHER: sampled(np.roll(seen, 1, axis=0))}
+    out = {from_(count): sampled(embeddings, num_references=count) for count in counts}
+    return out | {ANOTHER: sampled(np.roll(embeddings, 1, axis=0))}
 
 
 def write_pictures(
     out: Path, photos: Photos, subjects: Subjects, pictures: Pictures, crop: float, best: np.ndarray
 ) -> None:
-    """Single pictures, and a grid of the first people: their references and the held-out photo,
-    then a plain picture of each kind, and of the best kind one as on that photo."""
+    """Writes all images, and a grid of the first people.
+
+    The grid shows a person's references and held-out photo, then one image of each row for the
+    plain prompt, and one of `best` for the held-out photo's caption.
+    """
     titles = [TITLES.get(name, name) for name in pictures]
-    for title, found in zip(titles, pictures.values(), strict=True):
+    for title, images_of_row in zip(titles, pictures.values(), strict=True):
         folder = out / title.replace(" ", "_").replace("'", "")
-        for i, picture in enumerate(found):
+        for i, picture in enumerate(images_of_row):
             images.save(Image.fromarray(images.to_uint8(picture)), folder / f"{i:04d}.png")
     size, count, cells = best.shape[1], len(subjects.names), []
     for i in range(min(SHOWN, count)):
         rows = np.array([*subjects.references[i], subjects.held_out[i]])
         real = evaluators.photos_as_pictures(photos, rows, size, crop)
-        plain = [found[i] for found in pictures.values()]
+        plain = [images_of_row[i] for images_of_row in pictures.values()]
         cells.append([images.to_uint8(x) for x in (*real, *plain, best[count + i])])
     blank = [""] * (subjects.references.shape[1] - 1)
     titles = ["references", *blank, "held out", *titles, "as on"]
@@ -154,7 +166,7 @@ def write_pictures(
 
 
 def curve(table: report.Table, counts: Sequence[int], likeness: str) -> str:
-    """Identity by number of photos, beside another person's photos and real ones."""
+    """Plots identity over the number of photos, with another person's and real photos."""
     values: dict[str, Mapping[int, float]] = {
         "samples": {count: table[from_(count)][likeness].value for count in counts}
     }
@@ -165,7 +177,7 @@ def curve(table: report.Table, counts: Sequence[int], likeness: str) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,7 +196,7 @@ def parser() -> argparse.ArgumentParser:
     flags.add_argument("--steps", type=number(settings.STEPS), help="DDIM steps")
     flags.add_argument("--seed", type=number(settings.SEED), default=0, help="of the noise")
     flags.add_argument(
-        "--fid", action="store_true", help="with FID, though of fewer pictures than features"
+        "--fid", action="store_true", help="report FID even for fewer images than features"
     )
     networks.add_flags(flags)
     return flags

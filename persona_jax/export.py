@@ -1,15 +1,15 @@
-"""Hands a run to PyTorch: files that stock diffusers reads.
+"""Exports a run to files that diffusers reads.
 
 python -m persona_jax.export --workdir runs/sa --out exported --format ip-adapter --verify
 python -m persona_jax.export --workdir runs/dreambooth --person ann --out ann --format diffusers
 python -m persona_jax.export --workdir runs/lora --person ann --out ann --format lora
 
-ip-adapter: ip_adapter.safetensors in the published plain layout, and what reads a set of photos, as
-one page of PyTorch (aggregator.py, .json, .safetensors); a resampler in the published Plus layout,
-which needs no more; with --photos also what is made of them, image_embeds.safetensors. diffusers: a
-whole pipeline folder, of a person learnt by heart or of a base. lora: the person's LoRA in PEFT's
-layout. Each with a README.md that says how to use it, and on which base. --verify paints with both
-and compares.
+ip-adapter: ip_adapter.safetensors in the published plain layout, and the aggregator as one page of
+PyTorch (aggregator.py, .json, .safetensors); a resampler is written in the published Plus layout
+alone; with --photos also their aggregated embeddings, image_embeds.safetensors. diffusers: a whole
+pipeline folder, of a fine-tuned person or of a base. lora: the person's LoRA in PEFT's layout. Each
+has a README.md with its base and how to use it. --verify samples with diffusers too and compares
+the latents.
 """
 
 import argparse
@@ -44,10 +44,10 @@ DTYPES = {"float32": np.float32, "float16": np.float16}
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Run → files, which get their place when all are there (and, if asked, verified)."""
+    """Exports a run. The folder gets its name when all files are written (and verified)."""
     workdir, out = buckets.local(arguments.workdir), buckets.local(arguments.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--out {out}: there is something already; name another folder")
+        raise UserError(f"--out {out}: not an empty folder; name another")
     write = {"ip-adapter": write_adapter, "diffusers": write_pipeline, "lora": write_lora}
     refuse_flags_without_use(arguments)
     try:
@@ -58,14 +58,14 @@ def main(arguments: argparse.Namespace) -> None:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
     print(f"written to {out}; {out / 'README.md'} says how to use it")
     if difference is not None:
-        print(f"stock diffusers paints the same: latents differ by {difference:.1e}, relatively")
+        print(f"verified: latents differ from those of diffusers by {difference:.1e}, relatively")
 
 
 def refuse_flags_without_use(arguments: argparse.Namespace) -> None:
-    """Refuses flags that a format has no use for.
+    """Raises an error for flags that a format does not use.
 
     Raises:
-      UserError: names them.
+      UserError: a flag is given that the format does not use; it is named.
     """
     adapters = arguments.format == "ip-adapter"
     flags = ("person",) if adapters else ("bin", "photos", "weights")
@@ -77,7 +77,7 @@ def refuse_flags_without_use(arguments: argparse.Namespace) -> None:
 
 
 def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
-    """An adapter's files."""
+    """Writes an adapter's files; returns the difference from diffusers if it is verified."""
     method = read_config(workdir).get("method")
     if method != "adapter":
         raise UserError(f"--format ip-adapter: {workdir} is a run of {method or 'a base'}")
@@ -94,7 +94,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
         image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
         both = np.stack([adapter.unconditional(image, learnt.blank), image])
-        if learnt.blank is not None:  # photo by photo
+        if learnt.blank is not None:  # Plus has tokens for each photo: drop the axis of sets
             both = both[:, 0]
         tensors.save_tensors({"image_embeds": both}, folder / "image_embeds.safetensors")
     kind, named = learnt.aggregator.kind, bool(arguments.photos)
@@ -106,8 +106,10 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
 
 
 def missing_extractor(run: finished_run.Run) -> dict[str, Any] | None:
-    """What a run's CLIP encoder prepares photos by, where the base's folder does not say: settings
-    of transformers' CLIPImageProcessor."""
+    """Settings of transformers' CLIPImageProcessor for a run's CLIP encoder.
+
+    None if the base's folder contains them, or the pipeline has no image encoder.
+    """
     base, encoder = folders.find(run.config.pipeline), run.pipeline.image_encoder
     if encoder is None or (base / "feature_extractor/preprocessor_config.json").exists():
         return None
@@ -118,16 +120,16 @@ def missing_extractor(run: finished_run.Run) -> dict[str, Any] | None:
 
 
 def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
-    """A pipeline folder."""
+    """Writes a pipeline folder; returns the difference from diffusers if it is verified."""
     config = read_config(workdir)
     if "method" not in config:
         if arguments.person:
-            raise UserError(f"--person {arguments.person}: {workdir} is a base, which knows nobody")
+            raise UserError(f"--person {arguments.person}: {workdir} is a base, without people")
         source = workdir / "pipeline"
         if not (source / "unet").is_dir():
             raise UserError(f"{source}: no finished base there")
         checksums.verify(source, None, "run the training again")
-        unwritten = shutil.ignore_patterns(checksums.NAME)  # what is written here has its own
+        unwritten = shutil.ignore_patterns(checksums.NAME)  # main writes the export's own checksums
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=unwritten)
         if arguments.dtype != "float32":
             cast_towers(folder, DTYPES[arguments.dtype])
@@ -149,7 +151,7 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
 
 
 def cast_towers(folder: Path, dtype: DTypeLike) -> None:
-    """Writes the towers of a pipeline folder once more, in another type."""
+    """Rewrites the towers of a pipeline folder in another dtype."""
     parts = load_pipeline(str(folder))
     for name in TOWERS:
         tower = getattr(parts, name)
@@ -158,7 +160,7 @@ def cast_towers(folder: Path, dtype: DTypeLike) -> None:
 
 
 def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> float | None:
-    """A person's LoRA."""
+    """Writes a person's LoRA; returns the difference from diffusers if it is verified."""
     run, about, towers = open_finetuned(workdir, arguments)
     if run.config.method != "lora":
         raise UserError(f"--format lora: {workdir} is a run of {run.config.method}")
@@ -176,10 +178,13 @@ def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> fl
 def open_finetuned(
     workdir: Path, arguments: argparse.Namespace
 ) -> tuple[finished_run.Run, dict, dict]:
-    """The run, what ``person.json`` says of the person, and their towers.
+    """Opens a run of per-person fine-tuning for ``--person``.
+
+    Returns:
+      The run, the content of ``person.json``, and the person's towers.
 
     Raises:
-      UserError: not such a run, nobody named, or another base.
+      UserError: the run is of another kind, no person is named, or the base is another one.
     """
     config = read_config(workdir)
     if config.get("method") not in finetuning.METHODS:
@@ -188,7 +193,7 @@ def open_finetuned(
             "are exported with --format ip-adapter"
         )
     if not arguments.person:
-        raise UserError(f"--format {arguments.format}: say who, --person NAME")
+        raise UserError(f"--format {arguments.format}: name the person, --person NAME")
     run = finished_run.open_run(workdir)
     towers = finetuning_loop.load_person(workdir, arguments.person, run.pipeline, run.config)
     about = folders.read_json(
@@ -198,7 +203,7 @@ def open_finetuned(
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -212,8 +217,8 @@ def parser() -> argparse.ArgumentParser:
         "--out", type=settings.path, required=True, help="folder to write, new or empty"
     )
     flags.add_argument("--format", required=True, choices=("ip-adapter", "diffusers", "lora"))
-    flags.add_argument("--person", help="who, of a run that learnt people by heart")
-    flags.add_argument("--photos", nargs="+", default=[], help="read them, for image_embeds")
+    flags.add_argument("--person", help="name of the person, for a run of dreambooth or lora")
+    flags.add_argument("--photos", nargs="+", default=[], help="photos to write image_embeds of")
     flags.add_argument(
         "--weights", choices=("ema", "params"), help="running average or last step; ema if there"
     )
@@ -221,13 +226,13 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         choices=tuple(DTYPES),
         default="float32",
-        help="of the weights; an aggregator's and image_embeds stay float32",
+        help="of the weights; aggregator and image_embeds are always float32",
     )
     flags.add_argument(
-        "--bin", action="store_true", help="ip_adapter.bin too, for old readers (takes torch)"
+        "--bin", action="store_true", help="ip_adapter.bin too, for older software (needs torch)"
     )
     flags.add_argument(
-        "--verify", action="store_true", help="paint with stock diffusers too (extra 'torch')"
+        "--verify", action="store_true", help="compare with diffusers (needs the extra 'torch')"
     )
     return flags
 

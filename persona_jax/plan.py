@@ -1,12 +1,13 @@
-"""Says what a training step, or a sampler, needs of a machine: memory, time, the largest batch.
+"""Estimates memory, time and the largest batch of a training step or a sampler.
 
 python -m persona_jax.plan --config configs/sa.py:sd15 --topology v5e:16x16 --batch_per_chip 4
 python -m persona_jax.plan --config configs/sa.py
 
-Compiles the very step that persona_jax.train runs, from shapes alone: no weights, no photos, and
-with --topology no TPU either, only libtpu (pip install -e '.[tpu]'). Without --topology it is for
-the devices of this machine. config.batch_size is of all chips together. What was compiled once is
-kept; Stable Diffusion 1.5 takes minutes. Times are bounds, from the chip's peak rates.
+Compiles the training step of persona_jax.train from shapes alone. It needs no weights, no photos,
+and with --topology no TPU either, only libtpu (pip install -e '.[tpu]'). Without --topology it
+plans for the devices of this machine. config.batch_size is the total of all chips. Results are
+cached; Stable Diffusion 1.5 takes minutes to compile. Times are lower bounds, from the chip's peak
+rates.
 """
 
 import argparse
@@ -34,22 +35,22 @@ EXAMPLES = "v5e:2x2, v5e:16x16, v6e:2x4, v5p:2x2x1, v4:2x2x1"
 
 
 LIBTPU = {
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # no chip is used: others may
-    "TPU_SKIP_MDS_QUERY": "1",  # this may be no cloud's machine; the next two would be asked for
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # other processes may use the TPU: this one does not
+    "TPU_SKIP_MDS_QUERY": "1",  # there may be no metadata server, which would give the next two
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
-"""What libtpu is told by the environment; none of it is about the topology to compile for."""
+"""Environment of libtpu; none of the values affect the topology to compile for."""
 
 
 class Machine(NamedTuple):
     """The devices to plan for.
 
     Attributes:
-      name: for people.
-      devices: those of a topology, or this machine's.
-      chip: facts of one device, or None.
-      links: of each chip that rings use.
+      name: for the report.
+      devices: of a topology, or of this machine.
+      chip: peak rates and memory of one device; None if unknown.
+      links: number of interconnect links of each chip that ring collectives use.
       memory: bytes of each device.
     """
 
@@ -61,7 +62,7 @@ class Machine(NamedTuple):
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Machine → programs of two batch sizes → compiled → a page of numbers."""
+    """Compiles the program for two batch sizes and prints the plan."""
     config = arguments.config
     settings.require(config, {"method": str, "accumulate": int}, "--config")
     machine = topology(arguments.topology) if arguments.topology else this_machine()
@@ -70,13 +71,14 @@ def main(arguments: argparse.Namespace) -> None:
     if not arguments.quick and (other := another_batch(batch, config.accumulate)):
         plans[other] = plan(arguments, machine, other)
     print(page(arguments, machine, batch, plans))
-    if plans[batch].shortage:
+    if shortage(plans[batch], machine):
         raise UserError(advice(config, machine, batch, plans))
 
 
 def batch_per_chip(config: ConfigDict, asked: int | None, chips: int) -> int:
-    """Examples of each chip: as asked for, or ``config.batch_size``'s share, which is rounded up,
-    and said to be, where it does not divide.
+    """Examples per chip: `asked`, or the share of ``config.batch_size``.
+
+    A share that is not a multiple of ``config.accumulate`` is rounded up, and a line is printed.
     """
     if asked is not None:
         return asked
@@ -90,7 +92,7 @@ def batch_per_chip(config: ConfigDict, asked: int | None, chips: int) -> int:
 
 
 def plan(arguments: argparse.Namespace, machine: Machine, batch: int) -> Compiled:
-    """The step or the sampler at `batch` examples a chip, compiled, or remembered.
+    """Compiles the training step or the sampler for `batch` examples per chip; cached on disk.
 
     Raises:
       UserError: see :mod:`persona_jax.planning.abstract`.
@@ -107,16 +109,16 @@ def plan(arguments: argparse.Namespace, machine: Machine, batch: int) -> Compile
 
 
 def topology(name: str) -> Machine:
-    """The devices of a TPU topology, which need not be there.
+    """The devices of a TPU topology, which this machine need not have.
 
     Raises:
-      UserError: no libtpu, or a name that it does not know.
+      UserError: libtpu is not installed, or does not know the name.
     """
-    found = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
-    shape = chips.dimensions(name) if found else ()
-    flat = bool(found) and found[1] in ("v5e", "v6e")
-    # Beyond this libtpu ends the process.
-    if not found or flat == (len(shape) == 3) or (flat and max(shape) > 16):
+    match = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
+    shape = chips.dimensions(name) if match else ()
+    flat = bool(match) and match[1] in ("v5e", "v6e")
+    # libtpu would abort the process for these.
+    if not match or flat == (len(shape) == 3) or (flat and max(shape) > 16):
         raise UserError(f"--topology {name}: not a TPU topology; for example {EXAMPLES}")
     if find_spec("libtpu") is None:
         raise UserError(f"--topology {name}: libtpu is not installed; pip install -e '.[tpu]'")
@@ -127,15 +129,15 @@ def topology(name: str) -> Machine:
 
     try:
         devices = topologies.get_topology_desc(name, platform="tpu").devices
-    except Exception as error:  # of several kinds
+    except Exception as error:  # libtpu raises several kinds
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"--topology {name}: {reason}; for example {EXAMPLES}") from error
-    chip = chips.per_device(chips.CHIPS[found[1]], len(devices), math.prod(shape))
-    return Machine(name, devices, chip, chips.links_used(found[1], shape), chip.hbm)
+    chip = chips.per_device(chips.CHIPS[match[1]], len(devices), math.prod(shape))
+    return Machine(name, devices, chip, chips.links_used(match[1], shape), chip.hbm)
 
 
 def this_machine() -> Machine:
-    """The devices that training would use here."""
+    """The devices that training would use on this machine."""
     initialize_distributed()
     devices = jax.devices()
     chip, name = chips.chip_of(devices[0]), f"{len(devices)} x {devices[0].device_kind}"
@@ -148,7 +150,7 @@ def this_machine() -> Machine:
 
 
 def another_batch(batch: int, accumulate: int) -> int:
-    """A second batch size to draw a line through: half, or twice where there is no half."""
+    """A second batch size for linear extrapolation: half, or twice if there is no half."""
     half = batch // (2 * accumulate) * accumulate
     return half or 2 * batch
 
@@ -156,7 +158,7 @@ def another_batch(batch: int, accumulate: int) -> int:
 def page(
     arguments: argparse.Namespace, machine: Machine, batch: int, plans: dict[int, Compiled]
 ) -> str:
-    """The plan for people to read."""
+    """Formats the plan as text."""
     config, count = arguments.config, len(machine.devices)
     what = f"sampler of {config.sampling.steps} steps" if arguments.sampler else "training step"
     unit = "pictures" if arguments.sampler else "examples"
@@ -166,33 +168,36 @@ def page(
         f"{what}, {machine.name}: {count} devices, mesh data={mesh['data']} fsdp={mesh['fsdp']}, "
         f"{batch * count} {unit} ({batch} a chip), {dtype}"
     ]
-    found = plans[batch]
-    if not found.shortage:
-        lines += memory_lines(found, machine) + work_lines(found, machine, batch, unit)
+    compiled_plan = plans[batch]
+    if not compiled_plan.shortage:
+        lines += memory_lines(compiled_plan, machine) + work_lines(
+            compiled_plan, machine, batch, unit
+        )
     lines += largest_line(plans, machine, config)
     return "\n".join(lines)
 
 
-def memory_lines(found: Compiled, machine: Machine) -> list[str]:
-    """Memory of a chip by kind, against what it has."""
-    parts = [f"{kind} {size / GIB:.2f}" for kind, size in found.memory.items()]
-    total, there = found.total / GIB, machine.memory / GIB
-    share = f" ({found.total / machine.memory:.0%})" if machine.memory < math.inf else ""
+def memory_lines(program: Compiled, machine: Machine) -> list[str]:
+    """Memory used per chip, by kind, and the memory of the chip."""
+    parts = [f"{kind} {size / GIB:.2f}" for kind, size in program.memory.items()]
+    total, there = program.total / GIB, machine.memory / GIB
+    share = f" ({program.total / machine.memory:.0%})" if machine.memory < math.inf else ""
     return [f"memory of a chip, GiB: {total:.2f} of {there:.2f}{share}: {', '.join(parts)}"]
 
 
-def work_lines(found: Compiled, machine: Machine, batch: int, unit: str) -> list[str]:
-    """FLOPs, bytes, collectives, and the time that they take at least."""
+def work_lines(program: Compiled, machine: Machine, batch: int, unit: str) -> list[str]:
+    """FLOPs, bytes and collectives of a chip, with a lower bound of the time."""
     lines = [
-        f"work of a chip: {found.flops / 1e12:.3f} TFLOP, {found.accessed / 1e9:.2f} GB read and "
-        f"written, {sum(c.sent for c in found.collectives) / 1e6:.2f} MB sent"
+        f"work of a chip: {program.flops / 1e12:.3f} TFLOP, "
+        f"{program.accessed / 1e9:.2f} GB read and written, "
+        f"{sum(c.sent for c in program.collectives) / 1e6:.2f} MB sent"
     ]
     lines += [
-        f"  {c.count} {c.kind} among {c.group}: {c.bytes / 1e6:.2f} MB" for c in found.collectives
+        f"  {c.count} {c.kind} among {c.group}: {c.bytes / 1e6:.2f} MB" for c in program.collectives
     ] or ["  no collectives"]
     if machine.chip is None:
         return [*lines, "no peak rates known of this device: no estimate of time"]
-    times = estimate(found, machine)
+    times = estimate(program, machine)
     lines += [
         f"at peak rates: compute {times.compute * 1e3:.2f} ms, memory {times.memory * 1e3:.2f} ms, "
         f"interconnect {times.interconnect * 1e3:.2f} ms",
@@ -200,20 +205,20 @@ def work_lines(found: Compiled, machine: Machine, batch: int, unit: str) -> list
         f"{batch * len(machine.devices) / times.step:.1f} {unit}/s, "
         f"{batch / times.step:.2f} a chip",
     ]
-    if found.optimal_seconds:
-        lines += [f"the compiler's own estimate: {found.optimal_seconds * 1e3:.2f} ms"]
+    if program.optimal_seconds:
+        lines += [f"the compiler's own estimate: {program.optimal_seconds * 1e3:.2f} ms"]
     return lines
 
 
-def estimate(found: Compiled, machine: Machine) -> Roofline:
-    """The roofline of what was compiled on the machine's chips."""
+def estimate(program: Compiled, machine: Machine) -> Roofline:
+    """The roofline estimate of a compiled program on the machine's chips."""
     return chips.roofline(
-        machine.chip, machine.links, found.flops, found.accessed, found.collectives
+        machine.chip, machine.links, program.flops, program.accessed, program.collectives
     )
 
 
 def largest_line(plans: dict[int, Compiled], machine: Machine, config: ConfigDict) -> list[str]:
-    """The largest batch that fits, where two were compiled."""
+    """The largest batch that fits, extrapolated if two batch sizes were compiled."""
     if len(plans) < 2 or machine.memory == math.inf:
         return []
     (few, less), (many, more) = sorted(plans.items())
@@ -225,9 +230,19 @@ def largest_line(plans: dict[int, Compiled], machine: Machine, config: ConfigDic
     ]
 
 
+def shortage(program: Compiled, machine: Machine) -> tuple[float, float] | None:
+    """(bytes needed, bytes of a device) if a program does not fit; else None.
+
+    Compilers for accelerators refuse such a program themselves. That for CPUs does not.
+    """
+    if program.shortage or program.total <= machine.memory:
+        return program.shortage
+    return float(program.total), machine.memory
+
+
 def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Compiled]) -> str:
-    """What is too much, and what to change."""
-    used, there = plans[batch].shortage
+    """The error for too little memory, with the settings to change."""
+    used, there = shortage(plans[batch], machine)
     (few, less), (many, more) = sorted(plans.items()) if len(plans) > 1 else ((0, None),) * 2
     fixed = less.total - few * (more.total - less.total) / (many - few) if less else 0.0
     ways = [f"--batch_per_chip below {batch} (or a smaller --config.batch_size)"]
@@ -246,20 +261,20 @@ def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Co
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = config_parser(__doc__)
     flags.add_argument("--topology", help=f"of TPUs: {EXAMPLES}; this machine if not given")
     flags.add_argument(
         "--batch_per_chip",
         type=number(settings.COUNT),
-        help="in place of config.batch_size, which is of all chips",
+        help="replaces config.batch_size, the total of all chips",
     )
     flags.add_argument("--sampler", action="store_true", help="the sampler, not the training step")
     flags.add_argument("--quick", action="store_true", help="compile once: no largest batch")
     flags.add_argument(
         "--cache",
         type=settings.path,
-        help="folder of what was compiled; data.data_dir/plans if not",
+        help="folder for cached results; default: data.data_dir/plans",
     )
     return flags
 

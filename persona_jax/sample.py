@@ -1,4 +1,4 @@
-"""Paints people: from photos and a prompt, with trained adapters, or learnt by heart.
+"""Generates images of people from photos and a prompt, with adapters or fine-tuned weights.
 
 python -m persona_jax.sample --workdir runs/sa --photos a.jpg b.jpg --prompt "a smiling person"
 python -m persona_jax.sample --workdir runs/dreambooth --person ann --prompt "a smiling person"
@@ -6,10 +6,10 @@ python -m persona_jax.sample --adapter ip-adapter_sd15.safetensors --pipeline FO
 python -m persona_jax.sample --pipeline FOLDER --lora style.safetensors --prompt "a person"
 python -m persona_jax.sample --workdir runs/sa --photos a.jpg --photos b.jpg --mask l.png r.png
 
-Each --photos is one person's; --weights, --scale, --mask, --window and --negative_photos, and runs
-and adapters, are given once for all or once for each, in the same order. Writes OUT/0000.png …,
-OUT/grid.png (references beside samples) and OUT/sample.json, which holds everything needed to
-repeat it. With --attribution, OUT/attribution.png: what each photo gave.
+Each --photos is one person. Runs, adapters, --weights, --scale, --mask, --window and
+--negative_photos are given once for all or once for each, in the same order. Writes OUT/0000.png …,
+OUT/grid.png (references and samples) and OUT/sample.json, which holds all that is needed to repeat
+the call. With --attribution, writes OUT/attribution.png: how much each photo contributed.
 """
 
 import argparse
@@ -35,12 +35,12 @@ from persona_jax.runtime.run_folder import read_run
 from persona_jax.runtime.settings import number
 
 SHOWN = 64
-"""Pictures in the grid."""
+"""Maximal number of images in the grid."""
 FILES = r"\d{4,}\.png|grid\.png|attribution\.png|sample\.json"
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Photos → embeddings → images → files."""
+    """Generates the images and writes all files."""
     check(arguments)
     sets = reference_sets.read_reference_sets(arguments)
     out = outputs.try_folder(arguments.out, "--out", FILES)
@@ -68,10 +68,10 @@ def main(arguments: argparse.Namespace) -> None:
     for warning in job.warnings:
         print(f"warning: {warning}", file=sys.stderr)
 
-    shown, found = write_pictures(out, job.batches()), None
+    shown, result = write_pictures(out, job.batches()), None
     if arguments.attribution:
         size = min(job.num, arguments.batch_size)
-        found = job.attribution(read_pictures(out, job.num, size))
+        result = job.attribution(read_pictures(out, job.num, size))
     record = {
         "runs": [str(buckets.local(x).absolute()) for x in (*arguments.workdir, *arguments.adapter)]
         or [str(Path(arguments.pipeline).absolute())],
@@ -87,7 +87,7 @@ def main(arguments: argparse.Namespace) -> None:
         "batch_size": arguments.batch_size,
         "crop": [one.crop for one in adapters],
         **dataclasses.asdict(job.settings),
-        "attribution": found and found.record(),
+        "attribution": result and result.record(),
     }
     side = pipe.image_size
     images.save_sheet(overview(shown, job.references, side), out / "grid.png")
@@ -95,17 +95,17 @@ def main(arguments: argparse.Namespace) -> None:
     beside = "the photos beside them" if sets else "all"
     beside = beside if job.num <= SHOWN else f"the first {SHOWN}"
     print(f"{job.num} pictures in {out}; {beside} in {out / 'grid.png'}")
-    if found:
-        sheet = attribution.draw(found, job.references[0], side)
+    if result:
+        sheet = attribution.draw(result, job.references[0], side)
         images.save_sheet(sheet, out / "attribution.png")
         print(f"what each photo contributed: {out / 'attribution.png'}")
 
 
 def check(arguments: argparse.Namespace) -> None:
-    """Whether flags go together.
+    """Checks that flags can be combined.
 
     Raises:
-      UserError: says which do not, and what would.
+      UserError: they cannot; it names them and says what to change.
     """
     workdirs, adapters, photos = arguments.workdir, arguments.adapter, arguments.photos
     if arguments.lora_scale and len(arguments.lora_scale) != len(arguments.lora):
@@ -118,17 +118,20 @@ def check(arguments: argparse.Namespace) -> None:
     by_name = [x for x in workdirs if methods[x] in finetuning.METHODS]
     if by_name:
         if len(workdirs) + len(adapters) > 1 or arguments.lora:
-            raise UserError(f"{by_name[0]} is a run of {methods[by_name[0]]}: it paints alone")
+            raise UserError(
+                f"{by_name[0]} is a run of {methods[by_name[0]]}: it cannot be combined with "
+                "others; give one --workdir alone"
+            )
         if not arguments.person or photos:
             raise UserError(
-                f"{by_name[0]} is a run of {methods[by_name[0]]}: give --person, one of those it "
-                "learnt, and no --photos"
+                f"{by_name[0]} is a run of {methods[by_name[0]]}: give --person, one of those in "
+                "its folder people/, and no --photos"
             )
         return
     if arguments.person:
         raise UserError("--person: for a run of dreambooth or lora; adapters take --photos")
     if workdirs and arguments.pipeline:
-        raise UserError("--pipeline: a run has its base; it is for --adapter and --lora alone")
+        raise UserError("--pipeline: only for --adapter and --lora; a run has its own base")
     sources = len(workdirs) + len(adapters)
     if bool(sources) != bool(photos):
         missing = "--photos" if sources else "--workdir or --adapter, for the photos"
@@ -140,7 +143,7 @@ def check(arguments: argparse.Namespace) -> None:
 
 
 def open_pipeline(arguments: argparse.Namespace) -> PersonaPipeline:
-    """The base of the first run, or the one that is named."""
+    """Opens the base of the first run, or the one of ``--pipeline``."""
     base, dtype = arguments.pipeline, "auto"
     if arguments.workdir:
         config = read_run(buckets.local(arguments.workdir[0]))
@@ -149,34 +152,34 @@ def open_pipeline(arguments: argparse.Namespace) -> PersonaPipeline:
 
 
 def sources(arguments: argparse.Namespace) -> list[str]:
-    """Of adapters: runs, then files; none where a run's weights belong to people."""
+    """The adapters' runs, then files; none with ``--person``."""
     return [] if arguments.person else [*arguments.workdir, *arguments.adapter]
 
 
 def lora_factors(arguments: argparse.Namespace) -> list[float]:
-    """How much each LoRA file counts."""
+    """The factor of each LoRA file."""
     return arguments.lora_scale or [1.0] * len(arguments.lora)
 
 
 def write_pictures(out: Path, batches: Iterable[np.ndarray]) -> list[np.ndarray]:
-    """Single PNGs, as they come; the first :data:`SHOWN` pictures."""
+    """Writes images as PNG files, batch by batch; returns the first :data:`SHOWN`."""
     shown: list[np.ndarray] = []
-    for place, picture in enumerate(picture for batch in batches for picture in batch):
-        images.save(Image.fromarray(picture), out / f"{place:04d}.png")
-        if place < SHOWN:
+    for index, picture in enumerate(picture for batch in batches for picture in batch):
+        images.save(Image.fromarray(picture), out / f"{index:04d}.png")
+        if index < SHOWN:
             shown.append(picture)
     return shown
 
 
 def read_pictures(out: Path, num: int, size: int) -> Iterator[np.ndarray]:
-    """The PNGs of :func:`write_pictures` ``[_, S, S, 3]``, `size` at a time."""
+    """Reads the images of :func:`write_pictures` ``[_, S, S, 3]``, `size` at a time."""
     files = [out / f"{number:04d}.png" for number in range(num)]
     for first in range(0, num, size):
         yield np.stack([np.asarray(Image.open(file)) for file in files[first : first + size]])
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -207,15 +210,15 @@ def parser() -> argparse.ArgumentParser:
         type=number(settings.FACTOR),
         nargs="+",
         action="extend",
-        help="how much each counts; 1",
+        help="factor of each; default: 1",
     )
-    flags.add_argument("--image_encoder", help="folder or hub id, where the base has none")
+    flags.add_argument("--image_encoder", help="folder or hub id, if the base has none")
     reference_sets.add_flags(flags)
-    flags.add_argument("--person", help="whom to paint, of those that a DreamBooth or LoRA learnt")
+    flags.add_argument("--person", help="name of a person of a run of dreambooth or lora")
     flags.add_argument("--prompt", type=settings.text, default="a photo of a person")
     flags.add_argument("--negative_prompt", type=settings.text, default="")
-    flags.add_argument("--num", type=number(settings.COUNT), default=4, help="how many pictures")
-    flags.add_argument("--out", type=settings.path, required=True, help="folder for the pictures")
+    flags.add_argument("--num", type=number(settings.COUNT), default=4, help="number of images")
+    flags.add_argument("--out", type=settings.path, required=True, help="folder for the images")
     flags.add_argument("--seed", type=number(settings.SEED), default=0)
     flags.add_argument(
         "--guidance", type=number(settings.GUIDANCE), help="classifier-free guidance"
@@ -231,7 +234,7 @@ def parser() -> argparse.ArgumentParser:
         "--attribution", action="store_true", help="show what each photo contributed"
     )
     flags.add_argument(
-        "--batch_size", type=number(settings.COUNT), default=8, help="pictures painted at once"
+        "--batch_size", type=number(settings.COUNT), default=8, help="images generated at once"
     )
     return flags
 

@@ -1,11 +1,11 @@
-"""Scores a folder of pictures, whoever made them, against a folder of photos: FID, KID and IS.
+"""Scores any folder of images against a folder of photos: FID, KID and IS.
 
 python -m persona_jax.score --pictures out --against photos --inception
 python -m persona_jax.score --pictures out --against photos --pipeline tiny
 
-By Inception v3, with both ways of enlarging pictures, or by the reader of a base of drawn people.
---save FILE keeps the photos' statistics, and --against FILE uses them again; pytorch-fid's .npz
-files will do, for FID (legacy). Which network scored what stands in every column.
+The network is Inception v3, with both ways of resizing, or the trait classifier of a base of drawn
+people; each column names it. --save FILE writes the photos' statistics, and --against FILE reads
+them; pytorch-fid's .npz files work too, for FID (legacy).
 """
 
 import argparse
@@ -30,69 +30,69 @@ from persona_jax.runtime.outputs import try_file
 from persona_jax.runtime.settings import number
 
 AT_ONCE = 2**24
-"""Pixels held in memory, or one picture."""
+"""Maximal pixels held in memory (at least one image is)."""
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Folders → looks → a table of one row."""
+    """Scores the images and prints a table of one row."""
     against, row = buckets.local(arguments.against), {}
     known = reference_statistics.load(against) if against.suffix == ".npz" else {}
-    seen_by = open_networks(arguments)
+    opened = open_networks(arguments)
     if arguments.save:
         try_file(arguments.save, "--save")
     pictures = buckets.local(arguments.pictures)
     for folder in (pictures,) if known else (pictures, against):
         if others := list_pictures(folder)[1]:
             names = some([str(file.relative_to(folder)) for file in others])
-            print(f"{shown(folder)}: passed over, as they are not single pictures: {names}")
-    outputs, real = run_networks(pictures, seen_by), known
+            print(f"{shown(folder)}: ignored, because they are not single images: {names}")
+    outputs, real = run_networks(pictures, opened), known
     if not known:
-        photos = run_networks(against, seen_by)
+        photos = run_networks(against, opened)
         real = {name: reference_statistics.of(found.features) for name, found in photos.items()}
-    for name in seen_by:
+    for name in opened:
         if name not in real:
             print(f"{against}: no statistics by {name}; there are: {', '.join(known)}")
             continue
         row |= report.realism([outputs[name]], real[name], name, arguments.fid, arguments.splits)
     if not row:
-        raise UserError(f"{against}: statistics by none of {', '.join(seen_by)}")
+        raise UserError(f"{against}: statistics by none of {', '.join(opened)}")
     if arguments.save:
         reference_statistics.save(buckets.local(arguments.save), real)
     print(report.markdown({arguments.pictures: row}))
 
 
 def open_networks(arguments: argparse.Namespace) -> dict[str, Network]:
-    """Who looks.
+    """Opens the networks that the flags name.
 
     Raises:
-      UserError: nobody named, or weights that are missing or others.
+      UserError: no network is named, or weights are missing or unknown.
     """
-    found = {}
+    opened = {}
     if arguments.pipeline:
         classifier = trait_classifier.load_trait_classifier(
             folders.find(arguments.pipeline).parent / "reader"
         )
-        found["the reader"] = networks.from_trait_classifier(classifier)
+        opened["the reader"] = networks.from_trait_classifier(classifier)
     if arguments.inception is not None:
         folder = buckets.local(arguments.data_dir) / "weights"
-        found |= networks.inception_networks(
+        opened |= networks.inception_networks(
             arguments.inception, arguments.inception_sha256, folder
         )
-    if not found:
-        raise UserError("name who looks: --inception, or --pipeline of a base of drawn people")
-    return found
+    if not opened:
+        raise UserError("name a network: --inception, or --pipeline of a base of drawn people")
+    return opened
 
 
-def run_networks(folder: Path, seen_by: Mapping[str, Network]) -> dict[str, NetworkOutput]:
-    """What each network makes of all pictures of a folder, which are read once, some at a time.
+def run_networks(folder: Path, opened: Mapping[str, Network]) -> dict[str, NetworkOutput]:
+    """The output of each network for all images of a folder, each of which is read once.
 
-    Features and logits are kept, float32 (KID and FID∞ draw subsets of all): 50,000 pictures take
-    0.6 GB for each Inception.
+    Features and logits are kept in float32, as KID and FID∞ draw subsets of all: 50,000 images take
+    0.6 GB for each Inception network.
     """
     files, start = list_pictures(folder)[0], 0
-    kept: dict[str, dict[str, np.ndarray]] = {name: {} for name in seen_by}
+    kept: dict[str, dict[str, np.ndarray]] = {name: {} for name in opened}
     for part in read_pictures(files):
-        for name, network in seen_by.items():
+        for name, network in opened.items():
             for kind, rows in vars(network(part)).items():
                 if rows is not None:
                     if not start:
@@ -105,11 +105,15 @@ def run_networks(folder: Path, seen_by: Mapping[str, Network]) -> dict[str, Netw
 
 
 def list_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The pictures of a folder and those within, by name; and what else lies there: no pictures,
-    and sheets of several that we drew. Names that begin with a dot are ignored.
+    """Lists the images of a folder and its subfolders, by name.
+
+    Names that begin with a dot are ignored.
+
+    Returns:
+      The images; and the other files, among them sheets of several images written by this package.
 
     Raises:
-      UserError: no folder, none of them is a picture, or one that is called a picture is none.
+      UserError: there is no folder, no image in it, or an image file that cannot be read.
     """
 
     def refuse(error: OSError) -> NoReturn:
@@ -117,26 +121,26 @@ def list_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
         reason = "no such folder" if absent else error.strerror
         raise UserError(f"{shown(error.filename)}: {reason}; expected a folder of pictures")
 
-    found = [Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names]
+    files = [Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names]
     pictures, others = [], []
-    for file in sorted(file for file in found if not file.name.startswith(".")):
-        why = photo_files.refusal(file)
-        if why is None and not images.is_sheet(file):
+    for file in sorted(file for file in files if not file.name.startswith(".")):
+        problem = photo_files.refusal(file)
+        if problem is None and not images.is_sheet(file):
             pictures.append(file)
-        elif why is None or not (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
+        elif problem is None or not (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
             others.append(file)
         else:
-            raise UserError(f"{shown(file)}: not a readable picture ({why})")
+            raise UserError(f"{shown(file)}: not a readable picture ({problem})")
     if not pictures:
         raise UserError(f"{shown(folder)}: no pictures in this folder")
     return pictures, others
 
 
 def read_pictures(files: Sequence[Path]) -> Iterator[Float[np.ndarray, "_ h w 3"]]:
-    """Pictures in [−1, 1], some at a time.
+    """Reads images in [−1, 1], in batches.
 
     Raises:
-      UserError: one that cannot be read, or pictures of several sizes.
+      UserError: an image cannot be read, or the sizes differ.
     """
     first, start = photo_files.load_photo(files[0]), 0
     at_once = max(1, AT_ONCE // (first.width * first.height))
@@ -155,32 +159,32 @@ def read_pictures(files: Sequence[Path]) -> Iterator[Float[np.ndarray, "_ h w 3"
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line."""
+    """Builds the command line."""
     flags = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     flags.add_argument(
-        "--pictures", type=settings.path, required=True, help="folder of the pictures to score"
+        "--pictures", type=settings.path, required=True, help="folder of the images to score"
     )
     flags.add_argument(
         "--against", type=settings.path, required=True, help="folder of photos, or their statistics"
     )
     flags.add_argument("--save", type=settings.path, help="file for the photos' statistics, .npz")
-    flags.add_argument("--pipeline", help="a base with a reader: tiny, or a folder")
+    flags.add_argument("--pipeline", help="a base with a trait classifier: tiny, or a folder")
     networks.add_flags(flags)
     flags.add_argument(
         "--data_dir",
         type=settings.path,
         default="data",
-        help="weights are fetched to weights/ there",
+        help="folder in whose weights/ downloaded weights are kept",
     )
     flags.add_argument(
         "--splits",
         type=number(settings.COUNT),
-        help="of the Inception Score; 10, or as many as there are pictures",
+        help="of the Inception Score; default: 10, or the number of images if that is less",
     )
     flags.add_argument(
-        "--fid", action="store_true", help="with FID, though of fewer pictures than features"
+        "--fid", action="store_true", help="report FID even for fewer images than features"
     )
     return flags
 

@@ -1,11 +1,11 @@
-"""Trains an adapter on sets of photos, each person's photos predicting the one left out.
+"""Trains an adapter (on sets of photos, leaving one out as the target) or fine-tunes per person.
 
 python -m persona_jax.train --config configs/sa.py:lfw --workdir runs/sa
 
 Run the same command again to resume. Writes into WORKDIR: checkpoints/, metrics.jsonl,
-tensorboard/, grids/ (references | target | samples, for people not trained on), example/ (photos
-of one of them, to sample with), config.json. With no steps at all the run is what
---config.init_from names, for persona_jax.evaluate.
+tensorboard/, grids/ (references | target | samples, for people not trained on), example/ (photos of
+one of them, to sample with), config.json. With --config.optimizer.steps=0 the run holds the weights
+of --config.init_from unchanged, for persona_jax.evaluate.
 """
 
 import shlex
@@ -42,7 +42,7 @@ from persona_jax.training.state import init_state, make_optimizer
 
 
 def main(config: ConfigDict, workdir: Path) -> None:
-    """Data, frozen towers, encodings, trainable tree, loop."""
+    """Trains with the method of the config."""
     settings.require(config, {"method": str, "optimizer.steps": int}, "--config")
     if config.method in finetuning.METHODS:
         return finetuning_loop.finetune(config, workdir)
@@ -106,20 +106,21 @@ def main(config: ConfigDict, workdir: Path) -> None:
         write_example(workdir / "example", photos, people, config.references.n)
         run = shlex.quote(str(workdir))
         print(
-            f"{int(state.step)} steps done. Look at {workdir}/grids, then paint someone, with your "
-            f"own photos or these:\n"
+            f"{int(state.step)} steps done. Look at {workdir}/grids, then generate images, from "
+            f"your own photos or these:\n"
             f"  python -m persona_jax.sample --workdir {run} --photos {run}/example/*.png "
             f'--prompt "a photo of a smiling person" --num 8 --out out'
         )
 
 
 def not_trained_on(people: People) -> list[str]:
-    """Whom to show: validation people where there are any, else people trained on."""
+    """The people for grids and examples: validation people, or, if there are none, people trained
+    on."""
     return people.validation or people.train
 
 
 def write_example(folder: Path, photos: Photos, people: People, n: int) -> None:
-    """The references of the grids' first person, as files to sample with."""
+    """Writes the references of the grids' first person as files to sample with."""
     (rows,) = photos_of(photos.people, not_trained_on(people)[:1])
     folder.mkdir(exist_ok=True)
     for i, row in enumerate(rows[:n][:-1]):
@@ -134,17 +135,17 @@ def grid_drawer(
     pipeline: Pipeline,
     encoder: ImageEncoder,
 ):
-    """A callback that paints people not trained on beside their references and target.
+    """Makes a callback that draws samples of people not trained on, with references and target.
 
-    Always the same people, photos, prompts and seeds, so that grids can be compared.
+    People, photos, prompts and seeds are the same at every step, so that grids can be compared.
     """
     grid, n = config.grid, config.references.n
-    shown = not_trained_on(people)[: grid.people]
-    rows = [found[:n] for found in photos_of(photos.people, shown)]
-    targets = [photos.image(found[-1]) for found in rows]
-    references = [[photos.image(row) for row in found[:-1]] for found in rows]
+    chosen = not_trained_on(people)[: grid.people]
+    rows = [rows_of_one[:n] for rows_of_one in photos_of(photos.people, chosen)]
+    targets = [photos.image(rows_of_one[-1]) for rows_of_one in rows]
+    references = [[photos.image(row) for row in rows_of_one[:-1]] for rows_of_one in rows]
     embeddings, weights = as_set([encoder.encode(set_) for set_ in references], n - 1)
-    prompts = [photos.captions[found[-1]] for found in rows]
+    prompts = [photos.captions[rows_of_one[-1]] for rows_of_one in rows]
     ids, _ = pipeline.tokenize([p for p in prompts for _ in range(grid.samples)])
     empty, _ = pipeline.tokenize([""])
     request = generation.make_request(
@@ -175,13 +176,13 @@ def grid_drawer(
         pixels = np.asarray(sampler(frozen, (learnt,), request))
         try:
             generation.refuse_not_finite(pixels, frozen, (learnt,), request)
-        except UserError as error:  # training says itself when it cannot go on
+        except UserError as error:  # training itself stops on a loss that is not finite
             print(f"warning: grid of step {step}: {error}", file=sys.stderr)
-        painted = images.to_uint8(np.nan_to_num(pixels, nan=-1.0))
+        samples = images.to_uint8(np.nan_to_num(pixels, nan=-1.0))
         cells = [
             [*map(square, set_), *[None] * (n - 1 - len(set_)), square(target), *pictures]
             for set_, target, pictures in zip(
-                references, targets, np.split(painted, len(rows)), strict=True
+                references, targets, np.split(samples, len(rows)), strict=True
             )
         ]
         titles = ["references", *[""] * (n - 2), "target", "samples", *[""] * (grid.samples - 1)]
@@ -195,13 +196,20 @@ def grid_drawer(
 
 
 def as_set(embeddings: Sequence[np.ndarray], slots: int) -> tuple[np.ndarray, np.ndarray]:
-    """Sets of embeddings ``[n_i, D]`` as one array with a mask: ``[B, N, D]`` and ``[B, N]``;
-    patches have one axis more."""
-    out = np.zeros((len(embeddings), slots, *embeddings[0].shape[1:]), np.float32)
+    """Pads sets of embeddings to one array with a mask.
+
+    Args:
+      embeddings: of each set ``[n_i, D]``, or of patches ``[n_i, L, D]``.
+      slots: N.
+
+    Returns:
+      Embeddings ``[B, N, D]`` or ``[B, N, L, D]``, and the mask ``[B, N]``.
+    """
+    padded = np.zeros((len(embeddings), slots, *embeddings[0].shape[1:]), np.float32)
     mask = np.zeros((len(embeddings), slots), np.float32)
-    for i, found in enumerate(embeddings):
-        out[i, : len(found)], mask[i, : len(found)] = found, 1.0
-    return out, mask
+    for i, embedded in enumerate(embeddings):
+        padded[i, : len(embedded)], mask[i, : len(embedded)] = embedded, 1.0
+    return padded, mask
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Eight CPU devices, exact matmuls, and shapes checked at run time, for every test."""
+"""Settings of all tests: eight CPU devices, exact matmuls, shapes checked at run time."""
 
 import os
 import sys
@@ -10,9 +10,9 @@ os.environ.setdefault("XLA_FLAGS", "")
 if "xla_force_host_platform_device_count" not in os.environ["XLA_FLAGS"]:
     os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 if "--slow" not in sys.argv and "xla_backend_optimization_level" not in os.environ["XLA_FLAGS"]:
-    # Small tests spend their time compiling; full-size ones, running.
+    # Small tests spend most time compiling, full-size ones running.
     os.environ["XLA_FLAGS"] += " --xla_backend_optimization_level=0"
-    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # a third of the time
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"  # tests take a third
 
 import jax
 import pytest
@@ -23,8 +23,8 @@ jax.config.update("jax_default_matmul_precision", "highest")
 
 
 @pytest.fixture(autouse=True, scope="module")
-def compiled_programs_are_dropped_where_they_are_many():
-    """Those of hundreds of tests take gigabytes, which a small machine has not twice."""
+def clear_compiled_programs_when_memory_is_short():
+    """Compiled programs take gigabytes; they are cleared between modules."""
     yield
     if _resident() > 3 * 2**30:
         from persona_jax.runtime import memory
@@ -34,7 +34,7 @@ def compiled_programs_are_dropped_where_they_are_many():
 
 
 def _resident() -> int:
-    """Bytes of memory that this process has now; 0 where nobody says."""
+    """Returns this process's resident memory in bytes; 0 if the system does not report it."""
     pages = Path("/proc/self/statm")
     return int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if pages.exists() else 0
 

@@ -1,7 +1,7 @@
-"""Rounds of random input with hypothesis: the same ones every time, and more on request.
+"""Rounds of random input with hypothesis: fixed seeds, and further ones on request.
 
-``PERSONA_FUZZ_SECONDS=3600 pytest tests/test_fuzz.py -k json_of_any`` goes on for an hour with
-further seeds; a failure names its seed, which is then added to the test's, to stay mended.
+``PERSONA_FUZZ_SECONDS=3600 pytest tests/test_fuzz.py -k json_of_any`` runs further seeds for an
+hour. A failure names its seed; add it to the test's seeds after the fix.
 """
 
 import itertools
@@ -22,7 +22,7 @@ def rounds(
     seeds: Iterable[int] = (0,),
     examples: int = 150,
 ) -> None:
-    """Calls `check` with inputs of each seed, none of which may take ten seconds."""
+    """Calls `check` with inputs of each seed; a call may take ten seconds at most."""
     end = time.monotonic() + SECONDS
     further = itertools.count(1000)
     for seed in itertools.chain(
@@ -49,7 +49,7 @@ def rounds(
 
 
 def refusal(error: Exception) -> None:
-    """Checks that an error is a line for users: short, and fit for any terminal."""
+    """Checks that an error message is a short printable line."""
     text = str(error)
     assert 0 < len(text) < 500, len(text)
     assert text.isprintable(), text
@@ -58,7 +58,7 @@ def refusal(error: Exception) -> None:
 
 @st.composite
 def damaged(draw: st.DrawFn, files: list[bytes]) -> bytes:
-    """One of some files, with a few bytes changed, cut, repeated, or taken from another."""
+    """Draws one of the files, with a few bytes changed, cut, repeated, or taken from another."""
     data = bytearray(draw(st.sampled_from(files)))
     for _ in range(draw(st.integers(1, 4))):
         at = draw(st.integers(0, max(len(data) - 1, 0)))

@@ -1,4 +1,4 @@
-"""The benchmark: both sides do the same work, and a table comes of it."""
+"""The benchmark: both sides do the same work, and it prints a table."""
 
 import re
 import sys
@@ -18,7 +18,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("towers")
 
 
-def test_a_table_comes_of_it(folder, capsys):
+def test_it_writes_a_table(folder, capsys):
     argv = ["--what", "matmul", "clip", "--repeats", "2", "--folder", str(folder)]
     benchmark.main(benchmark.parser().parse_args([*argv, "--out", str(folder / "RESULTS.md")]))
     table = (folder / "RESULTS.md").read_text()
@@ -30,7 +30,7 @@ def test_a_table_comes_of_it(folder, capsys):
         assert len(first.split("/")) == len(peak.split("/")) == 2
 
 
-def test_both_sides_work_on_as_many_pictures_as_are_asked_for(folder):
+def test_both_sides_use_the_requested_batch_size(folder):
     small = sizes.size_of("small", 2, 1)
     assert (small.batch, small.steps) == (2, 1)
     assert sizes.size_of("small").batch == 16
@@ -42,7 +42,7 @@ def test_both_sides_work_on_as_many_pictures_as_are_asked_for(folder):
     assert twice == 2 * once > 0
 
 
-def test_pytorch_counts_a_matrix_product_as_everybody_does(folder):
+def test_flops_of_a_matrix_product(folder):
     work = theirs.make("matmul", sizes.size_of("small"), folder, "float32")
     assert theirs.count(work) == 2 * sizes.MATRIX["cpu"] ** 3
     assert theirs.device_memory() is None

@@ -1,4 +1,4 @@
-"""The comparison as a user runs it, at the smallest size: random towers, a random reader."""
+"""The comparison as a user runs it, at the smallest size: random towers and trait classifier."""
 
 import json
 
@@ -18,7 +18,7 @@ from persona_jax.runtime.run_folder import write_run_files
 
 @pytest.fixture(scope="module")
 def small_configs(tmp_path_factory):
-    """A folder of configs, each a few steps on a random base of 16 pixels."""
+    """A folder of configs that train a few steps on a random base of 16 pixels."""
     folder = tmp_path_factory.mktemp("world")
     torch_models.write_pipeline(folder / "base/pipeline")
     params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
@@ -79,17 +79,17 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     for row in table.values():
         error = row["error of the traits ↓"]
         assert f"{error['value']:.3f} ({error['low']:.3f} to {error['high']:.3f})" in printed
-        assert row["IS, 4 splits (the reader) ↑"] == pytest.approx(1.0)  # a picture a split
+        assert row["IS, 4 splits (the reader) ↑"] == pytest.approx(1.0)  # one picture per split
     assert table["sa"]["diversity"] > 0
-    # Four photos a person: three references; two pictures of each method.
+    # Four photos per person: three references; two pictures of each method.
     assert Image.open(tmp_path / "grid.png").size[0] == (4 + 2 * len(methods)) * 18 + 2
     assert "<table>" in (tmp_path / "report.html").read_text()
 
-    # Again, nothing is trained or painted anew, and the table is the same.
+    # Run again, it trains and samples nothing, and the table is the same.
     run_compare(*flags)
     again = capsys.readouterr().out
-    assert "painting" in printed
-    assert "painting" not in again
+    assert "generating" in printed
+    assert "generating" not in again
     assert "training /" not in again
     assert json.loads((tmp_path / "table.json").read_text()) == table
     with pytest.raises(SystemExit):
@@ -116,15 +116,15 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
 
 
 @pytest.mark.parametrize(
-    ("best", "found"), [(1.0, 1.0), (2.0, 2.0), (0.25, 0.25), (64.0, 8.0), (0.01, 0.125)]
+    ("best", "chosen"), [(1.0, 1.0), (2.0, 2.0), (0.25, 0.25), (64.0, 8.0), (0.01, 0.125)]
 )
-def test_choices_walk_downhill_three_doublings_at_most(best, found):
+def test_choices_descend_by_at_most_three_doublings(best, chosen):
     start = {"rate": 1.0, "steps": 9}
 
     def loss(choice):
         return abs(np.log(choice["rate"] / best))
 
-    assert compare._walk(start, "rate", (2.0, 0.5), loss) == {"rate": found, "steps": 9}
+    assert compare._walk(start, "rate", (2.0, 0.5), loss) == {"rate": chosen, "steps": 9}
     fewer = compare._walk(start, "steps", (0.5,), lambda choice: choice["steps"])
     assert fewer == {"rate": 1.0, "steps": 1}
 
@@ -132,7 +132,7 @@ def test_choices_walk_downhill_three_doublings_at_most(best, found):
 @pytest.mark.parametrize(
     ("flags", "word"),
     [
-        (["--methods", "ip"], "sa among them"),
+        (["--methods", "ip"], "with sa"),
         (["--methods", "sa", "gan"], "gan"),
         (["--people", "5", "--methods", "sa"], "5 people: a multiple of 5, 2 to 4"),
         (["--seeds", "0"], "--seeds: '0'"),

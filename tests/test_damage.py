@@ -1,4 +1,4 @@
-"""Damaged and strangely named places: refused in a line, or used as they are; never used wrong."""
+"""Damaged files are refused in one line; unusual folder names are used as they are."""
 
 import os
 import shutil
@@ -28,7 +28,7 @@ from persona_jax.runtime.run_folder import write_run_files
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory) -> Path:
-    """People, a random base, runs and exports of them, all below a folder named like a pattern."""
+    """People, a random base, runs and exports, all in a folder whose name looks like a glob."""
     root = tmp_path_factory.mktemp("damage") / "mine [1]"
     write_people(root / "people", people=3)
     torch_models.write_pipeline(root / "base")
@@ -53,8 +53,8 @@ def run(module, workdir, out, *flags) -> None:
     run_with_arguments(module.parser(), module.main, list(map(str, argv)))
 
 
-def readers(world: Path) -> dict:
-    """By folder: what reads it, and the names of what is read there."""
+def loaders(world: Path) -> dict:
+    """Returns, by folder, the function that loads it and the names of the files it reads."""
     base = str(world / "base")
 
     def person(method):
@@ -82,7 +82,7 @@ def readers(world: Path) -> dict:
 
 def test_no_flipped_bit_of_a_person_or_an_export_is_read(world):
     random, flips = np.random.default_rng(0), 0
-    for folder, (read, names) in readers(world).items():
+    for folder, (read, names) in loaders(world).items():
         files = [p for p in sorted((world / folder).rglob("*")) if p.is_file()]
         files = [p for p in files if p.relative_to(world / folder).as_posix().startswith(names)]
         assert files
@@ -114,7 +114,7 @@ os.umask(UMASK)
 
 
 def test_training_and_sampling_below_a_folder_named_like_a_pattern(world, tmp_path):
-    """Data, encodings, checkpoints, people; each read back, and training goes on."""
+    """Data, encodings, checkpoints and people are read back, and training resumes."""
     (world / "people/person_0").rename(world / "people/person [0]")
     config = adapter_config("sa", world / "people", world / "data", world / "base")
     train.main(config, world / "trained")
@@ -154,7 +154,7 @@ def test_a_damaged_built_dataset_is_built_again(tmp_path, capsys, content):
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "empty", "shape"])
-def test_damaged_class_pictures_are_painted_again(world, tmp_path, capsys, damage):
+def test_damaged_class_pictures_are_generated_again(world, tmp_path, capsys, damage):
     config = config_of("lora", "tiny")
     config.pipeline, config.captions = str(world / "base"), False
     use_people(config, world / "people", tmp_path)
@@ -176,21 +176,21 @@ def test_damaged_class_pictures_are_painted_again(world, tmp_path, capsys, damag
     else:
         file.write_bytes({"flip": flipped, "cut": data[:200], "empty": b""}[damage])
     np.testing.assert_array_equal(latents(), whole)
-    assert "painting again" in capsys.readouterr().out
+    assert "generating them again" in capsys.readouterr().out
     latents()
-    assert "painting" not in capsys.readouterr().out
+    assert "generating" not in capsys.readouterr().out
 
 
-def test_what_is_not_finite_is_told_and_not_painted(world, tmp_path, capsys):
-    """NaN in the base, in a person's update, in an export; a LoRA beyond any number."""
+def test_values_that_are_not_finite_are_errors_and_give_no_pictures(world, tmp_path, capsys):
+    """NaN in the base, in a person's update, in an export; huge numbers in a LoRA."""
     shutil.copytree(world / "base", tmp_path / "base")
     for tower, name in (("unet", "diffusion_pytorch_model"), ("vae", "diffusion_pytorch_model")):
         file = tmp_path / "base" / tower / f"{name}.safetensors"
         good = file.read_bytes()
         tensors = load_file(file)
         save_file({k: np.full_like(v, np.nan) for k, v in tensors.items()}, file, {"format": "pt"})
-        told = refusal(capsys, "--pipeline", tmp_path / "base", "--out", tmp_path / "out")
-        assert f"what was sampled is not finite: {tower}." in told
+        message = refusal(capsys, "--pipeline", tmp_path / "base", "--out", tmp_path / "out")
+        assert f"what was sampled is not finite: {tower}." in message
         file.write_bytes(good)
     shutil.copytree(world / "sa-out", tmp_path / "sa")
     (tmp_path / "sa" / checksums.NAME).unlink()
@@ -199,13 +199,15 @@ def test_what_is_not_finite_is_told_and_not_painted(world, tmp_path, capsys):
     save_file({k: np.full_like(v, np.nan) for k, v in good.items()}, file, {"format": "pt"})
     photos = ["--photos", world / "people/person_1/0.png"]
     base = ["--pipeline", world / "base"]
-    told = refusal(capsys, "--adapter", tmp_path / "sa", *base, *photos, "--out", tmp_path / "out")
-    assert "is not finite, which no aggregator has" in told
+    message = refusal(
+        capsys, "--adapter", tmp_path / "sa", *base, *photos, "--out", tmp_path / "out"
+    )
+    assert "is not finite, which no aggregator has" in message
     file = tmp_path / "huge.safetensors"
     huge = load_file(world / "lora-out/pytorch_lora_weights.safetensors")
     save_file({k: np.full_like(v, 3e38) for k, v in huge.items()}, file, {"format": "pt"})
-    told = refusal(capsys, *base, "--lora", file, "--out", tmp_path / "out")
-    assert "which no LoRA has" in told
+    message = refusal(capsys, *base, "--lora", file, "--out", tmp_path / "out")
+    assert "which no LoRA has" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -222,12 +224,12 @@ def test_what_is_not_finite_is_told_and_not_painted(world, tmp_path, capsys):
     ],
 )
 def test_flags_out_of_range_are_a_line(world, tmp_path, capsys, flags, expected):
-    told = refusal(capsys, "--pipeline", world / "base", "--out", tmp_path / "out", *flags)
-    assert expected in told
+    message = refusal(capsys, "--pipeline", world / "base", "--out", tmp_path / "out", *flags)
+    assert expected in message
 
 
 def refusal(capsys, *argv) -> str:
-    """The line in which sampling is refused."""
+    """Returns the error line of a refused sampling command."""
     argv = ["sample", *map(str, argv)]
     if "--num" not in argv:
         argv += ["--num", "1", "--steps", "2"] if "--steps" not in argv else ["--num", "1"]
@@ -235,8 +237,8 @@ def refusal(capsys, *argv) -> str:
     with pytest.raises(SystemExit) as stop:
         run_with_arguments(sample.parser(), sample.main, argv)
     assert stop.value.code == 2
-    told = capsys.readouterr().err
-    assert told.startswith("error: ")
-    assert told.count("\n") == 1
-    assert len(told) < 500
-    return told
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    assert len(message) < 500
+    return message

@@ -38,7 +38,7 @@ def run(flags: list[str], *more: str) -> None:
 
 
 def test_parts_are_all_that_training_needs(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(encodings, "SHARD", 5)  # of sixteen photos, four shards
+    monkeypatch.setattr(encodings, "SHARD", 5)  # 16 photos in four shards
     run(flags, "--part", "2/3")
     assert "part 2 of 3 is done, 1 of 4 shards are here" in capsys.readouterr().out
     run(flags, "--part", "1/3")
@@ -61,4 +61,4 @@ def test_wrong_parts(flags, part, capsys):
 def test_only_adapters_photos(flags, capsys):
     with pytest.raises(SystemExit):
         run(["--config", str(ROOT / "configs/lora.py")])
-    assert "only adapters' photos are encoded ahead" in capsys.readouterr().err
+    assert "photos are encoded for adapters only" in capsys.readouterr().err

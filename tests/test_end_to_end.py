@@ -1,4 +1,4 @@
-"""The main job as a user runs it, at the smallest size: base, adapter, pictures, mistakes."""
+"""The main commands as a user runs them, at the smallest size: base, adapter, pictures, errors."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
     return people, data_dir, pipeline, root / "sa"
 
 
-def paint(world, out, *flags: str, photos: int = 3) -> None:
+def generate(world, out, *flags: str, photos: int = 3) -> None:
     people, _, _, workdir = world
     chosen = [str(people / "person_0" / f"{i}.png") for i in range(photos)]
     argv = ["sample", "--workdir", str(workdir), "--out", str(out), "--steps", "2"]
@@ -74,10 +74,10 @@ def test_stock_diffusers_opens_the_base(world):
 
 
 def test_sampling_repeats_and_more_pictures_change_none(world, tmp_path):
-    paint(world, tmp_path / "a", "--num", "2", "--seed", "5")
-    paint(world, tmp_path / "b", "--num", "2", "--seed", "5")
-    paint(world, tmp_path / "c", "--num", "3", "--batch_size", "2", "--seed", "5")
-    paint(world, tmp_path / "d", "--num", "2", "--seed", "6")
+    generate(world, tmp_path / "a", "--num", "2", "--seed", "5")
+    generate(world, tmp_path / "b", "--num", "2", "--seed", "5")
+    generate(world, tmp_path / "c", "--num", "3", "--batch_size", "2", "--seed", "5")
+    generate(world, tmp_path / "d", "--num", "2", "--seed", "6")
     first = [(tmp_path / run / "0000.png").read_bytes() for run in "abcd"]
     assert first[0] == first[1] == first[2]
     assert first[0] != first[3]
@@ -90,33 +90,35 @@ def test_sampling_repeats_and_more_pictures_change_none(world, tmp_path):
 
 
 def test_weight_zero_is_leaving_the_photo_out(world, tmp_path):
-    paint(world, tmp_path / "a", "--weights", "1", "1", "0", "--num", "1")
-    paint(world, tmp_path / "b", "--weights", "1", "1", "--num", "1", photos=2)
+    generate(world, tmp_path / "a", "--weights", "1", "1", "0", "--num", "1")
+    generate(world, tmp_path / "b", "--weights", "1", "1", "--num", "1", photos=2)
     a, b = (np.asarray(Image.open(tmp_path / run / "0000.png"), int) for run in "ab")
     assert abs(a - b).max() <= 1
 
 
 def test_attribution_weighs_the_photos_and_leaves_each_out(world, tmp_path):
     flags = ["--num", "2", "--weights", "1", "2", "0"]
-    paint(world, tmp_path / "a", *flags, "--attribution")
-    found = json.loads((tmp_path / "a" / "sample.json").read_text())["attribution"]
-    # A fresh query of zeros attends to each by its weight; three steps hardly change that.
-    np.testing.assert_allclose(found["shares"], [1 / 3, 2 / 3, 0], atol=0.05)
-    np.testing.assert_allclose(np.mean(found["heads"], axis=0), found["shares"], atol=1e-3)
-    assert found["influence"][2] is None
-    assert all(moved >= 0 for moved in found["influence"][:2])
+    generate(world, tmp_path / "a", *flags, "--attribution")
+    attribution = json.loads((tmp_path / "a" / "sample.json").read_text())["attribution"]
+    # A query of zeros attends to each photo by its weight; three steps hardly change that.
+    np.testing.assert_allclose(attribution["shares"], [1 / 3, 2 / 3, 0], atol=0.05)
+    np.testing.assert_allclose(
+        np.mean(attribution["heads"], axis=0), attribution["shares"], atol=1e-3
+    )
+    assert attribution["influence"][2] is None
+    assert all(moved >= 0 for moved in attribution["influence"][:2])
     assert Image.open(tmp_path / "a" / "attribution.png").size == (3 * 98 + 2, 2 * 98 + 16)
 
 
 def test_attribution_of_one_photo_is_refused(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
-        paint(world, tmp_path, "--attribution", "--num", "1", photos=1)
+        generate(world, tmp_path, "--attribution", "--num", "1", photos=1)
     assert stop.value.code == 2
     assert "two photos or more" in capsys.readouterr().err
 
 
 def test_long_prompt_is_cut_with_a_warning(world, tmp_path, capsys):
-    paint(world, tmp_path / "a", "--num", "1", "--prompt", "very " * 100 + "long")
+    generate(world, tmp_path / "a", "--num", "1", "--prompt", "very " * 100 + "long")
     assert "cut to 77" in capsys.readouterr().err
 
 
@@ -133,7 +135,7 @@ def test_long_prompt_is_cut_with_a_warning(world, tmp_path, capsys):
 )
 def test_wrong_flags_are_one_line(world, tmp_path, capsys, flags, word):
     with pytest.raises(SystemExit) as stop:
-        paint(world, tmp_path, *flags)
+        generate(world, tmp_path, *flags)
     assert stop.value.code == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("error: ")
@@ -225,7 +227,7 @@ assert not bad, bad
 
 
 def test_overfits_one_batch(world):
-    """The whole adapter learns one fixed batch: loss far below that of the start."""
+    """The adapter overfits one fixed batch: its loss falls far below the initial one."""
     from persona_jax.methods import adapter_training
     from persona_jax.pipelines.image_encoders import open_image_encoder
     from persona_jax.pipelines.pipeline import open_pipeline
@@ -256,7 +258,7 @@ def test_overfits_one_batch(world):
 
     @jax.jit
     def step(params, state, frozen, batch):
-        # Always step 0: the same noise at the same diffusion steps.
+        # Always step 0, for the same noise and timesteps.
         (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, frozen, batch, 0)
         updates, state = optimizer.update(grads, state, params)
         return jax.tree.map(lambda p, u: p + u, params, updates), state, loss
@@ -311,7 +313,7 @@ def test_a_step_is_the_same_on_every_mesh(world):
     for sizes in ((8, 1), (4, 2), (1, 8)):
         other_loss, other = after_one_step(make_mesh(*sizes))
         assert other_loss == pytest.approx(loss, rel=1e-5)
-        # Adam's first step is ±learning rate: a gradient of rounding size may change its sign.
+        # Adam's first step is ±learning rate: gradients near 0 may differ in sign through rounding.
         moved = [np.abs(a - b).max() for a, b in zip(params, other, strict=True)]
         assert max(moved) < 1e-4
 

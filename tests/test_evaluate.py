@@ -1,4 +1,4 @@
-"""Evaluation where nobody knows the truth in numbers."""
+"""Evaluation of real people, whose traits are not known as numbers."""
 
 import json
 
@@ -12,7 +12,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 
 def test_real_people_are_evaluated_by_their_faces(tmp_path, monkeypatch, capsys):
-    """With a judge whose encoder knows colours, in the place of dlib's."""
+    """Uses an evaluator that encodes colours in place of dlib's."""
 
     def colours(pictures: np.ndarray) -> np.ndarray:
         flat = pictures.reshape(len(pictures), -1)

@@ -1,4 +1,4 @@
-"""Exports end in stock diffusers: what is written there paints what we paint."""
+"""Exports, loaded by stock diffusers, generate the pictures that persona_jax generates."""
 
 import json
 import re
@@ -28,7 +28,7 @@ from persona_jax.runtime.run_folder import write_run_files
 
 
 def write_person(config, workdir) -> None:
-    """The same where weights belong to people: ann's."""
+    """Writes a run of per-person fine-tuning with one finished person, ann."""
     parts = open_pipeline(config)
     (learnt,) = [finetuning.init(config, parts, jax.random.split(jax.random.key(0), 1))]
     write_run_files(workdir, config)
@@ -65,12 +65,12 @@ def run_export(world, name: str, out, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
-def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
+def test_an_adapter_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "a" / "out"
     flags = ["--format", "ip-adapter", "--verify", "--bin", "--photos", *photos]
     run_export(world, name, out, *flags)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     files = {"README.md", "aggregator.json", "aggregator.py", "image_embeds.safetensors"}
     files |= {checksums.NAME}
     files |= {"ip_adapter.safetensors", "ip_adapter.bin"}
@@ -91,18 +91,18 @@ def test_an_adapter_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, 
 
     flat = load_file(out / "ip_adapter.safetensors")
     nested = torch.load(out / "ip_adapter.bin", weights_only=True)
-    assert {f"{part}.{key}" for part, found in nested.items() for key in found} == set(flat)
+    assert {f"{part}.{key}" for part, tensors in nested.items() for key in tensors} == set(flat)
     key = "ip_adapter.1.to_k_ip.weight"
     np.testing.assert_array_equal(nested["ip_adapter"]["1.to_k_ip.weight"], flat[key])
 
 
 @pytest.mark.parametrize("name", ["resampler", "plus"])
-def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
-    """1, 3 and 9 references; the unconditional branch depends on how many there are."""
+def test_a_resampler_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name):
+    """Checks 1, 3 and 9 references; the unconditional branch depends on their number."""
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     out = tmp_path / "out"
     run_export(world, name, out, "--format", "ip-adapter", "--verify", "--photos", *photos)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     assert {p.name for p in out.iterdir()} == {
         "README.md", "aggregator.json", "checksums.json", "image_embeds.safetensors",
         "ip_adapter.safetensors",
@@ -118,7 +118,7 @@ def test_a_resampler_paints_the_same_in_stock_diffusers(world, tmp_path, capsys,
 
 
 def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
-    """Photos themselves, and no picture for the unconditional branch."""
+    """Stock diffusers gets the photos, and no picture for the unconditional branch."""
     run_export(world, "plus", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     assert run.adapter.aggregator.kind == "plus"
@@ -136,7 +136,7 @@ def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["max", "sa", "resampler", "plus"])
-def test_what_was_exported_paints_the_same_again_here(world, tmp_path, name):
+def test_an_export_generates_the_same_here(world, tmp_path, name):
     run_export(world, name, tmp_path / "out", "--format", "ip-adapter")
     photos = [str(world / f"people/person_0/{i}.png") for i in range(3)]
     base = ["--pipeline", str(world / "base")]
@@ -152,7 +152,7 @@ def test_what_was_exported_paints_the_same_again_here(world, tmp_path, name):
 
 
 def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
-    """Several photos under one softmax."""
+    """Several photos share one softmax."""
     run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     seen = run.encoder.encode([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
@@ -189,7 +189,7 @@ BASE = ["--pipeline", "{world}/base"]
         ([*PLAIN, *BASE, "--mask", "{world}/none.png"], "not a readable picture"),
         ([*PLAIN, "{tmp}/out", *BASE], "2 runs and adapters for 1 --photos"),
         ([*PLAIN, *BASE, "--person", "ann"], "--person"),
-        ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: a run has its base"),
+        ([*PLAIN, *BASE, "--workdir", "{world}/sa"], "--pipeline: only for --adapter"),
         ([*BASE], "give --workdir or --adapter, for the photos"),
         ([*PLAIN, *BASE, "--lora", "{world}/none.safetensors"], "no such file"),
     ],
@@ -211,18 +211,18 @@ def test_running_average_or_last_step(world, tmp_path):
         out = tmp_path / which
         run_export(world, "avg", out, "--format", "ip-adapter", "--weights", which)
         bias = load_params(world / "avg/checkpoints", which)["image_proj"]["norm"]["bias"]
-        found = load_file(out / "ip_adapter.safetensors")["image_proj.norm.bias"]
-        np.testing.assert_array_equal(found, bias)
+        written = load_file(out / "ip_adapter.safetensors")["image_proj.norm.bias"]
+        np.testing.assert_array_equal(written, bias)
     assert (out / "README.md").exists()
 
 
 @pytest.mark.parametrize(
     ("name", "form"), [("dreambooth", "diffusers"), ("lora", "lora"), ("lora", "diffusers")]
 )
-def test_a_person_is_painted_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
+def test_a_person_generates_the_same_in_stock_diffusers(world, tmp_path, capsys, name, form):
     flags = ["--format", form, "--person", "ann", "--verify"]
     run_export(world, name, tmp_path / "out", *flags)
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
     assert 'Call this person "sks person"' in (tmp_path / "out/README.md").read_text()
     if form == "lora":  # in a person's folder, too
         with safe_open(world / name / "people/ann" / FILE, framework="numpy") as handle:
@@ -235,7 +235,7 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
     config = config_of("base", "lfw").to_dict()
     (base / "config.json").write_text(json.dumps(config))
     run_export(tmp_path, "base", tmp_path / "out", "--format", "diffusers", "--verify")
-    assert "stock diffusers paints the same" in capsys.readouterr().out
+    assert "verified: latents differ" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -243,7 +243,7 @@ def test_a_base_is_exported_whole(world, tmp_path, capsys):
     [
         ("dreambooth", ["--format", "ip-adapter"], "is a run of dreambooth"),
         ("sa", ["--format", "diffusers"], "adapters are exported with --format ip-adapter"),
-        ("dreambooth", ["--format", "diffusers"], "say who"),
+        ("dreambooth", ["--format", "diffusers"], "name the person"),
         ("dreambooth", ["--format", "lora", "--person", "ann"], "is a run of dreambooth"),
         ("lora", ["--format", "lora", "--person", "nobody"], "no such person"),
         ("sa", ["--format", "ip-adapter", "--photos", "nowhere.png"], "nowhere.png"),
@@ -282,15 +282,15 @@ def test_half_precision_is_written_where_it_is_asked_for(world, tmp_path, name, 
     files -= {tmp_path / "out/aggregator.safetensors"}
     assert files
     for file in files:
-        found = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
-        assert found == {np.dtype("float16")}, file
+        dtypes = {x.dtype for key, x in load_file(file).items() if not key.endswith("alpha")}
+        assert dtypes == {np.dtype("float16")}, file
     assert checksums.fault(tmp_path / "out") is None
     if form == "diffusers":
         torch_models.open_diffusers(tmp_path / "out")
 
 
 def write_base(world, workdir) -> None:
-    """A finished run of pretrain."""
+    """Writes a finished run of pretrain."""
     shutil.copytree(world / "base", workdir / "pipeline")
     checksums.write(workdir / "pipeline")
     config = config_of("base", "lfw").to_dict()
@@ -307,11 +307,11 @@ def test_a_damaged_base_is_not_exported(world, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_what_is_there_is_left_alone(world, tmp_path, capsys):
+def test_existing_files_are_left_alone(world, tmp_path, capsys):
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         run_export(world, "avg", tmp_path, "--format", "ip-adapter")
-    assert "there is something already" in capsys.readouterr().err
+    assert "not an empty folder" in capsys.readouterr().err
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
 
 

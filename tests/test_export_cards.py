@@ -1,4 +1,4 @@
-"""The code of exported READMEs, run as it is printed: stock paints what we paint."""
+"""The code in exported READMEs, run as printed: stock diffusers generates the same pictures."""
 
 import re
 import shutil
@@ -23,7 +23,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with an image encoder, one without, and photos as telephones take them."""
+    """A base with an image encoder, one without, and photos of phones (rotated by EXIF)."""
     root = tmp_path_factory.mktemp("world")
     torch_models.write_pipeline(root / "base")
     shutil.copytree(root / "base", root / "bare")
@@ -31,7 +31,7 @@ def world(tmp_path_factory):
         shutil.rmtree(root / "bare" / part)
     (root / "photos").mkdir()
     turned = Image.Exif()
-    turned[0x0112] = 6  # lying on its side
+    turned[0x0112] = 6  # rotated by EXIF
     portrait(0, 0, 60).resize((80, 60)).save(root / "photos/turned.jpg", exif=turned)
     portrait(0, 1, 60).resize((97, 61)).save(root / "photos/landscape.png")
     portrait(0, 2, 60).resize((53, 90)).save(root / "photos/portrait.png")
@@ -63,11 +63,11 @@ def test_the_readme_of_an_adapter_runs(world, tmp_path, monkeypatch, kind, base,
     photos = [world / "photos" / name for name in PHOTOS]
     seen = run.encoder.encode([photo_files.load_photo(photo) for photo in photos])
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)), 0.7)
-    expected = painted_here(run, [run.adapter], (references,), {})
-    found = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
-    assert np.abs(found - expected).max() <= 1
-    # (the photos are seen in it)
-    assert np.abs(painted_here(run, [], (), {}) - expected).max() > 3
+    expected = sampled_here(run, [run.adapter], (references,), {})
+    generated = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
+    assert np.abs(generated - expected).max() <= 1
+    # the photos change the picture
+    assert np.abs(sampled_here(run, [], (), {}) - expected).max() > 3
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_readme_of_a_person_runs(world, tmp_path, monkeypatch, method, form)
     export_(tmp_path, "--format", form, "--person", "ann")
     run = finished_run.open_run(tmp_path / "run")
     towers = finetuning_loop.load_person(tmp_path / "run", "ann", run.pipeline, run.config)
-    expected = painted_here(run, [], (), {name: towers[name] for name in finetuning.TOWERS})
+    expected = sampled_here(run, [], (), {name: towers[name] for name in finetuning.TOWERS})
     assert np.abs(run_readme(tmp_path, monkeypatch, run) - expected).max() <= 1
 
 
@@ -93,7 +93,7 @@ def export_(folder, *flags: str) -> None:
     run_with_arguments(export.parser(), export.main, argv)
 
 
-def painted_here(run, adapters, references, towers) -> np.ndarray:
+def sampled_here(run, adapters, references, towers) -> np.ndarray:
     settings = run.sampling_settings()
     sampler = generation.make_sampler(run.pipeline, steps=settings.steps)
     ids, negative = (
@@ -114,9 +114,10 @@ def painted_here(run, adapters, references, towers) -> np.ndarray:
 
 
 def run_readme(folder, monkeypatch, run, **changes) -> np.ndarray:
-    """The picture that the README's code leaves, its noise ours.
+    """Runs the README's code with given noise; returns its picture.
 
-    changes: lines of the reader's own, ``NAME = value``.
+    Args:
+      changes: values to replace in lines ``NAME = value``.
     """
     (code,) = re.findall("```python\n(.*?)```", (folder / "out/README.md").read_text(), re.DOTALL)
     for name, value in changes.items():

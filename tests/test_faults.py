@@ -1,7 +1,7 @@
-"""What befalls a run: killed, told to stop, no room, damaged files, another run beside it.
+"""Faults of a run: kills, signals, a full disk, damaged files, a second run in the same workdir.
 
-Real processes, by launch/run, on a tiny random base. Whatever happens, the same command again
-goes on from the last whole checkpoint to the same losses, and a line says what happened.
+The processes are real, started by launch/run on a tiny random base. After any fault, the same
+command resumes from the last complete checkpoint to the same losses; one line reports the fault.
 """
 
 import json
@@ -36,7 +36,7 @@ def get_config():
 
 
 class Run:
-    """A launch that goes on beside the test."""
+    """A launch that runs in the background of the test."""
 
     def __init__(self, root: Path, workdir: Path, processes: int, *flags: str):
         """`processes` with two devices together."""
@@ -46,7 +46,7 @@ class Run:
         environment = {
             "JAX_PLATFORMS": "cpu",
             "XLA_FLAGS": " ".join([*level, count]),
-            # What one run has compiled, the next need not.
+            # Runs share their compiled programs.
             "JAX_ENABLE_COMPILATION_CACHE": "true",
             "JAX_COMPILATION_CACHE_DIR": str(root / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -73,7 +73,7 @@ class Run:
             )
 
     def said(self) -> str:
-        """What process 0 and the launcher have printed."""
+        """Returns the output of process 0 and the launcher."""
         return self.errors.read_text()
 
     def wait(self, condition) -> None:
@@ -84,15 +84,15 @@ class Run:
             time.sleep(0.02)
 
     def wait_for_checkpoint(self, after: int = 0) -> None:
-        """Until one of a later step is whole."""
+        """Waits until a checkpoint of a later step is complete."""
         self.wait(lambda: (newest_step(self.workdir / "checkpoints") or 0) > after)
 
     def pids(self) -> list[int]:
-        """Of the processes, where there are several."""
+        """Returns the ids of the processes, if there are several."""
         return [int(n) for n in re.search(r"processes, ([\d ]+);", self.said())[1].split()]
 
     def finish(self) -> tuple[int, str]:
-        """Its exit status and what was printed."""
+        """Waits for the end; returns the exit status and the output."""
         try:
             self.launcher.wait(timeout=180)
         finally:
@@ -102,9 +102,9 @@ class Run:
 
 def losses(workdir: Path) -> dict[int, float]:
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
-    found = [json.loads(line) for line in lines]
-    assert [line["step"] for line in found] == list(range(1, len(found) + 1))
-    return {line["step"]: line["loss"] for line in found}
+    entries = [json.loads(line) for line in lines]
+    assert [line["step"] for line in entries] == list(range(1, len(entries) + 1))
+    return {line["step"]: line["loss"] for line in entries}
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +121,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(root) -> dict[int, float]:
-    """The losses of a run that nothing befell."""
+    """The losses of an undisturbed run."""
     code, said = Run(root, root / "whole", 1).finish()
     assert code == 0, said
     assert len(losses(root / "whole")) == STEPS
@@ -142,7 +142,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(root, whole, tmp_path
     assert "process 1 was killed by SIGKILL and the others were ended; run the same command" in said
     assert f"{workdir}/logs/process_1.log ends:" in said
 
-    # Its newest checkpoint is cut short, and an encoded array is gone.
+    # The newest checkpoint is truncated, and an encoded array is missing.
     newest = newest_step(workdir / "checkpoints")
     files = (workdir / f"checkpoints/{newest}/params").rglob("*")
     largest = max((f for f in files if f.parent.name == "d"), key=lambda f: f.stat().st_size)
@@ -157,7 +157,7 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(root, whole, tmp_path
     assert f"encodings {array.parent}: damaged (" in encoded
     assert "encoding again" in encoded
 
-    # Another run, beside it, is refused and changes nothing; then one process is told to stop.
+    # A second run in the workdir is refused and changes nothing; then one process gets SIGTERM.
     pids = run.pids()
     for pid in pids:
         os.kill(pid, signal.SIGSTOP)
@@ -176,16 +176,16 @@ def test_nothing_is_lost_but_the_steps_since_the_last_save(root, whole, tmp_path
     assert f"SIGTERM: saved at step {step} of {STEPS}" in said
     assert "stopped by SIGTERM; run the same command again" in said
 
-    # One process goes on, on another mesh.
+    # A single process resumes, on another mesh.
     code, said = Run(root, workdir, 1, "--config.mesh.fsdp=2").finish()
     assert code == 0, said
     assert f"resuming at step {step}" in said
-    found = losses(workdir)
-    np.testing.assert_allclose(list(found.values()), list(whole.values()), rtol=1e-3)
+    resumed = losses(workdir)
+    np.testing.assert_allclose(list(resumed.values()), list(whole.values()), rtol=1e-3)
 
 
-def test_no_room_for_a_checkpoint_ends_all_processes_in_a_line(root, tmp_path):
-    """A limit on file size stands for the disk: the write fails half-way, as there."""
+def test_a_full_disk_at_a_checkpoint_ends_all_processes_in_a_line(root, tmp_path):
+    """A limit on file size imitates a full disk: the write fails half-way."""
     workdir = tmp_path / "run"
     run = Run(root, workdir, 2)
     run.wait_for_checkpoint()

@@ -1,4 +1,4 @@
-"""Adapters at Stable Diffusion 1.5's full size, random weights: files → stock → the same latents.
+"""Adapter files at Stable Diffusion 1.5's full size, random weights: stock gives the same latents.
 
 Slow, and up to about 18 GB of memory: ``pytest --slow -s tests/test_full_size_adapters.py``.
 """
@@ -28,7 +28,7 @@ DIM = 1024
 
 @pytest.fixture
 def folder(tmp_path):
-    """pytest keeps what its tests write, and this is gigabytes."""
+    """A folder deleted after the tests: pytest would keep gigabytes."""
     before = torch.get_num_threads()
     torch.set_num_threads(os.cpu_count())
     yield tmp_path
@@ -37,7 +37,7 @@ def folder(tmp_path):
 
 
 def write_base(folder) -> None:
-    """All but the autoencoder, which no latent meets, at full size."""
+    """Writes a base at full size; only the VAE, which latents do not need, is small."""
     torch_models.write_pipeline(folder)
     for name, make, settings in (
         ("unet", torch_models.make_unet, UNET),
@@ -53,8 +53,8 @@ def write_base(folder) -> None:
     torch_models.make_vae(vae).save_pretrained(folder / "vae")
 
 
-def test_plain_and_plus_files_paint_the_same(folder, capsys):
-    """Nine photos pooled, and five through a resampler; one after the other and both at once."""
+def test_plain_and_plus_files_generate_the_same(folder, capsys):
+    """Nine photos pooled, and five through a resampler; each adapter alone and both at once."""
     write_base(folder)
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     loaded = pipeline.load(str(folder), only=towers)
@@ -76,13 +76,13 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
         again = load_ip_adapter(file, config, kernels, DIM)
         adapters.append(adapter.Adapter(aggregator, again | {"aggregator": {}}))
     photos = [torch_models.normal(1, n, DIM, seed=n) for n in (9, 5)]
-    shown = [generation.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
+    reference_sets = [generation.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
     ours = diffusers_reference.our_sampler(loaded)
-    off = [x.replace(scale=0.0) for x in shown]
-    found = [
-        ours(adapters, [shown[0], off[1]]),
-        ours(adapters, [off[0], shown[1]]),
-        ours(adapters, shown),
+    off = [x.replace(scale=0.0) for x in reference_sets]
+    results = [
+        ours(adapters, [reference_sets[0], off[1]]),
+        ours(adapters, [off[0], reference_sets[1]]),
+        ours(adapters, reference_sets),
     ]
     jax.clear_caches()
     gc.collect()
@@ -97,7 +97,7 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
         torch.from_numpy(np.stack([np.zeros_like(x), x])).contiguous() for x in (pooled, photos[1])
     ]
     differences = []
-    for latents, scale in zip(found, ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), strict=True):
+    for latents, scale in zip(results, ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), strict=True):
         pipe.set_ip_adapter_scale(scale)
         expected = diffusers_reference.diffusers_latents(
             pipe, loaded, ip_adapter_image_embeds=embeds
@@ -106,4 +106,4 @@ def test_plain_and_plus_files_paint_the_same(folder, capsys):
     with capsys.disabled():
         print(f"\nplain {differences[0]:.1e}, Plus {differences[1]:.1e}, both {differences[2]:.1e}")
     assert max(differences) < 1e-3
-    assert diffusers_reference.apart(found[0], found[1]) > 1e-2
+    assert diffusers_reference.apart(results[0], results[1]) > 1e-2

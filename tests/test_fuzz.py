@@ -1,6 +1,6 @@
-"""Hostile input, by hypothesis: a result, or a UserError of one line; never anything else.
+"""Hostile input from hypothesis: the outcome is a result or a UserError of one line.
 
-A minute in all; with PERSONA_FUZZ_SECONDS, as long as that (see fuzz.py).
+Takes a minute in all; longer with PERSONA_FUZZ_SECONDS (see fuzz.py).
 """
 
 import io
@@ -33,7 +33,7 @@ from persona_jax.runtime.run_folder import read_run, write_run_files
 
 
 def outcome(call) -> None:
-    """Runs it: a result or a UserError of a line; whatever else is raised fails the test."""
+    """Runs a function; it may raise a one-line UserError, any other exception fails the test."""
     try:
         call()
     except UserError as error:
@@ -41,7 +41,7 @@ def outcome(call) -> None:
 
 
 class Weights:
-    """An adapter in both layouts of files, and what it must fit."""
+    """An adapter in both file layouts, and the shapes it must fit."""
 
     def __init__(self, folder: Path):
         config = UNetConfig.from_json(torch_models.TINY_UNET)
@@ -75,7 +75,7 @@ def test_weights_of_damaged_files(weights, tmp_path):
     def load(data):
         kind = data.draw(st.sampled_from(["safetensors", "bin"]))
         whole = getattr(weights, kind)
-        # Where it says what is there, and everywhere.
+        # Damage in the header, and anywhere.
         head = data.draw(st.sampled_from([len(whole), 2000]))
         content = data.draw(damaged([whole[:head]])) + whole[head:]
         file = tmp_path / f"x.{kind}"
@@ -95,9 +95,9 @@ def test_weights_of_any_shape_and_type(weights, tmp_path):
     shapes = st.lists(st.integers(0, 20), max_size=4)
     tensors = st.dictionaries(names, st.tuples(shapes, st.sampled_from(kinds)), max_size=6)
 
-    def load(found):
+    def load(drawn):
         file = tmp_path / "x.safetensors"
-        save_file({n: np.ones(s, k) for n, (s, k) in found.items()}, file)
+        save_file({n: np.ones(s, k) for n, (s, k) in drawn.items()}, file)
         outcome(lambda: weights.load(file))
 
     rounds(load, tensors, examples=100)
@@ -145,7 +145,7 @@ ANY_JSON = st.recursive(
 
 @st.composite
 def changed(draw, settings: dict) -> object:
-    """Settings with a value replaced, left out or added; or something else altogether."""
+    """Draws settings with a value replaced, removed or added; or arbitrary JSON."""
     if draw(st.integers(0, 9)) == 0:
         return draw(ANY_JSON)
     out = json.loads(json.dumps(settings))
@@ -172,7 +172,7 @@ def test_towers_of_any_json(tower, tmp_path):
 
     def load(content):
         (tmp_path / "config.json").write_text(json.dumps(content))
-        # No weights: a result is that they are missing.
+        # There are no weights, so accepted settings end in the error that they are missing.
         with pytest.raises(UserError) as error:
             folders.load_tower(tmp_path, tower)
         refusal(error.value)

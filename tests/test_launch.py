@@ -1,7 +1,7 @@
-"""The launcher: what it would run on clusters, and what it does with processes on this machine.
+"""The launcher: what it would run on clusters, and how it handles processes on this machine.
 
-The processes are small programs, given by --python in the place of the interpreter;
-tests/test_faults.py has real ones.
+The processes are small programs, given by --python in place of the interpreter; those of
+tests/test_faults.py are real.
 """
 
 import json
@@ -99,7 +99,7 @@ def test_gpus_are_dealt_out(tmp_path):
 
 
 def program(folder: Path, name: str, text: str) -> Path:
-    """A program of that name, in Python, for PATH or --python."""
+    """Writes a Python program of that name, for PATH or --python."""
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!{sys.executable}\nimport json, os, signal, sys, time\n{text}\n")
     (folder / name).chmod(0o755)
@@ -123,7 +123,7 @@ def test_tpu_runs_the_command_on_every_worker(tmp_path):
     assert words[10] == "--worker=all"
     stop = shlex.split(second.removeprefix("# to stop it: "))
     assert stop[:-1] == words[:-1]
-    # What the workers are told, by a shell of ours.
+    # Runs the workers' script in a local shell.
     script = words[-1].removeprefix("--command=")
     (tmp_path / "persona_jax").mkdir()
     program(tmp_path / "bin", "py", f"{ECHO}\nsys.exit(3 if os.environ['WORKER'] == '1' else 0)")
@@ -189,11 +189,11 @@ def test_jobset(tmp_path):
     flags = ["--name", "sa", "--image", "site/image:1", "--nodes", "2", "--gpus-per-node", "8"]
     command = [*COMMAND, "--config.note=$(X)", "--config.a=é: {}\n#"]
     text = printed("k8s", *flags, "--claim", "disk:/mnt", "--namespace", "n", command=command)
-    found = yaml.safe_load(text)
-    assert (found["apiVersion"], found["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
-    assert found["metadata"] == {"name": "sa", "namespace": "n"}
-    assert found["spec"]["failurePolicy"]["maxRestarts"] == 10
-    (jobs,) = found["spec"]["replicatedJobs"]
+    jobset = yaml.safe_load(text)
+    assert (jobset["apiVersion"], jobset["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    assert jobset["metadata"] == {"name": "sa", "namespace": "n"}
+    assert jobset["spec"]["failurePolicy"]["maxRestarts"] == 10
+    (jobs,) = jobset["spec"]["replicatedJobs"]
     job = jobs["template"]["spec"]
     assert (job["completions"], job["parallelism"], job["backoffLimit"]) == (2, 2, 0)
     (container,) = job["template"]["spec"]["containers"]
@@ -219,7 +219,7 @@ def test_jobset(tmp_path):
 
 
 def start(folder: Path, text: str, *flags: str) -> subprocess.Popen:
-    """Two processes of a program that knows its number as `i`."""
+    """Starts two processes of a program that has its process number in `i`."""
     python = program(folder / "bin", "python", f"i = int(os.environ['JAX_PROCESS_ID'])\n{text}")
     flags = ["--processes", "2", "--python", python, *flags, "--", "--workdir", folder / "run"]
     return subprocess.Popen(
@@ -244,7 +244,7 @@ def when(*paths: Path) -> None:
         time.sleep(0.02)
 
 
-def test_process_0_is_in_front_and_the_others_in_files(tmp_path):
+def test_process_0_prints_to_the_terminal_and_the_others_to_files(tmp_path):
     for _ in range(2):
         code, out, err = finish(start(tmp_path, "print('I am', i)"))
         assert (code, out) == (0, "I am 0\n"), err
@@ -263,7 +263,7 @@ def test_one_dead_process_ends_all_with_its_error(tmp_path):
     assert "else where/process_1.log ends:\n  step 1\n  no room\n  for it\n" in err
 
 
-def test_a_killed_process_ends_one_that_does_not_listen(tmp_path):
+def test_after_a_death_a_process_that_ignores_sigterm_is_killed(tmp_path):
     text = """
 signal.signal(signal.SIGTERM, lambda *_: open(sys.argv[-1] + '/told', 'w').close())
 if i: os.kill(os.getpid(), signal.SIGKILL)
@@ -287,7 +287,7 @@ while True: time.sleep(0.1)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_the_launcher_is_told_to_all_once(tmp_path, number):
+def test_a_signal_to_the_launcher_is_forwarded_to_all_once(tmp_path, number):
     (tmp_path / "run").mkdir()
     process = start(tmp_path, SAVES)
     when(tmp_path / "run/ready0", tmp_path / "run/ready1")
@@ -299,7 +299,7 @@ def test_a_signal_to_the_launcher_is_told_to_all_once(tmp_path, number):
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux tells a child of its parent's death")
-def test_a_killed_launcher_leaves_nobody_behind(tmp_path):
+def test_a_killed_launcher_leaves_no_process_behind(tmp_path):
     (tmp_path / "run").mkdir()
     process = start(tmp_path, SAVES)
     when(tmp_path / "run/ready0", tmp_path / "run/ready1")

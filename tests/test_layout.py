@@ -1,4 +1,4 @@
-"""Where modules live, and which way imports go."""
+"""The layout: folders, their layers, and the direction of imports."""
 
 import ast
 import re
@@ -31,16 +31,16 @@ LAYERS = (
     ("runtime",),
     ("errors",),
 )
-"""From the top down. A room imports from those below it, and none from its own layer but itself."""
+"""Layers, from the top. A folder imports from lower layers and from itself only."""
 
 
-def room_of(parts: tuple[str, ...]) -> str:
-    """The room of a module, given its path below ``persona_jax``."""
+def folder_of(parts: tuple[str, ...]) -> str:
+    """Returns the folder of a module, given its path below ``persona_jax``."""
     return "commands" if parts[0] in COMMANDS else parts[0]
 
 
 def imported(file: Path) -> set[tuple[str, ...]]:
-    """Paths below ``persona_jax`` of what a file imports, also inside its functions."""
+    """Returns the modules a file imports, also in functions, as paths below ``persona_jax``."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -53,14 +53,14 @@ def imported(file: Path) -> set[tuple[str, ...]]:
 
 
 def arrows() -> dict[tuple[str, str], set[str]]:
-    """(importing room, imported room) → the files that do so."""
+    """Returns the importing files by (importing folder, imported folder)."""
     out: dict[tuple[str, str], set[str]] = {}
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
         if parts in (("__init__",), ("__main__",)):
             continue
         for target in imported(file):
-            pair = room_of(parts), room_of(target)
+            pair = folder_of(parts), folder_of(target)
             if pair[0] != pair[1]:
                 out.setdefault(pair, set()).add("/".join(parts))
     return out
@@ -71,45 +71,45 @@ def test_loose_files_are_the_commands():
     assert loose == {*COMMANDS, "errors", "__init__", "__main__"}
 
 
-def test_every_room_has_its_layer():
-    rooms = {path.parent.name for path in ROOT.glob("*/__init__.py")}
-    assert rooms | {"commands", "errors"} == {room for layer in LAYERS for room in layer}
+def test_every_folder_has_its_layer():
+    folders = {path.parent.name for path in ROOT.glob("*/__init__.py")}
+    assert folders | {"commands", "errors"} == {folder for layer in LAYERS for folder in layer}
 
 
 def test_imports_point_down():
-    depth = {room: i for i, layer in enumerate(LAYERS) for room in layer}
+    depth = {folder: i for i, layer in enumerate(LAYERS) for folder in layer}
     wrong = {pair: files for pair, files in arrows().items() if depth[pair[0]] >= depth[pair[1]]}
     assert not wrong
 
 
-def test_no_cycle_between_rooms():
+def test_no_cycle_between_folders():
     below: dict[str, set[str]] = {}
-    for room, target in arrows():
-        below.setdefault(room, set()).add(target)
+    for folder, target in arrows():
+        below.setdefault(folder, set()).add(target)
     done: set[str] = set()
 
-    def visit(room: str, above: tuple[str, ...]) -> None:
-        if room in above:
-            pytest.fail(" → ".join([*above[above.index(room) :], room]))
-        if room not in done:
-            for target in sorted(below.get(room, ())):
-                visit(target, (*above, room))
-            done.add(room)
+    def visit(folder: str, above: tuple[str, ...]) -> None:
+        if folder in above:
+            pytest.fail(" → ".join([*above[above.index(folder) :], folder]))
+        if folder not in done:
+            for target in sorted(below.get(folder, ())):
+                visit(target, (*above, folder))
+            done.add(folder)
 
-    for room in sorted(below):
-        visit(room, ())
+    for folder in sorted(below):
+        visit(folder, ())
 
 
 OF_COMMANDS = {"base/ship", "runs/reference_sets", "runtime/command_line"}
-"""Modules below the commands that read a command line themselves."""
+"""Modules below the commands that parse a command line themselves."""
 
 
 def test_library_errors_name_no_flags():
-    """A command adds its flags (:func:`persona_jax.runtime.command_line.with_flags`)."""
+    """Only commands name flags (:func:`persona_jax.runtime.command_line.with_flags` adds them)."""
     wrong = []
     for file in sorted(ROOT.rglob("*.py")):
         parts = file.relative_to(ROOT).with_suffix("").parts
-        if room_of(parts) == "commands" or "/".join(parts) in OF_COMMANDS:
+        if folder_of(parts) == "commands" or "/".join(parts) in OF_COMMANDS:
             continue
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Raise) and node.exc is not None:

@@ -1,4 +1,4 @@
-"""The package: what its wheel holds, what it needs, and that it works where it is installed."""
+"""The package: the wheel's contents, its dependencies, and its use after installation."""
 
 import ast
 import os
@@ -27,14 +27,14 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "tensorflow_datasets": "tensorflow-datasets",
 }
-"""What is imported under another name than it is installed by."""
+"""Import names that differ from the distribution's name."""
 SILENT = {"importlib-resources"}
-"""Needed by a dependency that does not say so."""
+"""Distributions that a dependency needs without declaring it."""
 
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy of what would be in the repository: the source tree stays clean."""
+    """The wheel, built from a copy of the repository's files to keep the source tree clean."""
     root = tmp_path_factory.mktemp("wheel")
     ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
     (root / "source").mkdir()
@@ -80,7 +80,7 @@ def test_its_metadata_names_the_command_and_the_project(wheel):
 
 
 def imported_distributions() -> set[str]:
-    """Distributions that the package's modules import, inside functions too."""
+    """Returns the distributions that the package's modules import, also in functions."""
     roots: set[str] = set()
     for file in (*(ROOT / "persona_jax").rglob("*.py"), *(ROOT / "configs").glob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
@@ -93,16 +93,16 @@ def imported_distributions() -> set[str]:
 
 
 def names(requirements: list[str]) -> set[str]:
-    """Of distributions, without versions and extras, as they are imported."""
+    """Returns the import names of requirements, without versions and extras."""
     return {re.split(r"[<>=\[ ]", x)[0].replace("_", "-") for x in requirements}
 
 
 def test_dependencies_are_what_is_imported():
-    found = {x.replace("_", "-") for x in imported_distributions()}
+    imported = {x.replace("_", "-") for x in imported_distributions()}
     needed = names(PROJECT["dependencies"])
     extras = names([x for some in PROJECT["optional-dependencies"].values() for x in some])
-    assert needed - SILENT <= found
-    assert found <= needed | extras | {"dlib"}  # dlib: of dlib-bin
+    assert needed - SILENT <= imported
+    assert imported <= needed | extras | {"dlib"}  # dlib is imported from dlib-bin
 
 
 def test_commands_are_the_modules_and_are_listed(capsys, monkeypatch):
@@ -112,7 +112,7 @@ def test_commands_are_the_modules_and_are_listed(capsys, monkeypatch):
     program.main()
     listed = capsys.readouterr().out
     assert all(f"\n{command} " in listed for command in program.COMMANDS)
-    monkeypatch.setattr(sys, "argv", ["persona-jax", "paint"])
+    monkeypatch.setattr(sys, "argv", ["persona-jax", "draw"])
     with pytest.raises(SystemExit) as stop:
         program.main()
     assert stop.value.code == 2
@@ -138,7 +138,7 @@ def test_configs_that_are_not_there(tmp_path, monkeypatch, name):
 
 @pytest.mark.slow
 def test_a_fresh_environment_trains_samples_and_exports(wheel, tmp_path):
-    """From the wheel, in a folder of its own, by both names of the command."""
+    """Installs the wheel and runs both forms of the command in another folder."""
     venv.create(tmp_path / "env", with_pip=True)
     bin_ = tmp_path / "env/bin"
 

@@ -1,4 +1,4 @@
-"""Plans: what is made of a compiled program, and errors in one line."""
+"""Plans: the figures of a compiled program, and errors in one line."""
 
 import dataclasses
 import json
@@ -32,16 +32,16 @@ needs_libtpu = pytest.mark.skipif(find_spec("libtpu") is None, reason="no libtpu
 
 def test_roofline():
     chip = Chip("toy", hbm=1e9, flops=1e12, bandwidth=1e9, link=1e8, links=4)
-    found = chips.roofline(chip, 2, 2e12, 1e9, [Collective("all-reduce", 4, 2, 10**8)])
-    assert found == pytest.approx((2.0, 1.0, 1.5e8 / 2e8))
-    assert found.step == pytest.approx(2.75)
-    assert found.share == pytest.approx(0.75 / 2.75)
+    estimate = chips.roofline(chip, 2, 2e12, 1e9, [Collective("all-reduce", 4, 2, 10**8)])
+    assert estimate == pytest.approx((2.0, 1.0, 1.5e8 / 2e8))
+    assert estimate.step == pytest.approx(2.75)
+    assert estimate.share == pytest.approx(0.75 / 2.75)
 
 
 def test_links_and_cores():
     shapes = {"v5e:2x2": 2, "v5e:16x16": 4, "v5e:4x16": 3, "v5p:2x2x1": 2, "v5p:4x4x8": 6}
-    found = {n: chips.links_used(n.split(":")[0], chips.dimensions(n)) for n in shapes}
-    assert found == shapes
+    links = {n: chips.links_used(n.split(":")[0], chips.dimensions(n)) for n in shapes}
+    assert links == shapes
     half = chips.per_device(chips.CHIPS["v4"], 8, 4)
     assert half.hbm == chips.CHIPS["v4"].hbm / 2
 
@@ -64,21 +64,21 @@ def test_a_batch_that_does_not_divide_is_rounded_up(capsys):
 
 
 def test_a_plan_is_made_once(tmp_path):
-    found = made()
+    result = made()
     calls = []
 
     def find():
         calls.append(1)
-        return found
+        return result
 
     for _ in range(2):
-        assert compiled.remembered(tmp_path, "key", find) == found
+        assert compiled.remembered(tmp_path, "key", find) == result
     assert len(calls) == 1
-    assert compiled.remembered(tmp_path, "other", find) == found
+    assert compiled.remembered(tmp_path, "other", find) == result
     assert len(calls) == 2
 
 
-def test_a_plan_is_named_by_all_that_matters(monkeypatch):
+def test_the_key_of_a_plan_covers_program_device_flags_and_versions(monkeypatch):
     one, two = SimpleNamespace(device_kind="a"), SimpleNamespace(device_kind="b")
     keys = {compiled.program_key("x", one), compiled.program_key("y", one)}
     keys.add(compiled.program_key("x", two))
@@ -101,10 +101,21 @@ def made(**changes) -> Compiled:
     return Compiled(**(values | changes))
 
 
+def test_a_program_larger_than_the_machine_does_not_fit():
+    """A compiler for CPUs accepts programs of any size."""
+    machine = plan.Machine("toy", [None], None, 0, 6.0 * GIB)
+    assert plan.shortage(made(), machine) == (8.0 * GIB, 6.0 * GIB)
+    config = config_of("sa", "tiny")
+    assert "out of memory, 8.00 GiB of 6.00 a chip" in plan.advice(config, machine, 2, {2: made()})
+    assert plan.shortage(made(), machine._replace(memory=8.0 * GIB)) is None
+    told = made(memory={}, shortage=(20.0 * GIB, 16.0 * GIB))
+    assert plan.shortage(told, machine) == (20.0 * GIB, 16.0 * GIB)
+
+
 def test_aliased_memory_counts_once():
-    found = made()
-    assert found.total == 8 * GIB
-    assert Compiled.from_json(json.dumps(dataclasses.asdict(found))) == found
+    result = made()
+    assert result.total == 8 * GIB
+    assert Compiled.from_json(json.dumps(dataclasses.asdict(result))) == result
 
 
 @pytest.mark.parametrize(
@@ -244,7 +255,7 @@ def test_this_machine(capsys, tmp_path):
     assert "training step, 8 x cpu: 8 devices, mesh data=8 fsdp=1, 16 examples (2 a chip)" in (
         printed.out
     )
-    # All gradients are reduced among all devices, and that is all.
+    # The only collective reduces all gradients among all devices.
     config = config_of("avg", "tiny")
     _, (state, _, _) = abstract.training_step(config, make_mesh(), jnp.float32)
     trained = sum(leaf.size for leaf in jax.tree.leaves(state.params))
@@ -294,7 +305,7 @@ SMALL = {
 
 @pytest.fixture
 def sizes_only(tmp_path):
-    """A pipeline folder that has sizes and no weights."""
+    """Writes a pipeline folder with configurations but without weights."""
     for tower, sizes in SMALL.items():
         (tmp_path / tower).mkdir()
         (tmp_path / tower / "config.json").write_text(json.dumps(sizes))

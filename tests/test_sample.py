@@ -1,4 +1,4 @@
-"""Sampling from the command line: several people, adapters, forms of λ, LoRA files, bases alone."""
+"""Sampling from the command line: several people, adapters, forms of λ, LoRA files, text alone."""
 
 import json
 
@@ -21,7 +21,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with people, a random base, runs on it, what was exported, and a LoRA file."""
+    """A folder with people, a random base, runs on it, exports, and a LoRA file."""
     root = tmp_path_factory.mktemp("world")
     write_people(root / "people", people=3, photos=4)
     torch_models.write_pipeline(root / "base")
@@ -54,7 +54,7 @@ def run(module, *argv) -> None:
     run_with_arguments(module.parser(), module.main, [module.__name__, *map(str, argv)])
 
 
-def painted(world, out, *argv) -> np.ndarray:
+def generate(world, out, *argv) -> np.ndarray:
     run(sample, "--out", out, "--num", 1, "--steps", 2, "--guidance", 2, *argv)
     return np.asarray(Image.open(out / "0000.png"), int)
 
@@ -67,37 +67,37 @@ def test_two_people_by_masks_with_one_adapter(world, tmp_path):
     ann, bob = photos(world, 0), photos(world, 1)
     left, right = (["--mask", world / f"{side}.png"] for side in ("left", "right"))
     who = ["--workdir", world / "avg"]
-    both = painted(world, tmp_path / "a", *who, *ann, *left, *bob, *right)
-    swapped = painted(world, tmp_path / "b", *who, *bob, *right, *ann, *left)
+    both = generate(world, tmp_path / "a", *who, *ann, *left, *bob, *right)
+    swapped = generate(world, tmp_path / "b", *who, *bob, *right, *ann, *left)
     assert abs(both - swapped).max() <= 1  # in any order
-    other = painted(world, tmp_path / "c", *who, *ann, *right, *bob, *left)
+    other = generate(world, tmp_path / "c", *who, *ann, *right, *bob, *left)
     assert abs(both - other).max() > 5
     record = json.loads((tmp_path / "a/sample.json").read_text())
     assert [len(one["photos"]) for one in record["sets"]] == [2, 2]
-    assert Image.open(tmp_path / "a/grid.png").size[1] > 3 * 16  # a row for each of them
+    assert Image.open(tmp_path / "a/grid.png").size[1] > 3 * 16  # one row per reference set
 
 
 def test_runs_and_files_together_each_with_its_own(world, tmp_path):
-    """A run, an exported folder and a file; once for all or once for each."""
+    """A run, an exported folder and a file, with settings given once for all or once for each."""
     sets = [*photos(world, 0), *photos(world, 1), *photos(world, 2)]
     file = world / "plus-out/ip_adapter.safetensors"
     who = ["--workdir", world / "avg", "--adapter", world / "resampler-out", "--adapter", file]
-    one = painted(world, tmp_path / "a", *who, *sets, "--scale", 0.5)
-    each = painted(world, tmp_path / "b", *who, *sets, "--scale", 0.5, 0.5, "--scale", 0.5)
+    one = generate(world, tmp_path / "a", *who, *sets, "--scale", 0.5)
+    each = generate(world, tmp_path / "b", *who, *sets, "--scale", 0.5, 0.5, "--scale", 0.5)
     np.testing.assert_array_equal(one, each)
     more = ["--scale", "0.5", '{"mid": 1}', "0", "--window", 0, 0.5]
-    assert abs(painted(world, tmp_path / "c", *who, *sets, *more) - one).max() > 2
+    assert abs(generate(world, tmp_path / "c", *who, *sets, *more) - one).max() > 2
 
 
 @pytest.mark.parametrize("name", ["avg", "resampler", "plus"])
 def test_negative_photos(world, tmp_path, name):
     who = ["--workdir", world / name, *photos(world, 0)]
-    plain = painted(world, tmp_path / "a", *who)
-    away = painted(world, tmp_path / "b", *who, "--negative_photos", *photos(world, 1, 3)[1:])
+    plain = generate(world, tmp_path / "a", *who)
+    away = generate(world, tmp_path / "b", *who, "--negative_photos", *photos(world, 1, 3)[1:])
     assert abs(plain - away).max() > 2
-    # With g = 1 there is nothing to move away from.
+    # Guidance 1 does not use the unconditional branch.
     one, other = (
-        painted(world, tmp_path / label, *who, *more, "--guidance", 1)
+        generate(world, tmp_path / label, *who, *more, "--guidance", 1)
         for label, more in (("c", []), ("d", ["--negative_photos", *photos(world, 1, 3)[1:]]))
     )
     assert abs(one - other).max() <= 1
@@ -105,16 +105,16 @@ def test_negative_photos(world, tmp_path, name):
 
 def test_a_base_alone_and_with_a_lora(world, tmp_path):
     base, file = ["--pipeline", world / "base"], world / "lora.safetensors"
-    alone = painted(world, tmp_path / "a", *base)
-    with_it = painted(world, tmp_path / "b", *base, "--lora", file)
+    alone = generate(world, tmp_path / "a", *base)
+    with_it = generate(world, tmp_path / "b", *base, "--lora", file)
     assert abs(alone - with_it).max() > 2
-    none = painted(world, tmp_path / "c", *base, "--lora", file, "--lora_scale", 0)
+    none = generate(world, tmp_path / "c", *base, "--lora", file, "--lora_scale", 0)
     np.testing.assert_array_equal(alone, none)
     half = ["--lora", file, file, "--lora_scale", 0.5, 0.5]
-    twice = painted(world, tmp_path / "d", *base, *half)
+    twice = generate(world, tmp_path / "d", *base, *half)
     assert abs(twice - with_it).max() <= 1
     with pytest.raises(SystemExit) as stop:
-        painted(world, tmp_path / "e", *base, "--lora", file, "--lora_scale", 1, 2)
+        generate(world, tmp_path / "e", *base, "--lora", file, "--lora_scale", 1, 2)
     assert stop.value.code == 2
 
 
@@ -126,7 +126,7 @@ def test_runs_of_two_bases_are_refused(world, tmp_path, capsys):
     write_adapter(config, tmp_path / "avg")
     who = ["--workdir", world / "avg", tmp_path / "avg"]
     with pytest.raises(SystemExit) as stop:
-        painted(world, tmp_path / "out", *who, *photos(world, 0), *photos(world, 1))
+        generate(world, tmp_path / "out", *who, *photos(world, 0), *photos(world, 1))
     assert stop.value.code == 2
     assert "its base is" in capsys.readouterr().err
 
@@ -145,8 +145,8 @@ def test_adapters_in_the_plus_layout_learn_and_go_on_from_files(world, tmp_path,
     jax.tree.map(np.testing.assert_array_equal, start["image_proj"], known["image_proj"])
     config.optimizer.steps = 2
     train.main(config, tmp_path / "on")
-    found = load_params(tmp_path / "on/checkpoints", "params")
-    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), found, start)
+    trained = load_params(tmp_path / "on/checkpoints", "params")
+    moved = jax.tree.map(lambda a, b: float(abs(a - b).max()), trained, start)
     assert min(jax.tree.leaves(moved)) > 0
     assert list((tmp_path / "on/grids").iterdir())
 
@@ -163,11 +163,11 @@ def test_layouts_are_not_mixed(world, tmp_path):
 
 
 @pytest.mark.parametrize("wrong", ["a file", "a folder for a picture", "too long"])
-def test_the_place_is_tried_before_anything_is_painted(world, tmp_path, monkeypatch, capsys, wrong):
-    def painted_already(*_, **__):
-        raise AssertionError("painted")
+def test_the_output_folder_is_tried_before_sampling(world, tmp_path, monkeypatch, capsys, wrong):
+    def too_early(*_, **__):
+        raise AssertionError("sampled too early")
 
-    monkeypatch.setattr(sample, "open_pipeline", painted_already)
+    monkeypatch.setattr(sample, "open_pipeline", too_early)
     out = tmp_path / ("n" * 300 if wrong == "too long" else "out")
     if wrong == "a file":
         out.write_text("mine")
@@ -193,7 +193,7 @@ def test_a_full_disk_leaves_whole_pictures(world, tmp_path, monkeypatch, capsys)
 
     monkeypatch.setattr(Image.Image, "save", save)
     with pytest.raises(SystemExit) as stop:
-        painted(
+        generate(
             world, tmp_path / "out", "--pipeline", world / "base", "--num", 5, "--batch_size", 2
         )
     assert stop.value.code == 2
@@ -203,8 +203,8 @@ def test_a_full_disk_leaves_whole_pictures(world, tmp_path, monkeypatch, capsys)
         Image.open(file).load()
 
 
-def test_more_pictures_than_are_shown_or_held(world, tmp_path, monkeypatch, capsys):
-    """One batch at a time; the pictures are those of any other batch size and number."""
+def test_more_pictures_than_the_grid_or_a_batch_holds(world, tmp_path, monkeypatch, capsys):
+    """Batches are generated one at a time; pictures do not depend on batch size and number."""
     monkeypatch.setattr(sample, "SHOWN", 3)
     sizes = []
     whole = sample.write_pictures
@@ -214,20 +214,20 @@ def test_more_pictures_than_are_shown_or_held(world, tmp_path, monkeypatch, caps
 
     monkeypatch.setattr(sample, "write_pictures", watch)
     who = ["--workdir", world / "avg", *photos(world, 0)]
-    painted(world, tmp_path / "a", *who, "--num", 5, "--batch_size", 2)
+    generate(world, tmp_path / "a", *who, "--num", 5, "--batch_size", 2)
     assert sizes == [2, 2, 1]
     assert "5 pictures in" in (printed := capsys.readouterr().out)
     assert "the first 3 in" in printed
-    painted(world, tmp_path / "b", *who, "--num", 4, "--batch_size", 4)
+    generate(world, tmp_path / "b", *who, "--num", 4, "--batch_size", 4)
     for i in range(4):
         one, other = (np.asarray(Image.open(tmp_path / f"{x}/000{i}.png"), int) for x in "ab")
         assert abs(one - other).max() <= 1
 
 
 def test_what_sample_leaves_can_be_scored(world, tmp_path):
-    """README's own sequence; photos of phones are turned by EXIF and of any size."""
+    """As in README: score the pictures of sample against photos of any size, rotated by EXIF."""
     who = ["--workdir", world / "avg", *photos(world, 0)]
-    painted(world, tmp_path / "out", *who, "--num", 3)
+    generate(world, tmp_path / "out", *who, "--num", 3)
     pictures, others = score.list_pictures(tmp_path / "out")
     assert [file.name for file in pictures] == ["0000.png", "0001.png", "0002.png"]
     assert [file.name for file in others] == ["grid.png", "sample.json"]
@@ -235,13 +235,13 @@ def test_what_sample_leaves_can_be_scored(world, tmp_path):
     assert part.shape[0] == 3
 
 
-def test_masks_in_the_alpha_channel_paint_the_same(world, tmp_path):
+def test_masks_in_the_alpha_channel_give_the_same(world, tmp_path):
     who = ["--workdir", world / "avg", *photos(world, 0)]
-    grey = painted(world, tmp_path / "a", *who, "--mask", world / "left.png")
+    grey = generate(world, tmp_path / "a", *who, "--mask", world / "left.png")
     alpha = Image.new("RGBA", (32, 32), (0, 0, 0, 255))
     alpha.putalpha(Image.open(world / "left.png"))
     alpha.save(tmp_path / "alpha.png")
     np.testing.assert_array_equal(
-        grey, painted(world, tmp_path / "b", *who, "--mask", tmp_path / "alpha.png")
+        grey, generate(world, tmp_path / "b", *who, "--mask", tmp_path / "alpha.png")
     )
-    assert abs(grey - painted(world, tmp_path / "c", *who)).max() > 2
+    assert abs(grey - generate(world, tmp_path / "c", *who)).max() > 2

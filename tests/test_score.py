@@ -1,4 +1,4 @@
-"""Scoring folders of pictures: the figures are the features', and bad input is told in one line."""
+"""Scoring folders of pictures: figures equal those of the features; errors are one line."""
 
 import hashlib
 import re
@@ -25,7 +25,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A base with a random reader, and two folders of pictures."""
+    """A base with a random trait classifier, and two folders of pictures."""
     folder = tmp_path_factory.mktemp("score")
     torch_models.write_pipeline(folder / "base/pipeline")
     params = model.initialise(model.TraitNetwork(trait_classifier.HEADS), jax.random.key(0), 16)
@@ -55,7 +55,7 @@ def row_of(printed: str) -> dict[str, float]:
 def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     flags = ["--pipeline", str(world / "base/pipeline"), "--fid", "--splits", "3"]
     run_score(world, *flags, "--save", str(tmp_path / "real.npz"))
-    found = row_of(capsys.readouterr().out)
+    row = row_of(capsys.readouterr().out)
     network = networks.from_trait_classifier(
         trait_classifier.load_trait_classifier(world / "base/reader")
     )
@@ -65,7 +65,7 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     assert one.features.shape == (24, 256)
     moments = [distributions.moments(output.features) for output in (one, other)]
     kid, _ = distributions.kernel_distance(one.features, other.features, seed=0)
-    # A row of a table has four digits.
+    # The table prints four digits.
     wanted = {
         "KID × 1000 (the reader) ↓": 1000 * kid,
         "IS, 3 splits (the reader) ↑": distributions.inception_score(one.classes, 0, 3)[0],
@@ -77,20 +77,20 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
             one.features, moments[1], 0
         ),
     }
-    assert found == pytest.approx(wanted, rel=1e-3)
+    assert row == pytest.approx(wanted, rel=1e-3)
 
-    # Kept statistics give the same figures.
+    # Saved statistics give the same figures.
     run_score(world, *flags, "--against", str(tmp_path / "real.npz"))
-    assert row_of(capsys.readouterr().out) == pytest.approx(found, rel=1e-3)
+    assert row_of(capsys.readouterr().out) == pytest.approx(row, rel=1e-3)
 
 
 def test_a_file_of_pytorch_fid_is_the_legacy_networks(tmp_path):
     random = np.random.default_rng(0).normal(size=(40, 8))
     np.savez(tmp_path / "fid.npz", mu=random.mean(axis=0), sigma=np.cov(random.T))
-    (name, found), *rest = reference_statistics.load(tmp_path / "fid.npz").items()
-    assert (name, rest, found.features, found.count) == ("Inception, legacy", [], None, None)
+    (name, stored), *rest = reference_statistics.load(tmp_path / "fid.npz").items()
+    assert (name, rest, stored.features, stored.count) == ("Inception, legacy", [], None, None)
     own = distributions.moments(random + 1)
-    assert distributions.frechet_distance(own, found) == pytest.approx(8.0)
+    assert distributions.frechet_distance(own, stored) == pytest.approx(8.0)
 
 
 @pytest.mark.slow
@@ -106,14 +106,14 @@ def test_both_inceptions_are_named(world, tmp_path, capsys):
     digest = hashlib.sha256((tmp_path / "inception.safetensors").read_bytes()).hexdigest()
     weights = ["--inception", str(tmp_path / "inception.safetensors")]
     run_score(world, *weights, "--inception_sha256", digest, "--fid")
-    found = row_of(capsys.readouterr().out)
-    assert len(found) == 10
-    assert found["FID (Inception, clean, too few pictures) ↓"] > 0
-    assert found["FID (Inception, legacy, too few pictures) ↓"] > 0
+    row = row_of(capsys.readouterr().out)
+    assert len(row) == 10
+    assert row["FID (Inception, clean, too few pictures) ↓"] > 0
+    assert row["FID (Inception, legacy, too few pictures) ↓"] > 0
 
 
-def test_what_sample_left_beside_the_pictures_is_passed_over(world, tmp_path, capsys):
-    """README's sequence: a grid of another size and a JSON file lie there, and few pictures."""
+def test_other_files_of_sample_are_ignored(world, tmp_path, capsys):
+    """As in README: the folder also holds a grid of another size and a JSON file."""
     out = tmp_path / "out"
     shutil.copytree(world / "painted", out)
     images.save_sheet(Image.new("RGB", (99, 40)), out / "grid.png")
@@ -125,7 +125,7 @@ def test_what_sample_left_beside_the_pictures_is_passed_over(world, tmp_path, ca
     flags = ["--pipeline", str(world / "base/pipeline"), "--pictures", str(out)]
     run_score(world, *flags)
     printed = capsys.readouterr().out
-    assert f"{out}: passed over, as they are not single pictures: grid.png, sample.json" in printed
+    assert f"{out}: ignored, because they are not single images: grid.png, sample.json" in printed
     assert any("splits (the reader)" in title for title in row_of(printed))
 
 
@@ -151,10 +151,10 @@ def test_pictures_are_known_by_content_and_read_some_at_a_time(tmp_path, monkeyp
         (["--pictures", "{tmp}/mixed"], r"b.png: 8x16 pixels, but a.png has 16x16"),
         (["--pictures", "{tmp}/broken"], "a.png: not a readable picture"),
         (["--splits", "25"], "24 pictures in 25 splits"),
-        (["--against", "{tmp}/broken.npz"], "no statistics to be read"),
+        (["--against", "{tmp}/broken.npz"], "statistics cannot be read"),
         (["--against", "{tmp}/fid.npz"], "statistics by none of the reader"),
         (["--against", "{tmp}/other.npz"], "256 features, but .* of 8"),
-        (["--pipeline", ""], "name who looks"),
+        (["--pipeline", ""], "name a network"),
         (["--pipeline", "tinny"], "tinny"),
         (["--inception", "{tmp}/a.pth"], "a.pth: sha256 .* none of the known files"),
     ],

@@ -1,4 +1,4 @@
-"""The base that comes with the package: small, described, and what stock diffusers opens too."""
+"""The shipped base: small, described, and usable by stock diffusers."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def ours(parts, noise, adapters=(), references=()) -> jax.Array:
 
 
 def theirs(noise, embedding=None) -> np.ndarray:
-    """Stock diffusers' picture in [−1, 1], with its own IP-Adapter loader where there is one."""
+    """Returns stock diffusers' picture in [−1, 1]; an adapter is loaded by its own loader."""
     pipe = torch_models.open_diffusers(TINY / "pipeline")
     more = {}
     if embedding is not None:
@@ -81,7 +81,7 @@ def test_it_is_described():
         assert word in card
 
 
-def test_stock_diffusers_paints_the_same_picture(shipped, noise):
+def test_stock_diffusers_generates_the_same_picture(shipped, noise):
     assert torch_models.relative(ours(shipped, noise), theirs(noise)) < 2e-3
 
 
@@ -91,9 +91,9 @@ def test_stock_diffusers_reads_its_adapter(shipped, noise):
     params = adapter_training.init_adapter(config, shipped, 256)
     references = generation.References(jnp.asarray(embedding)[:, None], jnp.ones((1, 1)))
     learnt = Adapter(Aggregator("first"), params)
-    painted = ours(shipped, noise, (learnt,), (references,))
-    assert torch_models.relative(painted, theirs(noise, embedding)) < 2e-3
-    assert torch_models.relative(painted, ours(shipped, noise)) > 0.05
+    sampled = ours(shipped, noise, (learnt,), (references,))
+    assert torch_models.relative(sampled, theirs(noise, embedding)) < 2e-3
+    assert torch_models.relative(sampled, ours(shipped, noise)) > 0.05
 
 
 @pytest.mark.parametrize("name", ["ip", "max", "avg", "sa"])
@@ -113,7 +113,7 @@ def test_its_adapter_is_refused_on_another_pipeline(shipped):
         adapter_training.init_adapter(config, shipped, 256)
 
 
-def test_its_reader_reads_every_trait():
+def test_its_trait_classifier_reads_every_trait():
     classifier = trait_classifier.load_trait_classifier(TINY / "reader")
     assert classifier.size == 64
     assert classifier.spread.max() < 0.29

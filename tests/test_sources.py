@@ -1,4 +1,4 @@
-"""Several adapters, people and forms of λ at once, against stock diffusers."""
+"""Several adapters, people and forms of λ at once, compared with stock diffusers."""
 
 import json
 
@@ -24,7 +24,7 @@ AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """(folder, its pipeline, two adapters, a plain one and one that reads sets)."""
+    """(folder, its pipeline, two adapters: a plain one and a resampler)."""
     folder = tmp_path_factory.mktemp("base")
     torch_models.write_pipeline(folder)
     loaded = pipeline.load(str(folder))
@@ -48,7 +48,7 @@ def ours(world):
 
 @pytest.fixture(scope="module")
 def both_loaded(world):
-    """Stock's pipeline with both."""
+    """Stock diffusers' pipeline with both adapters."""
     folder = world[0]
     pipe = diffusers_reference.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
@@ -62,7 +62,7 @@ def seen(n: int, seed: int) -> np.ndarray:
     return torch_models.normal(1, n, DIM, seed=seed)
 
 
-def shown(photos: np.ndarray, **more) -> generation.References:
+def reference_set(photos: np.ndarray, **more) -> generation.References:
     return generation.References(jnp.asarray(photos), jnp.ones(photos.shape[:2]), **more)
 
 
@@ -79,14 +79,14 @@ def set_embeds(photos: np.ndarray) -> torch.Tensor:
 def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
     """A plain one and a resampler."""
     one, other = seen(3, 1), seen(2, 2)
-    found = ours(world[2], [shown(one, scale=0.7), shown(other, scale=0.4)])
+    latents = ours(world[2], [reference_set(one, scale=0.7), reference_set(other, scale=0.4)])
     both_loaded.set_ip_adapter_scale([0.7, 0.4])
     embeds = [plain_embeds(one), set_embeds(other)]
     expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    alone = ours(world[2][:1], [shown(one, scale=0.7)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    alone = ours(world[2][:1], [reference_set(one, scale=0.7)])
     assert diffusers_reference.apart(alone, expected) > 1e-2
 
 
@@ -95,18 +95,18 @@ def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
 )
 def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
     unet, one = world[1].unet.module.config, seen(3, 1)
-    found = scales.read_scale(text, unet)
+    parsed = scales.read_scale(text, unet)
     both_loaded.set_ip_adapter_scale([json.loads(text), 0.0])
     embeds = [plain_embeds(one), set_embeds(one)]
     expected = diffusers_reference.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    latents = ours(world[2][:1], [shown(one, scale=found)])
+    latents = ours(world[2][:1], [reference_set(one, scale=parsed)])
     assert diffusers_reference.apart(latents, expected) < 1e-3
 
 
 def test_photos_to_move_away_from(world, ours, both_loaded):
-    """They are aggregated as others are, and take the place of the zero embedding."""
+    """Negative photos are aggregated as others and replace the zero embedding."""
     one, away = seen(3, 1), seen(3, 5)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
     embeds = [plain_embeds(one, away), set_embeds(one)]
@@ -114,13 +114,13 @@ def test_photos_to_move_away_from(world, ours, both_loaded):
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     negative = (jnp.asarray(away), jnp.ones((1, 3)))
-    found = ours(world[2][:1], [shown(one, negative=negative)])
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    assert diffusers_reference.apart(ours(world[2][:1], [shown(one)]), expected) > 1e-3
+    latents = ours(world[2][:1], [reference_set(one, negative=negative)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    assert diffusers_reference.apart(ours(world[2][:1], [reference_set(one)]), expected) > 1e-3
 
 
 def test_a_window_of_steps(world, ours, both_loaded):
-    """Stock's scale, set to 0 by a callback after half of the steps."""
+    """Compares with stock diffusers' scale, set to 0 by a callback after half of the steps."""
     one = seen(3, 1)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
 
@@ -135,12 +135,12 @@ def test_a_window_of_steps(world, ours, both_loaded):
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(one)],
         callback_on_step_end=after,
     )
-    half = ours(world[2][:1], [shown(one, window=(0.0, 0.5))])
+    half = ours(world[2][:1], [reference_set(one, window=(0.0, 0.5))])
     assert diffusers_reference.apart(half, expected) < 1e-3
-    whole = ours(world[2][:1], [shown(one)])
+    whole = ours(world[2][:1], [reference_set(one)])
     assert diffusers_reference.apart(whole, expected) > 1e-3
-    windowed = ours(world[2][:1], [shown(one, window=(0.0, 1.0))])
-    # Two programs: on some processors their last bits differ.
+    windowed = ours(world[2][:1], [reference_set(one, window=(0.0, 1.0))])
+    # These are two programs; on some processors their last bits differ.
     assert diffusers_reference.apart(windowed, whole) < 1e-5
 
 
@@ -151,15 +151,16 @@ def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:
 
 
 def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
-    """The plain adapter's person on the left, the resampler's on the right, as stock's
-    ``ip_adapter_masks`` have it."""
+    """The plain adapter's person is left, the resampler's right, as by ``ip_adapter_masks``."""
     one, other = seen(3, 1), seen(2, 2)
     unet, side = world[1].unet.module.config, world[1].latent_shape[0]
     masks = halves()
-    found = ours(
+    latents = ours(
         world[2],
         [
-            shown(photos, scale=scales.combine(0.8, scales.regions(mask, unet, (side, side))))
+            reference_set(
+                photos, scale=scales.combine(0.8, scales.regions(mask, unet, (side, side)))
+            )
             for photos, mask in zip((one, other), masks, strict=True)
         ],
     )
@@ -171,8 +172,8 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(other)],
         cross_attention_kwargs={"ip_adapter_masks": tensors},
     )
-    assert diffusers_reference.apart(found, expected) < 1e-3
-    everywhere = ours(world[2], [shown(one, scale=0.8), shown(other, scale=0.8)])
+    assert diffusers_reference.apart(latents, expected) < 1e-3
+    everywhere = ours(world[2], [reference_set(one, scale=0.8), reference_set(other, scale=0.8)])
     assert diffusers_reference.apart(everywhere, expected) > 1e-2
 
 
@@ -187,7 +188,7 @@ def test_regions_share_out_the_picture_at_every_layer(world):
 
 
 def test_four_people_at_once_are_four_alone(world):
-    """Row b of a batch sees its own references only."""
+    """Row b of a batch depends on its own references only."""
     loaded, adapters = world[1], world[2]
     sampler = jax.jit(generation.make_latent_sampler(loaded, steps=4))
     frozen = generation.sampler_params(loaded)
@@ -223,6 +224,6 @@ def test_four_people_at_once_are_four_alone(world):
         ('{"mid": "x"}', 'mid : \\["x"\\]|mid'),
     ],
 )
-def test_scales_that_cannot_be(world, text, words):
+def test_invalid_scales(world, text, words):
     with pytest.raises(UserError, match=words):
         scales.read_scale(text, world[1].unet.module.config)

@@ -1,4 +1,4 @@
-"""The tiny world at its smallest: drawn people, a base and its reader, an adapter, measures."""
+"""The preset tiny at its smallest: drawn people, base, trait classifier, adapter, evaluation."""
 
 import json
 
@@ -19,7 +19,7 @@ from persona_jax.runtime.command_line import run_with_arguments
 
 
 def assert_close(ours, theirs) -> None:
-    """Equal up to half precision."""
+    """Asserts equality up to half precision."""
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6), ours, theirs)
 
 
@@ -52,7 +52,7 @@ def tiny(tmp_path_factory):
     return root / "data", root / "base", root / "sa"
 
 
-def test_the_base_is_scored_by_its_reader(tiny):
+def test_the_base_is_scored_by_its_trait_classifier(tiny):
     _, base, _ = tiny
     report = json.loads((base / "report.json").read_text())
     assert set(report) == {"vae", "clip", "reader", "prompts"}
@@ -82,10 +82,10 @@ def test_evaluation_reads_every_number_of_references(tiny, capsys):
     )
     assert set(report["details"]["1"]["by_hiding"]) <= {"0", "1"}
     assert "| real photos |" in capsys.readouterr().out
-    # Plain, as on the held-out photo, and plain again.
+    # A plain picture, one for the held-out photo's caption, and a second plain one.
     assert len(list((workdir / "evaluation" / "from_3").glob("*.png"))) == 12
     assert "<table>" in (workdir / "evaluation" / "report.html").read_text()
-    # Three references, the held-out photo, a sample of each kind, one as on the photo.
+    # Three references, the held-out photo, samples, and one for the held-out photo's caption.
     assert Image.open(workdir / "evaluation" / "grid.png").size[0] == 8 * 18 + 2
 
 
@@ -104,15 +104,15 @@ def test_wrong_flags_of_evaluate(tiny, capsys, flags, word):
     assert word in capsys.readouterr().err
 
 
-def test_the_probe_tells_aggregators_apart_on_unseen_people(tiny, tmp_path, monkeypatch, capsys):
+def test_the_probe_distinguishes_aggregators_on_unseen_people(tiny, tmp_path, monkeypatch, capsys):
     data, base, _ = tiny
     monkeypatch.setattr(probe, "STEPS", 3)
     monkeypatch.setattr(probe, "SIZES", (1, 3))
     probe.main(adapter_config(data, base), tmp_path)
-    found = json.loads((tmp_path / "probe.json").read_text())
-    table = found["errors"]
+    report = json.loads((tmp_path / "probe.json").read_text())
+    table = report["errors"]
     assert set(table) == {*probe.KINDS, probe.TRUTH}
-    # Three steps teach nothing: everyone is guessed to be about the middle.
+    # After three steps, predictions are still close to the mean.
     errors = np.array([list(row.values()) for row in table.values()])
     assert errors.shape == (5, 2)
     assert ((errors > 0.2) & (errors < 0.5)).all()
@@ -129,7 +129,7 @@ def test_a_trait_is_read_off_the_photos_that_show_it():
     np.testing.assert_allclose(look(2), [[1.5, 1.5, 1.5]])
 
 
-def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
+def test_the_packed_base_is_the_trained_one(tiny, tmp_path):
     data, base, _ = tiny
     config = adapter_config(data, base)
     config.aggregator.kind = "first"
@@ -144,7 +144,7 @@ def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
     np.testing.assert_array_equal(*both)
     trait_classifier.load_trait_classifier(tmp_path / "out" / "reader")
 
-    # A set method goes on from the packed adapter.
+    # A method for sets starts from the packed adapter.
     config = adapter_config(data, tmp_path / "out")
     config.init_from = str(tmp_path / "out" / "ip_adapter.safetensors")
     begun = adapter_training.init_adapter(config, packed, 16)
@@ -154,7 +154,7 @@ def test_what_is_packed_is_what_was_learnt(tiny, tmp_path):
     assert begun["aggregator"]
 
 
-def test_people_nobody_knows_by_number_cannot_be_probed(tiny, tmp_path):
+def test_people_without_known_traits_cannot_be_probed(tiny, tmp_path):
     data, base, _ = tiny
     config = adapter_config(data, base)
     (tmp_path / "people").mkdir()

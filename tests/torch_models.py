@@ -1,8 +1,8 @@
-"""Outside truth: diffusers' and transformers' models with random weights, and what compares them.
+"""Reference models of diffusers and transformers with random weights, and comparisons with ours.
 
 Each ``*_difference`` makes a stock model, saves it, loads its folder with our code and returns the
-relative difference of the outputs. The stock model is gone before ours is loaded, so that the
-full sizes fit into memory one at a time.
+relative difference of the outputs. The stock model is freed before ours is loaded, so that full
+sizes fit into memory.
 """
 
 import gc
@@ -22,11 +22,11 @@ from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import AutoencoderKL
 
-# Small operations on few cores: more threads wait for each other.
+# Operations are small and cores few: more threads would only wait for each other.
 torch.set_num_threads(1)
 
 PUBLISHED = Path(__file__).with_name("published")
-"""Names and shapes of published tensors, file by file."""
+"""Names and shapes of published tensors, one file each."""
 
 SMALL_UNET = {
     "sample_size": 8,
@@ -64,8 +64,8 @@ SMALL_VISION = {
     "projection_dim": 16,
 }
 
-# A whole pipeline, as small as one can be that has a down, a mid, an up and an attention-free
-# block: compiling it is what the tests spend their time on.
+# The smallest pipeline with a down, a mid, an up and an attention-free block: tests spend most of
+# their time compiling it.
 TINY_UNET = {
     "sample_size": 8,
     "block_out_channels": (8, 16),
@@ -103,7 +103,7 @@ TINY_VISION = {
 
 
 def relative(ours, theirs) -> float:
-    """‖ours − theirs‖ / ‖theirs‖, in float64."""
+    """Returns ‖ours − theirs‖ / ‖theirs‖, in float64."""
     if isinstance(theirs, torch.Tensor):
         theirs = theirs.detach().numpy()
     theirs = np.asarray(theirs, np.float64)
@@ -111,7 +111,7 @@ def relative(ours, theirs) -> float:
 
 
 def randomise(module: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Norm scales and biases too: a swapped pair of them would go unseen at 1 and 0."""
+    """Randomises vectors too: swapped norm scales or biases are invisible while all are 1 or 0."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in module.parameters():
@@ -154,12 +154,12 @@ def make_image_encoder(settings: dict) -> torch.nn.Module:
 
 
 def write_pipeline(folder: Path, *, prediction: str = "epsilon", clip: bool = True) -> None:
-    """A tiny random StableDiffusionPipeline, saved by diffusers itself.
+    """Writes a tiny random StableDiffusionPipeline with diffusers.
 
     Args:
-      folder: where to.
-      prediction: what its scheduler says that the UNet predicts.
-      clip: with an image encoder and a feature extractor.
+      folder: where to write it.
+      prediction: `prediction_type` of its scheduler.
+      clip: whether it has an image encoder and a feature extractor.
     """
     captions = ["a photo of a smiling woman", "a portrait of an angry man"] * 5
     learn_tokenizer(captions, 560, TINY_TEXT["max_position_embeddings"], folder / "learnt")
@@ -173,7 +173,7 @@ def write_pipeline(folder: Path, *, prediction: str = "epsilon", clip: bool = Tr
     unet = make_unet(TINY_UNET)
     text_encoder = make_text_encoder(TINY_TEXT | special)
     with torch.no_grad():
-        # As published weights: predictions of unit size, tokens that differ.
+        # Like published weights: predictions of unit size, and different prompts matter.
         unet.conv_out.weight.mul_(8.0)
         text_encoder.get_input_embeddings().weight.mul_(20.0)
     diffusers.StableDiffusionPipeline(
@@ -194,7 +194,7 @@ def write_pipeline(folder: Path, *, prediction: str = "epsilon", clip: bool = Tr
 
 
 def open_diffusers(folder: Path) -> diffusers.StableDiffusionPipeline:
-    """Stock diffusers' view of a pipeline folder."""
+    """Opens a pipeline folder with stock diffusers."""
     pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -221,7 +221,7 @@ def unet_difference(settings: dict, folder: Path, size: int, tokens: int = 77) -
 
 
 def vae_differences(settings: dict, folder: Path, size: int) -> tuple[float, float]:
-    """Of the moments of an image of side `size`, and of their mean decoded."""
+    """Returns the differences of an image's moments, and of their decoded mean."""
     theirs = make_vae(settings)
     theirs.save_pretrained(folder)
     image = normal(1, size, size, 3)
@@ -247,7 +247,7 @@ def vae_differences(settings: dict, folder: Path, size: int) -> tuple[float, flo
 
 
 def text_differences(settings: dict, folder: Path) -> tuple[float, float]:
-    """Of the hidden states and the pooled output."""
+    """Returns the differences of the hidden states and of the pooled output."""
     theirs = make_text_encoder(settings)
     theirs.save_pretrained(folder)
     ids = np.random.default_rng(0).integers(0, settings["vocab_size"] - 3, (2, 77))
@@ -261,7 +261,7 @@ def text_differences(settings: dict, folder: Path) -> tuple[float, float]:
 
 
 def vision_differences(settings: dict, folder: Path) -> tuple[float, float]:
-    """Of the projected embedding and the states before the last layer."""
+    """Returns the differences of the projected embedding and of the penultimate states."""
     theirs = make_image_encoder(settings)
     theirs.save_pretrained(folder)
     size = settings["image_size"]

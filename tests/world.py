@@ -1,4 +1,4 @@
-"""A world small enough for tests: drawn people, a base and an adapter of a few steps."""
+"""Fixtures small enough for tests: drawn people, configs of a base and adapters of a few steps."""
 
 import io
 import runpy
@@ -22,7 +22,7 @@ SHARED = ROOT.parent / "shared"
 
 
 def portrait(person: int, number: int, size: int = 48) -> Image.Image:
-    """A face of a few ellipses: skin and hair are the person's, place and light the photo's."""
+    """Draws a face: the person sets skin and hair, the photo position and background."""
     who, when = np.random.default_rng(person), np.random.default_rng((person, number))
     skin, hair = (tuple(int(c) for c in who.integers(40, 230, 3)) for _ in range(2))
     image = Image.new("RGB", (size, size), tuple(int(c) for c in when.integers(0, 255, 3)))
@@ -35,7 +35,7 @@ def portrait(person: int, number: int, size: int = 48) -> Image.Image:
 
 
 def write_people(folder: Path, people: int = 6, photos: int = 4) -> Path:
-    """`folder`/person_i/j.png for every person and photo."""
+    """Writes `folder`/person_i/j.png for every person and photo."""
     for person in range(people):
         (folder / f"person_{person}").mkdir(parents=True, exist_ok=True)
         for number in range(photos):
@@ -46,7 +46,7 @@ def write_people(folder: Path, people: int = 6, photos: int = 4) -> Path:
 
 
 def config_of(name: str, *preset: str) -> ConfigDict:
-    """What configs/NAME.py gives, by default or for a preset."""
+    """Returns the config of configs/NAME.py, by default or for a preset."""
     sys.path.insert(0, str(ROOT / "configs"))
     try:
         return runpy.run_path(str(ROOT / "configs" / f"{name}.py"))["get_config"](*preset)
@@ -69,7 +69,7 @@ def use_people(config: ConfigDict, people: Path, data_dir: Path) -> None:
 
 
 def base_config(people: Path, data_dir: Path) -> ConfigDict:
-    """Two steps of every stage, at 16 px, on a folder of people."""
+    """Returns a base's config: two steps of every stage, at 16 px, on a folder of people."""
     config = config_of("base", "lfw")
     use_people(config, people, data_dir)
     return shrink_base(config)
@@ -80,7 +80,7 @@ def shrink_base(config: ConfigDict) -> ConfigDict:
     for stage in ("vae", "clip", "unet"):
         config[stage].batch_size = 8
         config[stage].optimizer.steps = 2
-        config[stage].optimizer.muon = 0.0  # takes long to compile
+        config[stage].optimizer.muon = 0.0  # slow to compile
     config.vae.tower.update({"block_out_channels": (8, 8), "sample_size": 16})
     config.vae.tower.latent_channels = 4
     config.vae.tower.update(
@@ -108,7 +108,7 @@ def shrink_base(config: ConfigDict) -> ConfigDict:
 
 
 def adapter_config(name: str, people: Path, data_dir: Path, pipeline: Path) -> ConfigDict:
-    """Three steps of configs/NAME.py on the small base, with a folder of people."""
+    """Returns configs/NAME.py with three steps on the small base and a folder of people."""
     config = config_of(name, "lfw")
     use_people(config, people, data_dir)
     return shrink_adapter(config, pipeline)
@@ -126,7 +126,7 @@ def shrink_adapter(config: ConfigDict, pipeline: Path) -> ConfigDict:
 
 
 def shaken(tree, seed: int):
-    """No parameter at its start, where zeros and ones hide mistakes."""
+    """Adds noise to all parameters: initial zeros and ones would hide errors."""
     leaves, structure = jax.tree.flatten(tree)
     generators = map(np.random.default_rng, range(seed, seed + len(leaves)))
     random = [
@@ -137,7 +137,7 @@ def shaken(tree, seed: int):
 
 
 def write_adapter(config, workdir) -> None:
-    """A run's folder, as after a training that has left random parameters."""
+    """Writes a run's folder as if training had ended in random parameters."""
     parts = open_pipeline(config)
     encoder = open_image_encoder(config, parts)
     params = adapter_training.init_adapter(config, parts, encoder.dim)

@@ -1,4 +1,4 @@
-"""Adapters, people and LoRA files, opened on a pipeline that is open already."""
+"""Loading of adapters, fine-tuned people and LoRA files for an open pipeline."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -25,21 +25,21 @@ from persona_jax.runtime.run_folder import read_config
 
 PathLike = str | Path
 Lora = PathLike | tuple[PathLike, float | int]
-"""A LoRA file, or the file and how much it counts."""
+"""A LoRA file, or the file and its factor."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter with the image encoder that it reads photos with; from :func:`load_adapter`.
+    """An adapter with its image encoder; from :func:`load_adapter`.
 
     Attributes:
       path: where it was loaded from.
-      model: the aggregator and its parameters.
+      model: the aggregator and the adapter's parameters.
       encoder: photos → embeddings.
-      crop: central part of a photo that the encoder sees, a fraction of its shorter side.
-      settings: the sampling settings it was trained with, used where a call names none.
-      base_hash: of the UNet it is for.
-      step: of the checkpoint that was read; None of a file.
+      crop: central part of a photo that the encoder gets, a fraction of its shorter side.
+      settings: sampling settings of its run, the defaults of a call.
+      base_hash: hash of the UNet it belongs to.
+      step: of the checkpoint that was read; None for a file.
     """
 
     path: str
@@ -52,7 +52,7 @@ class LoadedAdapter:
 
     @property
     def kind(self) -> str:
-        """Of aggregator: "self_attention", "avg", "max", "first", "every", "plus", …"""
+        """Kind of the aggregator: "self_attention", "avg", "max", "first", "every", "plus", …"""
         return self.model.aggregator.kind
 
     def __repr__(self) -> str:
@@ -66,11 +66,11 @@ class LoadedPerson:
 
     Attributes:
       path: of the run.
-      name: the person's.
-      towers: what they change of the base, ``{"unet", "text_encoder"}``.
-      token, nouns: the rare token goes before the first of the nouns in a prompt.
+      name: of the person.
+      towers: parameters that replace the base's, ``{"unet", "text_encoder"}``.
+      token, nouns: the rare token is inserted before the first of the nouns in a prompt.
       settings: as in :class:`LoadedAdapter`.
-      base_hash: of the UNet it is for.
+      base_hash: hash of the UNet they belong to.
     """
 
     path: str
@@ -97,34 +97,34 @@ def load_adapter(
     crop: float | None = None,
     weights: Literal["ema", "params"] | None = None,
 ) -> LoadedAdapter:
-    """Opens an adapter for a pipeline.
+    """Loads an adapter for a pipeline.
 
     Args:
       path: a run of ``persona-jax train``; an IP-Adapter or IP-Adapter-Plus file for Stable
         Diffusion 1.5 (``.safetensors`` or ``.bin``); a folder that ``persona-jax export`` wrote; or
         "tiny", the adapter that comes with the base of that name.
       pipe: from :func:`persona_jax.load_pipeline`.
-      crop: central part of a photo that the image encoder sees, above 0 and at most 1; None: as
+      crop: central part of a photo that the image encoder gets, above 0 and at most 1; None: as
         in training, or 1.
       weights: of a run, the running average or the last step; None: the average, if there is one.
 
     Raises:
-      UserError: nothing there, another base or image encoder than it was trained with, or files
-        that do not fit.
+      UserError: the path does not exist, files do not fit, or the adapter was trained with another
+        base or image encoder.
     """
     if crop is not None and not 0 < crop <= 1:
         raise UserError(f"crop {crop:g}: expected above 0 and at most 1", argument="crop")
     shipped = folders.SHIPPED.get(str(path))
-    place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(path)
-    if not place.exists():
+    local = shipped / "ip_adapter.safetensors" if shipped else buckets.local(path)
+    if not local.exists():
         raise UserError(
             f"{path}: no such adapter; expected a run, an IP-Adapter file or an exported folder"
         )
-    if (place / "config.json").is_file():
-        run = _open_run(place, pipe, crop, weights)
+    if (local / "config.json").is_file():
+        run = _open_run(local, pipe, crop, weights)
     else:
         run = finished_run.open_adapter(
-            place, pipe.source, crop=crop or 1.0, pipeline=pipe.with_image_encoder()
+            local, pipe.source, crop=crop or 1.0, pipeline=pipe.with_image_encoder()
         )
     assert run.adapter is not None
     assert run.encoder is not None
@@ -147,7 +147,7 @@ def _open_run(
     if method in finetuning.METHODS:
         raise UserError(f"{workdir} is a run of {method}: open a person of it with load_person")
     if method is None:
-        raise UserError(f"{workdir} is a run that made a base; its pipeline is {workdir}/pipeline")
+        raise UserError(f"{workdir} is a run of pretrain; its pipeline is {workdir}/pipeline")
     trained = read_fingerprint(workdir / "checkpoints").get("unet")
     require_trained_on(workdir, pipe.source, pipe.hash, trained)
     parts = pipe.parts
@@ -157,7 +157,7 @@ def _open_run(
 
 
 def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
-    """Opens the weights of one person of a DreamBooth or LoRA run.
+    """Loads the weights of one person of a DreamBooth or LoRA run.
 
     Args:
       workdir: of the run.
@@ -165,35 +165,38 @@ def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
       pipe: from :func:`persona_jax.load_pipeline`.
 
     Raises:
-      UserError: another kind of run, nobody of that name, another base, or files that do not fit.
+      UserError: the run is of another kind or base, has no such person, or files do not fit.
     """
     from persona_jax.methods import finetuning_loop  # imports the data sets
 
-    place = buckets.local(workdir)
-    config = read_config(place)
+    local = buckets.local(workdir)
+    config = read_config(local)
     if config.get("method") not in finetuning.METHODS:
-        raise UserError(f"{workdir} is no run of dreambooth or lora; open it with load_adapter")
-    towers = finetuning_loop.load_person(place, name, pipe.parts, config)
+        raise UserError(f"{workdir} is not a run of dreambooth or lora; open it with load_adapter")
+    towers = finetuning_loop.load_person(local, name, pipe.parts, config)
     return LoadedPerson(
         path=str(workdir),
         name=name,
         towers=towers,
         token=config.token,
         nouns=tuple(config.nouns),
-        settings=finished_run.Run(place, config, pipe.parts).sampling_settings(),
+        settings=finished_run.Run(local, config, pipe.parts).sampling_settings(),
         base_hash=pipe.hash,
     )
 
 
 def with_loras(towers: Mapping[str, Mapping[str, Any]], loras: Sequence[Lora]) -> dict[str, Any]:
-    """The towers that LoRA files change, merged in their order.
+    """Merges LoRA files into the base, in order.
 
     Args:
       towers: the base's parameters by name.
-      loras: files, each with its factor or at 1.
+      loras: files, each alone (factor 1) or with its factor.
+
+    Returns:
+      Parameters of the towers that the files change, by name.
 
     Raises:
-      UserError: no such file, or one that does not fit.
+      UserError: a file does not exist or does not fit.
     """
     towers, changed = dict(towers), {}
     for one in loras:
@@ -207,11 +210,11 @@ def with_loras(towers: Mapping[str, Mapping[str, Any]], loras: Sequence[Lora]) -
 
 
 def default_settings(base: str) -> SamplingSettings:
-    """Where neither an adapter nor a person says otherwise."""
+    """The default sampling settings of a base, without an adapter or a person."""
     sampling = finished_run.outside_settings(base).sampling
     return SamplingSettings(sampling.steps, sampling.guidance, sampling.eta, sampling.scale)
 
 
 def frozen_params(base: Base, changed: Mapping[str, Any]) -> dict[str, Any]:
-    """What a sampler takes: the base's towers, some of them in changed form."""
+    """A sampler's frozen parameters: the base's, with the towers of `changed` replaced."""
     return generation.sampler_params(base.parts) | dict(changed)

@@ -1,4 +1,4 @@
-"""A pipeline folder, opened once; its image encoder when an adapter asks for it."""
+"""The base of a pipeline; its image encoder is loaded when an adapter needs it."""
 
 import dataclasses
 
@@ -12,7 +12,7 @@ from persona_jax.pipelines.pipeline import Pipeline
 
 
 def loaded(tower: Tower | None) -> Tower:
-    """A tower that is known to have been loaded."""
+    """Returns a tower that has been loaded, for the type checker."""
     assert tower is not None
     return tower
 
@@ -21,7 +21,7 @@ class Base:
     """The frozen parts of a pipeline.
 
     Attributes:
-      source: as it was named.
+      source: folder, hub id or name of a shipped base, as given.
       parts: towers, schedule and tokenizer, without the image encoder.
     """
 
@@ -35,33 +35,33 @@ class Base:
 
     @property
     def hash(self) -> str:
-        """Of the UNet."""
+        """Hash of the UNet's weights."""
         return loaded(self.parts.unet).hash
 
     @property
     def image_size(self) -> int:
-        """Side of a generated image in pixels, where a call names none."""
+        """Default side of a generated image in pixels."""
         return self.parts.image_size
 
     def with_image_encoder(self, path: str = "") -> Pipeline:
-        """The parts, with the image encoder too.
+        """The parts with an image encoder, which is loaded once for each path.
 
         Args:
-          path: folder or hub id of the encoder; empty: what :func:`persona_jax.load_pipeline` was
-            given, or the pipeline's own.
+          path: folder or hub id of the encoder; empty: the argument of
+            :func:`persona_jax.load_pipeline`, or the pipeline's own.
 
         Raises:
-          UserError: there is none.
+          UserError: there is no image encoder.
         """
-        place = path or self._image_encoder
-        if place not in self._with_encoder:
-            found = self._load(["image_encoder"], place)
-            self._with_encoder[place] = dataclasses.replace(
+        source = path or self._image_encoder
+        if source not in self._with_encoder:
+            encoder_parts = self._load(["image_encoder"], source)
+            self._with_encoder[source] = dataclasses.replace(
                 self.parts,
-                image_encoder=found.image_encoder,
-                feature_extractor=found.feature_extractor,
+                image_encoder=encoder_parts.image_encoder,
+                feature_extractor=encoder_parts.feature_extractor,
             )
-        return self._with_encoder[place]
+        return self._with_encoder[source]
 
     def _load(self, towers: list[str], image_encoder: str = "") -> Pipeline:
         return pipeline.load(

@@ -1,4 +1,4 @@
-"""A request that is checked and whose photos are read: images a batch at a time."""
+"""A checked request with encoded photos, which generates images in batches."""
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -12,7 +12,7 @@ from PIL import Image
 from persona_jax.api.adapters import LoadedAdapter
 from persona_jax.api.bases import loaded
 from persona_jax.api.results import Images, Progress
-from persona_jax.data import images as pictures
+from persona_jax.data import images
 from persona_jax.diffusion.sampler import picture_noise
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation
@@ -25,19 +25,19 @@ from persona_jax.runs.reference_sets import ReferenceSet
 
 Batch = UInt8[np.ndarray, "_ H W 3"]
 LEAST_SIDE = 96
-"""Pixels of a reference photo that is kept to be shown, where images are smaller."""
+"""Minimal side in pixels of the reference photos that results keep."""
 
 
 class GenerationJob:
-    """A call of :class:`persona_jax.PersonaPipeline`, prepared.
+    """A prepared call of :class:`persona_jax.PersonaPipeline`.
 
-    What it needs in memory does not depend on the number of images.
+    Its memory does not grow with the number of images if they are read through :meth:`batches`.
 
     Attributes:
-      num: images.
-      prompts: of each image, as the text encoder reads it.
+      num: number of images.
+      prompts: of each image, as the text encoder gets it.
       settings: the sampling settings.
-      references: of each set, its photos as the image encoder sees them.
+      references: of each set, its photos as the image encoder gets them.
       warnings: a line for each prompt that is too long for the text encoder.
     """
 
@@ -58,22 +58,25 @@ class GenerationJob:
         batch_size: int,
         callback: Callable[[Progress], None] | None,
     ):
-        """Arguments of :meth:`persona_jax.PersonaPipeline.prepare`; `program` gives compiled ones.
+        """Made by :meth:`persona_jax.PersonaPipeline.prepare`.
 
         Args:
           parts: the base.
-          program: (kind, steps) → program.
+          program: (kind, steps) → compiled program.
           frozen: parameters of the towers.
           adapters: one for each set.
           sets: of photos.
           prompts: one for each image.
-          negative_prompt: for all.
+          negative_prompt: for all images.
           settings: of sampling.
           seed: of the noise.
           size: height and width of the latents.
-          latents: in place of the seed's noise.
-          batch_size: images at once.
-          callback: after each step.
+          latents: initial noise; None: drawn from the seed.
+          batch_size: images generated at once.
+          callback: called after each step.
+
+        Raises:
+          UserError: an argument is invalid, or a photo cannot be read.
         """
         self.num = len(prompts)
         if batch_size < 1:
@@ -112,39 +115,39 @@ class GenerationJob:
             self._references.append(made)
 
     def batches(self) -> Iterator[Batch]:
-        """The images as bytes, some at a time; the last batch may be smaller."""
+        """Generates the images as uint8, a batch at a time; the last batch may be smaller."""
         return self._pixels(self._references)
 
     def latents(self) -> Iterator[Float[np.ndarray, "_ h w C"]]:
-        """The scaled latents z_0, some at a time."""
+        """Generates the scaled latents z_0, a batch at a time."""
         return self._run("latents", self._references)
 
     def images(self) -> Images:
-        """All images."""
+        """Generates all images."""
         for line in self.warnings:
             warnings.warn(line, stacklevel=3)
-        made = [Image.fromarray(x) for batch in self.batches() for x in batch]
+        generated = [Image.fromarray(x) for batch in self.batches() for x in batch]
         return Images(
-            made,
+            generated,
             references=self.references,
             prompts=self.prompts,
             settings=self.settings,
             seed=self._seed,
-            attribute=lambda: self.attribution(self._in_batches(made)),
+            attribute=lambda: self.attribution(self._in_batches(generated)),
         )
 
     def check_attribution(self) -> None:
-        """Raises UserError where :meth:`attribution` has nothing to say."""
+        """Raises UserError if :meth:`attribution` is not possible for this request."""
         if len(self._sets) != 1:
             raise UserError("attribution: it is for one set of photos", argument="attribution")
         (owner,), (one,) = self._adapters, self._sets
         attribution.check(owner.model, one.counts, owner.path)
 
     def attribution(self, generated: Iterable[Batch]) -> Attribution:
-        """What each photo contributed.
+        """Computes how much each photo contributed.
 
         Args:
-          generated: what :meth:`batches` gave.
+          generated: the images of :meth:`batches`.
 
         Raises:
           UserError: see :meth:`check_attribution`.
@@ -161,17 +164,17 @@ class GenerationJob:
 
     def _pixels(self, references: Sequence[References]) -> Iterator[Batch]:
         for pixels in self._run("images", references):
-            yield pictures.to_uint8(pixels)
+            yield images.to_uint8(pixels)
 
     def _run(self, kind: str, references: Sequence[References]) -> Iterator[np.ndarray]:
         starts, models = range(0, self.num, self._batch), [one.model for one in self._adapters]
         if self._callback is None:
             requests = (self._request(first, references) for first in starts)
             program = self._program(kind, self.settings.steps)
-            made = generation.each_batch(program, self._frozen, models, requests, self._batch)
+            generated = generation.each_batch(program, self._frozen, models, requests, self._batch)
         else:
-            made = (self._step_by_step(kind, first, references) for first in starts)
-        for first, batch in zip(starts, made, strict=True):
+            generated = (self._step_by_step(kind, first, references) for first in starts)
+        for first, batch in zip(starts, generated, strict=True):
             yield batch[: self.num - first]
 
     def _step_by_step(
@@ -185,8 +188,8 @@ class GenerationJob:
         for step, z in enumerate(
             generation.each_step(program, self._frozen, models, request, steps), 1
         ):
-            now = np.asarray(z)[: last - first]
-            self._callback(Progress(step, steps, first, last, self.num, now))
+            kept = np.asarray(z)[: last - first]
+            self._callback(Progress(step, steps, first, last, self.num, kept))
         if kind == "latents":
             return np.asarray(z)
         return np.asarray(self._program("decode", 0)(self._frozen["vae"], z))

@@ -1,4 +1,4 @@
-"""A pipeline to call: a prompt and photos in, images out."""
+"""The pipeline of the Python API: a callable from a prompt and photos to images."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -20,7 +20,7 @@ from persona_jax.api.adapters import (
 from persona_jax.api.bases import Base, loaded
 from persona_jax.api.generation_job import GenerationJob
 from persona_jax.api.results import Images, Progress
-from persona_jax.data import images as pictures
+from persona_jax.data import images
 from persona_jax.data.photo_files import Photo
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation
@@ -32,7 +32,7 @@ from persona_jax.runtime.compilation import compiler_options
 
 Latents = Float[np.ndarray, "num h w C"]
 BATCH = 8
-"""Images generated at once, where nobody says."""
+"""Default number of images generated at once."""
 
 
 class Options(TypedDict, total=False):
@@ -61,10 +61,10 @@ class Options(TypedDict, total=False):
 
 
 class PersonaPipeline(Base):
-    """A pipeline folder, opened to generate with; from :func:`load_pipeline`.
+    """A pipeline for generation; from :func:`load_pipeline`.
 
-    Its compiled programs are kept: other prompts, photos, seeds, scales, masks or guidance use
-    them again; other numbers of images at once, photos, steps or another size compile new ones.
+    Compiled programs are kept. Other prompts, photos, seeds, scales, masks or guidance reuse them;
+    another batch size, number of photos, number of steps or image size compiles a new one.
     """
 
     def __init__(self, source: str, *, image_encoder: str | None = None, dtype: str = "auto"):
@@ -107,36 +107,39 @@ class PersonaPipeline(Base):
         batch_size: int = BATCH,
         callback: Callable[[Progress], None] | None = None,
     ) -> GenerationJob:
-        """Reads the photos and checks everything; generates nothing yet.
+        """Checks the arguments and encodes the photos, without generating.
 
         Args:
           prompt: one for all images, or one for each.
-          photos: of one person: paths, Pillow images, or arrays of bytes or of floats from 0 to 1.
-          adapter: what reads them. With `references`: one for all sets, or one for each.
-          references: several people, in place of `photos` and the five arguments that follow.
-          weights: how much each photo counts: 0 leaves it out, 2 counts it twice.
-          scale: λ, how much the photos count; numbers by block as diffusers has them,
-            ``{"down": 0, "up": {"block_0": [0, 1, 0]}}``; None: as the adapter was trained.
+          photos: of one person: paths, Pillow images, or arrays of uint8 or of floats from 0 to 1.
+          adapter: for the photos. With `references`: one for all sets, or one for each.
+          references: sets of several people, instead of `photos` and the five arguments below.
+          weights: one for each photo: 0 leaves it out, 2 counts it twice.
+          scale: λ, the strength of the adapter; or numbers by block as in diffusers,
+            ``{"down": 0, "up": {"block_0": [0, 1, 0]}}``; None: the adapter's default.
           mask: white where the person is to be.
-          window: the photos count from this share of the steps on, and up to that one.
-          negative_photos: to move away from.
-          person: weights of one person, in place of an adapter.
-          loras: LoRA files, each alone or with how much it counts, ``("style.safetensors", 0.8)``.
-          negative_prompt: to move away from.
-          num: images; None: one, or one for each prompt.
-          seed: of the noise. Image i of a seed is the same whatever `num` and `batch_size` are, up
-            to rounding.
-          steps: of DDIM. None here and below: as the first adapter or the person was trained.
+          window: (start, end), shares of the steps between which the photos count.
+          negative_photos: for the unconditional half of classifier-free guidance.
+          person: fine-tuned weights of one person, instead of an adapter.
+          loras: LoRA files, each alone or with a factor, ``("style.safetensors", 0.8)``.
+          negative_prompt: for the unconditional half of classifier-free guidance.
+          num: number of images; None: one, or one for each prompt.
+          seed: of the noise. Image i of a seed does not depend on `num` or `batch_size`, up to
+            rounding.
+          steps: of DDIM. None here and below: the default of the first adapter or of the person.
           guidance: g of classifier-free guidance.
           eta: η of DDIM; 0 is deterministic, 1 ancestral.
           height, width: in pixels; None: as the UNet was trained.
-          latents: z_T ``[num, h, w, C]`` in place of the seed's noise.
-          batch_size: images at once.
-          callback: called after every step; an exception that it raises ends the call. Each step
-            is then a program run of its own.
+          latents: z_T ``[num, h, w, C]``; None: noise drawn from the seed.
+          batch_size: images generated at once.
+          callback: called after every step. An exception that it raises ends the call. Each step
+            then is a separate program run.
+
+        Returns:
+          A job that generates the images.
 
         Raises:
-          UserError: an argument that cannot be, or a photo that cannot be read; names it.
+          UserError: an argument is invalid or a photo cannot be read; it is named.
         """
         sets = list(references)
         if photos is not None:
@@ -193,20 +196,20 @@ class PersonaPipeline(Base):
         photos: Sequence[Photo] | None = None,
         **options: Unpack[Options],
     ) -> Latents:
-        """Scaled latents z_0 in place of images; arguments and errors as in :meth:`prepare`."""
+        """Generates scaled latents z_0 ``[num, h, w, C]``; arguments as in :meth:`prepare`."""
         return np.concatenate(list(self.prepare(prompt, photos, **options).latents()))
 
     def decode(self, latents: Float[np.ndarray, "B h w C"]) -> list[Image.Image]:
-        """Images of latents, as :meth:`generate_latents` and :class:`Progress` have them."""
+        """Decodes scaled latents, of :meth:`generate_latents` or :class:`Progress`, to images."""
         pixels = self._program("decode", 0)(loaded(self.parts.vae).params, latents)
-        return [Image.fromarray(x) for x in pictures.to_uint8(np.asarray(pixels))]
+        return [Image.fromarray(x) for x in images.to_uint8(np.asarray(pixels))]
 
     def __repr__(self) -> str:
         """Without the parameters."""
         return f"PersonaPipeline({self.source!r}, image_size={self.image_size})"
 
     def _program(self, kind: str, steps: int) -> Callable:
-        """A compiled program: "images" or "latents" of so many steps, or "decode"."""
+        """The compiled program "images" or "latents" for a number of steps, or "decode"."""
         if (kind, steps) not in self._programs:
             self._programs[kind, steps] = self._make_program(kind, steps)
         return self._programs[kind, steps]
@@ -225,7 +228,7 @@ class PersonaPipeline(Base):
         """Height and width of the latents.
 
         Raises:
-          UserError: not a multiple of what VAE and UNet halve, or not the size of `latents`.
+          UserError: a side is not a multiple of the total downscaling, or not that of `latents`.
         """
         halvings = len(loaded(self.parts.unet).module.config.block_out_channels) - 1
         downscale = loaded(self.parts.vae).module.config.downscale
@@ -237,18 +240,20 @@ class PersonaPipeline(Base):
                     f"{self.parts.latent_shape[2]}]",
                     argument="latents",
                 )
-            whole = tuple(side * downscale for side in latents.shape[1:3])
+            defaults = tuple(side * downscale for side in latents.shape[1:3])
         else:
-            whole = (self.image_size, self.image_size)
-        out = []
-        for name, asked, there in zip(("height", "width"), (height, width), whole, strict=True):
-            if latents is not None and asked not in (None, there):
-                raise UserError(f"{name} {asked}: the latents are of {there}", argument=name)
-            pixels = there if asked is None else asked
+            defaults = (self.image_size, self.image_size)
+        latent_sides = []
+        for name, requested, default in zip(
+            ("height", "width"), (height, width), defaults, strict=True
+        ):
+            if latents is not None and requested not in (None, default):
+                raise UserError(f"{name} {requested}: the latents are of {default}", argument=name)
+            pixels = default if requested is None else requested
             if pixels < least or pixels % least:
                 raise UserError(f"{name} {pixels}: expected a multiple of {least}", argument=name)
-            out.append(pixels // downscale)
-        return out[0], out[1]
+            latent_sides.append(pixels // downscale)
+        return latent_sides[0], latent_sides[1]
 
 
 def load_pipeline(
@@ -263,7 +268,7 @@ def load_pipeline(
       dtype: "float32", "bfloat16", or "auto": bfloat16 on accelerators, float32 on CPU.
 
     Raises:
-      UserError: what is missing or does not fit, by name.
+      UserError: files are missing or do not fit; they are named.
     """
     return PersonaPipeline(str(source), image_encoder=image_encoder, dtype=dtype)
 
@@ -271,7 +276,7 @@ def load_pipeline(
 def _one_each(
     adapter: LoadedAdapter | Sequence[LoadedAdapter] | None, sets: int
 ) -> list[LoadedAdapter]:
-    """An adapter for each set of photos."""
+    """Returns one adapter for each set of photos."""
     if adapter is None:
         given: list[LoadedAdapter] = []
     else:
@@ -290,7 +295,7 @@ def _one_each(
 
 
 def _prompts(prompt: str | Sequence[str], num: int | None) -> list[str]:
-    """One for each image."""
+    """Returns one prompt for each image."""
     if num is not None and num < 1:
         raise UserError(f"num {num}: at least one image", argument="num")
     if isinstance(prompt, str):
@@ -301,7 +306,7 @@ def _prompts(prompt: str | Sequence[str], num: int | None) -> list[str]:
 
 
 def _document(method: Any) -> None:
-    """Shows a method's options by name in ``help()`` and in notebooks."""
+    """Sets a method's signature, so that ``help()`` and notebooks list the options."""
     method.__signature__ = inspect.signature(PersonaPipeline.prepare).replace(
         return_annotation=inspect.signature(method).return_annotation
     )

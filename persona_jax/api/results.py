@@ -1,4 +1,4 @@
-"""What a call gives back: images, and what they were generated from."""
+"""Results of a call: images with their inputs, and progress."""
 
 import dataclasses
 from collections.abc import Callable, Sequence
@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image
 
-from persona_jax.data import images as pictures
+from persona_jax.data import images as image_files
 from persona_jax.runs.attribution import Attribution
 from persona_jax.runs.finished_run import SamplingSettings
 
@@ -17,12 +17,12 @@ MOST_COLUMNS = 16
 
 @dataclasses.dataclass(frozen=True)
 class Progress:
-    """Where a call is, after each step.
+    """Progress of a call, after each step.
 
     Attributes:
       step, steps: of this batch's sampling trajectory, 1 to `steps`.
-      first, last: numbers of the batch's images, `last` not counted in.
-      num: images of the call.
+      first, last: indices of the batch's images, `last` excluded.
+      num: number of images of the call.
       latents: of the batch after this step ``[last - first, h, w, C]``, for ``pipe.decode``.
     """
 
@@ -35,17 +35,17 @@ class Progress:
 
     @property
     def fraction(self) -> float:
-        """Done of the call, 0 to 1."""
+        """Completed fraction of the call, 0 to 1."""
         done = self.first * self.steps + self.step * (self.last - self.first)
         return done / (self.num * self.steps)
 
 
 class Images(list[Image.Image]):
-    """Generated images, a list, with what they were generated from.
+    """A list of generated images with their inputs.
 
     Attributes:
-      references: of each set, its photos as the image encoder saw them.
-      prompts: of each image, as the text encoder read it.
+      references: of each set, its photos as the image encoder got them.
+      prompts: of each image, as the text encoder got it.
       settings: the sampling settings.
       seed: of the call.
     """
@@ -60,7 +60,7 @@ class Images(list[Image.Image]):
         seed: int,
         attribute: Callable[[], Attribution],
     ):
-        """Attributes as above; `attribute` computes :meth:`attribution`."""
+        """Takes the attributes, and `attribute`, which computes :meth:`attribution`."""
         super().__init__(images)
         self.references = [list(photos) for photos in references]
         self.prompts = list(prompts)
@@ -70,24 +70,26 @@ class Images(list[Image.Image]):
         self._attribution: Attribution | None = None
 
     def attribution(self) -> Attribution:
-        """What each photo contributed: generates the images again without it, the first time.
+        """How much each photo contributed.
+
+        The first call generates the images again without each of the photos.
 
         Raises:
-          UserError: not one set of photos, an adapter that does not attend to them, or fewer than
-            two that count.
+          UserError: there is not exactly one set of photos, the adapter has no self-attention, or
+            fewer than two photos have a weight.
         """
         if self._attribution is None:
             self._attribution = self._attribute()
         return self._attribution
 
     def grid(self) -> Image.Image:
-        """One image: the photos of each set in rows of their own, the generated ones below."""
+        """One image with the photos of each set in rows of their own, and the images below."""
         return overview(list(self), self.references, self[0].size[0])
 
     def save(self, folder: str | Path) -> None:
-        """Writes ``0000.png``, … into a folder. Raises UserError where it cannot be written."""
+        """Writes ``0000.png``, … into a folder. Raises UserError if it cannot be written."""
         for number, image in enumerate(self):
-            pictures.save(image, Path(folder) / f"{number:04d}.png")
+            image_files.save(image, Path(folder) / f"{number:04d}.png")
 
 
 def overview(
@@ -95,10 +97,12 @@ def overview(
     references: Sequence[Sequence[Image.Image]],
     size: int,
 ) -> Image.Image:
-    """Each set of photos in rows of its own, the images below; cells of `size` pixels."""
+    """Draws each set of photos in rows of its own, the images below; cells have `size` pixels."""
     width = min(max([min(len(images), 8), *map(len, references)]), MOST_COLUMNS)
     photos = [[photo.resize((size, size)) for photo in own] for own in references]
-    return pictures.grid([row for own in [*photos, images] for row in _rows(own, width)], size=size)
+    return image_files.grid(
+        [row for own in [*photos, images] for row in _rows(own, width)], size=size
+    )
 
 
 def _rows(cells: Sequence, width: int) -> list[Sequence]:

@@ -1,1 +1,1 @@
-"""From photos on disk to batches: builders, captions, leave-one-out examples, loader."""
+"""From photos on disk to training batches: dataset builders, captions, examples, loader."""

@@ -1,4 +1,4 @@
-"""The LFW archive: found in `manual_dir` or downloaded, verified, and read without unpacking."""
+"""The LFW archive: located in `manual_dir` or downloaded, verified, and read without unpacking."""
 
 import pathlib
 import re
@@ -12,42 +12,45 @@ from persona_jax.errors import UserError
 
 ASSET = "lfw_deepfunneled"
 KEY = "config.data.archive_sha256"
-# What reading a damaged tar, gzip or zip raises.
+# Exceptions raised by reading a damaged tar, gzip or zip file.
 DAMAGED = (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError)
 
 
 def local_archive(manual_dir: pathlib.Path) -> pathlib.Path | None:
-    """The archive already in `manual_dir`, if any."""
+    """Returns the archive in `manual_dir`; None if there is none."""
     return outside.local(ASSET, manual_dir)
 
 
 def find_archive(manual_dir: pathlib.Path, sha256: str | None) -> tuple[pathlib.Path, str]:
-    """The verified archive and its SHA-256, downloaded where `manual_dir` has none.
+    """Returns the verified archive and its SHA-256; downloads it if `manual_dir` has none.
 
     Args:
-      sha256: hexadecimal digest of a further archive to accept.
+      sha256: hexadecimal digest of one more archive to accept.
 
     Raises:
-      UserError: no archive to be had, or one whose checksum is not known.
+      UserError: the archive cannot be obtained, or its checksum is unknown.
     """
     remedy = "or name its folder with config.data.manual_dir=DIR"
     return outside.find(ASSET, manual_dir, sha256, key=KEY, remedy=remedy)
 
 
 def verify(archive: pathlib.Path, sha256: str | None) -> str:
-    """The archive's SHA-256, if it is one the manifest (or the user) accepts."""
+    """Returns the archive's SHA-256 if the manifest or the user accepts it."""
     return outside.verify(ASSET, archive, sha256, KEY)
 
 
 def photos(archive: pathlib.Path) -> Iterator[tuple[str, int, str, bytes]]:
-    """Person, photo number, file (`Person/Person_0001.jpg`) and bytes of every photo, streamed.
+    """Streams the archive's photos.
+
+    Yields:
+      person, photo number, file (`Person/Person_0001.jpg`) and encoded bytes of each photo.
 
     Raises:
-      UserError: the archive ends early or is damaged.
+      UserError: the archive is truncated or damaged.
     """
     try:
         for name, data in _members(archive):
-            # Repacked archives nest the official folder once more: only the last two names count.
+            # Repacked archives nest the official folder deeper: use the last two components only.
             parts = name.split("/")
             if match := re.fullmatch(r"(.+)_(\d{4})\.jpg", parts[-1]):
                 person, number = match.groups()
@@ -65,7 +68,7 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
             for info in files.infolist():
                 yield info.filename, files.read(info)
         return
-    # Not the pipe mode "r|gz", which takes an archive cut between two files for a whole one.
+    # Stream mode "r|gz" would accept an archive truncated between two files as complete.
     with tarfile.open(archive, "r:gz") as files:
         for member in files:
             if member.isfile():

@@ -1,4 +1,4 @@
-"""Captions from templates: what the face does and whether it is a man's or a woman's, no names."""
+"""Captions from templates: expression and noun (person, man, woman); never the person's name."""
 
 import codecs
 import csv
@@ -12,11 +12,11 @@ from collections.abc import Iterator
 from persona_jax.errors import UserError, shown
 
 MOST_BYTES = 2**28
-"""Of a table of labels."""
+"""Largest table of labels that is read, in bytes."""
 PLAIN = "a photo of a person"
 OPENINGS = ("a photo of", "a portrait of", "a picture of", "a close-up of")
 NOUNS = ("person", "man", "woman")
-# How each expression label is said; `unknown` says nothing.
+# Phrases for each expression label; `unknown` adds no expression.
 PHRASES = {
     "unknown": ("{noun}",),
     "neutral": ("{noun}", "{noun} with a calm face", "{noun} with a neutral expression"),
@@ -31,10 +31,10 @@ PHRASES = {
 
 
 def caption(key: str, labels: tuple[str, str] | None) -> str:
-    """The caption of one photo, the same in every run.
+    """Returns the caption of one photo, the same in every run.
 
     Args:
-      key: any string naming the photo; it only chooses the template (by SHA-256).
+      key: any string that identifies the photo; its SHA-256 chooses the template.
       labels: (expression, noun), keys of :data:`PHRASES` and :data:`NOUNS`; None when unlabelled.
     """
     if labels is None:
@@ -49,13 +49,13 @@ def caption(key: str, labels: tuple[str, str] | None) -> str:
 
 
 def read_labels(path: pathlib.Path) -> dict[str, tuple[str, str]]:
-    """Reads a table of tab-separated columns file, expression, noun (first line: their names).
+    """Reads a table of tab-separated columns file, expression, noun, named in its first line.
 
     Returns:
-      photo file, as `Person/photo.jpg` (:func:`label_key`), to (expression, noun).
+      a mapping from photo file, as `Person/photo.jpg` (:func:`label_key`), to (expression, noun).
 
     Raises:
-      UserError: no readable table, missing columns, or a label that has no wording.
+      UserError: the table cannot be read, lacks a column, or has a label without a phrase.
     """
     try:
         return dict(_labels(path))
@@ -64,7 +64,7 @@ def read_labels(path: pathlib.Path) -> dict[str, tuple[str, str]]:
 
 
 def label_key(file: str) -> str:
-    """A photo's name as tables are searched for it: é is one letter, however it was typed."""
+    """Returns a photo's name in Unicode NFC, so that composed and decomposed é match."""
     return unicodedata.normalize("NFC", file)
 
 
@@ -87,7 +87,7 @@ def _labels(path: pathlib.Path) -> Iterator[tuple[str, tuple[str, str]]]:
 
 
 def _text(path: pathlib.Path) -> str:
-    """The text of a table, in UTF-8, or in UTF-16 or UTF-8 with a byte-order mark."""
+    """Reads a text file in UTF-8, with or without byte-order mark, or UTF-16 with one."""
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode) or about.st_size > MOST_BYTES:

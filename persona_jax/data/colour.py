@@ -1,4 +1,4 @@
-"""Colour profiles: what a photo's numbers mean, in sRGB, by littleCMS."""
+"""Colour profiles: converts pictures to sRGB with littleCMS."""
 
 import functools
 import io
@@ -12,29 +12,34 @@ from PIL import Image, ImageCms
 Point = tuple[float, float]
 
 D50 = (0.9642, 1.0, 0.8249)
-"""XYZ of the white that ICC profiles refer to."""
+"""XYZ of the white point that ICC profiles refer to."""
 D65 = (0.3127, 0.3290)
+"""Chromaticity x and y of sRGB's white point."""
 ADOBE_RGB = ((0.64, 0.33), (0.21, 0.71), (0.15, 0.06))
-"""Primaries, x and y, of red, green and blue."""
+"""Chromaticities x and y of red, green and blue."""
 ADOBE_GAMMA = 563 / 256
 BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
 )
 
 MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK", "Lab": "LAB"}
-"""Pillow's mode for the colour space that a profile is of."""
+"""Pillow's mode for each colour space of ICC profiles."""
 SAME = 1
-"""Levels by which a profile may differ from sRGB and still be it: rounding of littleCMS's."""
+"""Levels by which a profile may differ from sRGB and still count as sRGB (littleCMS rounds)."""
 
 
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
-    """A picture of mode L, RGB, CMYK or LAB whose numbers a profile explains, as sRGB.
+    """Converts a picture from its colour profile to sRGB.
 
-    As :func:`PIL.ImageCms.profileToProfile`, perceptual intent. A profile that is sRGB leaves the
-    numbers as they are; a grey picture with a profile for colours is a picture in those colours.
+    Same as :func:`PIL.ImageCms.profileToProfile` with perceptual intent. If the profile is sRGB,
+    the values stay unchanged. A grey picture with an RGB profile is converted to RGB first.
+
+    Args:
+      image: mode L, RGB, CMYK or LAB.
+      profile: an ICC profile.
 
     Raises:
-      ValueError: the profile cannot be read, or is one for pictures of another kind.
+      ValueError: the profile cannot be read, or is for another mode.
     """
     mode, transform = _transform(profile)
     if image.mode == "L" and mode == "RGB":
@@ -46,7 +51,7 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @functools.lru_cache(maxsize=8)
 def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
-    """The mode that a profile is for, and the way to sRGB; None where it is sRGB already."""
+    """Returns a profile's mode and its transform to sRGB; None in its place if it is sRGB."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         mode = MODES[source.profile.xcolor_space.strip()]
@@ -63,13 +68,13 @@ def _transform(profile: bytes) -> tuple[str, ImageCms.ImageCmsTransform | None]:
 
 
 def _probe() -> Image.Image:
-    """Colours all over the cube."""
+    """Returns a picture with 9 levels of each channel in all combinations."""
     levels = np.linspace(0, 255, 9).astype(np.uint8)
     return Image.fromarray(np.stack(np.meshgrid(levels, levels, levels), -1).reshape(27, 27, 3))
 
 
 def lab_to_srgb(image: Image.Image) -> Image.Image:
-    """A picture of mode LAB, white D50, as sRGB."""
+    """Converts a picture of mode LAB (white point D50) to sRGB."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
     return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
 
@@ -77,15 +82,15 @@ def lab_to_srgb(image: Image.Image) -> Image.Image:
 def matrix_profile(
     primaries: Sequence[Point], white: Point = D65, gamma: float = ADOBE_GAMMA
 ) -> bytes:
-    """An ICC profile (version 2) of a colour space given by its primaries and one exponent.
+    """Returns an ICC profile (version 2) for a colour space of given primaries and gamma.
 
     Args:
-      primaries: x and y of red, green and blue.
-      white: x and y.
-      gamma: linear light is the number, 0 to 1, to this power.
+      primaries: chromaticities x and y of red, green and blue.
+      white: chromaticity x and y of the white point.
+      gamma: linear light is the value, 0 to 1, to this power.
 
     Raises:
-      ValueError: no such colour space.
+      ValueError: the primaries span no colour space.
     """
     try:
         columns = _to_xyz(primaries, white).T.tolist()
@@ -106,7 +111,7 @@ def matrix_profile(
 
 
 def _to_xyz(primaries: Sequence[Point], white: Point) -> Float[np.ndarray, "3 3"]:
-    """Linear RGB → XYZ, adapted to D50 by Bradford's method."""
+    """Returns the matrix from linear RGB to XYZ, adapted to D50 by Bradford's method."""
     columns = np.array([_whole(point) for point in primaries]).T
     source = _whole(white)
     matrix = columns * np.linalg.solve(columns, source)
@@ -115,7 +120,7 @@ def _to_xyz(primaries: Sequence[Point], white: Point) -> Float[np.ndarray, "3 3"
 
 
 def _whole(point: Point) -> Float[np.ndarray, " 3"]:
-    """XYZ of luminance 1."""
+    """Returns XYZ of a chromaticity at luminance 1."""
     x, y = point
     return np.array([x / y, 1.0, (1 - x - y) / y])
 
@@ -125,5 +130,5 @@ def _xyz(values: Sequence[float]) -> bytes:
 
 
 def _fixed(values: Sequence[float]) -> bytes:
-    """ICC's s15Fixed16 numbers."""
+    """Packs ICC's s15Fixed16 numbers."""
     return struct.pack(f">{len(values)}i", *(round(float(x) * 65536) for x in values))

@@ -1,4 +1,4 @@
-"""The photos and groups of people that a config names."""
+"""Opens the dataset that a config names and divides its people."""
 
 from collections.abc import Sequence
 
@@ -12,7 +12,7 @@ from persona_jax.data.splits import People, grouped_people, photos_of, split_peo
 
 
 def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
-    """Photos and identity-disjoint groups of people, from the config's ``data`` section."""
+    """Returns photos and identity-disjoint groups of people for the config's ``data`` section."""
     photos = load_photos(
         config.dataset,
         config.data_dir,
@@ -36,5 +36,5 @@ def open_dataset(config: ConfigDict) -> tuple[Photos, People]:
 
 
 def rows_of(photos: Photos, people: Sequence[str]) -> np.ndarray:
-    """Rows of all photos of the given people, ascending ``[P]``."""
+    """Returns the rows of all photos of the given people, ascending ``[P]``."""
     return np.sort(np.concatenate(photos_of(photos.people, people)))

@@ -1,9 +1,9 @@
-"""Encode once: what the frozen towers make of every photo, computed before training and kept.
+"""Cached encodings: outputs of the frozen towers for every photo, computed once before training.
 
-Photos are encoded in shards of a few hundred. A shard is a folder of ArrayRecord files and a
-shard.json; it gets its name only when complete, so an interrupted job leaves nothing to trip over
-and goes on with the first shard that is not there. Any number of processes, of one run or of jobs
-that know nothing of each other, may work on the shards of one place.
+Photos are encoded in shards of a few hundred. A shard is a folder with ArrayRecord files and a
+shard.json. It gets its final name only when complete, so an interrupted job resumes at the first
+missing shard. Any number of processes, of one run or of independent jobs, may write the shards of
+one folder.
 """
 
 import contextlib
@@ -30,23 +30,23 @@ from persona_jax.runtime import buckets, checksums, files
 from persona_jax.runtime.locks import alone
 
 SHARD = 256
-"""Photos of a shard, at least."""
+"""Least number of photos in a shard (the last shard may have fewer)."""
 MOST = 512
-"""Shards at most: each is an open file while it is read."""
+"""Largest number of shards: each keeps files open while it is read."""
 LAYOUT = "shards of records, 1"
 DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError)
-"""What reading a shard that is not as it was written raises."""
+"""Exceptions raised by reading a damaged shard."""
 
 Encoded = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
-    """What was made of the photos, read from disk.
+    """Encodings of photos and captions, read from disk.
 
     Attributes:
-      arrays: by name; [P, S, ...] (S is 2: as it is, mirrored; 1 where nothing is mirrored) for
-        what was made of the picture, [P, ...] for what was made of the caption.
+      arrays: by name; [P, S, ...] for encodings of the picture (S = 2: original and mirrored; S = 1
+        without mirroring), [P, ...] for encodings of the caption.
       people: the person of each row.
     """
 
@@ -56,18 +56,18 @@ class Encodings:
 
 @dataclasses.dataclass(frozen=True)
 class EncodingJob:
-    """The encoding of some photos, as shards of a place that is theirs alone.
+    """Encodes a selection of photos into the shards of one folder.
 
     Attributes:
-      photos: all of them.
-      rows: which to encode, in the order wanted.
-      encode_images: pictures to arrays of as many rows; always given 2 * batch_size pictures
-        (batch_size where nothing is mirrored), so that it compiles once, and to be gone through
-        once: they are decoded one by one. Crops and sizes are its own business.
+      photos: the dataset.
+      rows: rows to encode, in the order of the output.
+      encode_images: pictures to arrays of as many rows. It always gets 2 * batch_size pictures
+        (batch_size without mirroring), so that it compiles once. It must read them in one pass,
+        because they are decoded one by one. It crops and resizes them itself.
       encode_captions: captions to arrays of as many rows.
       cache_dir: folder for encodings, one subfolder for each job.
-      key: whatever the encode functions depend on (content hashes of the towers, sizes, crop).
-        The photos themselves are added here.
+      key: everything the encode functions depend on (content hashes of the towers, sizes, crop).
+        The photos' fingerprint is added to it.
       mirrored: encode each photo's mirror image too.
       batch_size: photos encoded at a time.
     """
@@ -83,7 +83,7 @@ class EncodingJob:
 
     @property
     def place(self) -> pathlib.Path:
-        """The folder of the shards; its name stands for the photos and the key."""
+        """The folder of the shards; its name is a hash of the photos and the key."""
         key = self.key if self.mirrored else f"{self.key} as it is"
         photos = self.photos.fingerprint, [self.photos.key(row) for row in self.rows]
         digest = hashlib.sha256(json.dumps([LAYOUT, READING, key, *photos]).encode()).hexdigest()
@@ -91,7 +91,7 @@ class EncodingJob:
 
     @property
     def shards(self) -> dict[str, range]:
-        """Places in `rows` of each shard, by the name of its folder."""
+        """Range of positions in `rows` of each shard, by the name of its folder."""
         total = len(self.rows)
         size = max(SHARD, math.ceil(total / MOST))
         starts = range(0, total, size)
@@ -101,11 +101,10 @@ class EncodingJob:
         }
 
     def work(self, part: int = 0, parts: int = 1) -> None:
-        """Encodes those shards of every `parts`-th, beginning with number `part`, that are not
-        there yet, or damaged.
+        """Encodes the missing and damaged shards among every `parts`-th, starting with `part`.
 
         Raises:
-          OSError: the disk is full, say.
+          OSError: a shard cannot be written, for example because the disk is full.
         """
         place = self.place
         mine = dict(list(self.shards.items())[part::parts])
@@ -113,22 +112,22 @@ class EncodingJob:
         total = sum(map(len, todo.values()))
         with tqdm(total=total, desc="encode photos", unit=" photos", disable=not todo) as bar:
             for name, span in todo.items():
-                # Another process may be at it: it is waited for, and what it wrote is taken.
+                # Another process may be writing this shard: wait, then use its result.
                 with alone(place, f".{name}.lock"):
-                    found = fault(place / name)
-                    if (place / name).exists() and found:
-                        print(f"encodings {place / name}: {found}, encoding again", flush=True)
+                    reason = fault(place / name)
+                    if (place / name).exists() and reason:
+                        print(f"encodings {place / name}: {reason}, encoding again", flush=True)
                         shutil.rmtree(place / name)
-                    if found:
+                    if reason:
                         self._write(place / name, span, bar)
 
     def missing(self) -> list[str]:
-        """Shards that are not there, or damaged."""
+        """Returns the names of the shards that are missing or damaged."""
         place = self.place
         return [name for name in self.shards if fault(place / name)]
 
     def open(self) -> Encodings:
-        """All that was encoded.
+        """Opens all encodings of the job.
 
         Raises:
           UserError: a shard is missing or damaged.
@@ -173,10 +172,10 @@ class EncodingJob:
             sizes = {label: (folder / label).stat().st_size for label in listed}
             text = json.dumps({"arrays": listed, "bytes": sizes}, indent=1)
             (folder / "shard.json").write_text(text)
-            checksums.write(folder, ["shard.json"])  # the arrays' records have their own
+            checksums.write(folder, ["shard.json"])  # ArrayRecord files have checksums of their own
 
     def _look(self, chosen: Sequence[int]) -> Encoded:
-        """``[R, S, ...]`` of some photos."""
+        """Encodes some photos; returns arrays ``[R, S, ...]``."""
         pictures, sides = (
             _Pictures(self.photos, chosen, self.batch_size, self.mirrored),
             1 + self.mirrored,
@@ -189,11 +188,13 @@ class EncodingJob:
 
 
 class _Pictures(Sequence):
-    """Photos, each followed by its mirror image where there is one; decoded when it is their turn,
-    so that of large ones one is in memory."""
+    """Photos, each followed by its mirror image if `mirrored`.
+
+    A photo is decoded when it is read, so that only one is in memory.
+    """
 
     def __init__(self, photos: Photos, rows: Sequence[int], count: int, mirrored: bool):
-        """`count` photos: the last of `rows` fills up (one shape, one compilation)."""
+        """Repeats the last of `rows` up to `count` photos: one shape, one compilation."""
         self._photos, self._sides = photos, 1 + mirrored
         self._rows = [*rows, *[rows[-1]] * (count - len(rows))]
         self._held: tuple[int, Image.Image] | None = None
@@ -209,8 +210,11 @@ class _Pictures(Sequence):
 
 
 def encode(job: EncodingJob) -> Encodings:
-    """All of a job's encodings; the processes of a run share the work, and those without a common
-    disk do what they do not see done."""
+    """Encodes a job's photos and returns the encodings.
+
+    The processes of a run share the work. Without a shared disk, each process then encodes the
+    shards that it does not see.
+    """
     parts = jax.process_count()
     job.work(jax.process_index(), parts)
     if parts > 1:
@@ -220,7 +224,7 @@ def encode(job: EncodingJob) -> Encodings:
 
 
 def fault(place: pathlib.Path) -> str | None:
-    """What is wrong with a shard; None where it is whole."""
+    """Returns what is wrong with a shard; None if it is complete."""
     if not place.exists():
         return "not there"
     try:
@@ -231,13 +235,16 @@ def fault(place: pathlib.Path) -> str | None:
 
 
 def _listed(place: pathlib.Path) -> dict[str, tuple[int, list[int], str]]:
-    """(leading axes, shape, dtype) of a shard's arrays. Raises ValueError, OSError or LookupError
-    where its files are not as listed."""
+    """Returns (number of leading axes, shape, dtype) of each array of a shard.
+
+    Raises:
+      ValueError, OSError, LookupError: its files are not as shard.json lists them.
+    """
     if damage := checksums.fault(place, ["shard.json"]):
         raise ValueError(damage)
-    found = json.loads((place / "shard.json").read_text())
-    for label in found["arrays"]:
-        size, listed = (place / label).stat().st_size, found["bytes"][label]
+    contents = json.loads((place / "shard.json").read_text())
+    for label in contents["arrays"]:
+        size, listed = (place / label).stat().st_size, contents["bytes"][label]
         if size != listed:
             raise ValueError(f"{label} has {size} bytes, not {listed}")
-    return {label: tuple(about) for label, about in found["arrays"].items()}
+    return {label: tuple(about) for label, about in contents["arrays"].items()}

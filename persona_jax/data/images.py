@@ -1,4 +1,4 @@
-"""PIL pictures to arrays and back: crops, what the VAE and CLIP read, grids to look at."""
+"""PIL pictures to arrays and back: crops, inputs of the VAE and CLIP, image grids, PNG files."""
 
 import pathlib
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ from persona_jax.errors import UserError
 from persona_jax.runtime import outputs
 
 SHEET = "persona_jax sheet"
-"""Name of the text in a PNG that shows several pictures."""
+"""Key of the text chunk that marks a PNG as a grid of several pictures."""
 
 
 def centre_crop(image: Image.Image, fraction: float) -> Image.Image:
-    """The central square whose side is `fraction` of the shorter side (0 < fraction <= 1)."""
+    """Crops the central square; its side is `fraction` (0 < fraction <= 1) of the shorter side."""
     if not 0 < fraction <= 1:
         raise UserError(f"face crop {fraction}: expected a fraction above 0 and at most 1")
     side = max(1, round(fraction * min(image.size)))
@@ -25,27 +25,27 @@ def centre_crop(image: Image.Image, fraction: float) -> Image.Image:
 
 
 def to_model(image: Image.Image, size: int) -> Float[np.ndarray, "{size} {size} 3"]:
-    """The central square, antialiased to `size` pixels, in [-1, 1]: what the VAE encodes."""
+    """Returns the VAE's input: the central square, resized with antialiasing, in [-1, 1]."""
     square = centre_crop(image.convert("RGB"), 1.0)
     resized = square.resize((size, size), Image.Resampling.LANCZOS)
     return np.asarray(resized, np.float32) / 127.5 - 1.0
 
 
 def to_uint8(pixels: Float[np.ndarray, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
-    """[-1, 1] to 0..255, rounded, clipped: the inverse of :func:`to_model` up to rounding."""
+    """Maps [-1, 1] to 0..255, rounded and clipped: the inverse of :func:`to_model`."""
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
 def clip_preprocess(image: Image.Image, config: dict) -> Float[np.ndarray, "height width 3"]:
-    """What CLIP's image tower reads, as transformers' CLIPImageProcessor (PIL) prepares it.
+    """Returns the input of CLIP's image tower, equal to transformers' CLIPImageProcessor (PIL).
 
     Args:
       image: any PIL picture.
       config: `preprocessor_config.json` of the feature extractor. `size` and `crop_size` may be
-        a number or a dictionary; steps switched off by `do_*` are left out.
+        a number or a dictionary; steps whose `do_*` is false are left out.
 
     Returns:
-      channels last (transformers gives channels first).
+      pixels, channels last (transformers: channels first).
     """
     image = image.convert("RGB")
     if config.get("do_resize", True):
@@ -65,7 +65,7 @@ def clip_preprocess(image: Image.Image, config: dict) -> Float[np.ndarray, "heig
 
 
 def _resized(width_height: tuple[int, int], size: int | dict) -> tuple[int, int]:
-    """Width and height after the resize: the shorter side set, the longer one rounded down."""
+    """Returns width and height after resizing: the shorter side is set, the longer rounded down."""
     if isinstance(size, dict) and "shortest_edge" not in size:
         return size["width"], size["height"]
     short = size["shortest_edge"] if isinstance(size, dict) else size
@@ -80,7 +80,7 @@ def _height_width(size: int | dict) -> tuple[int, int]:
 
 
 def _centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Central crop; where the picture is smaller, zeros around it (the odd one before)."""
+    """Crops the centre; pads a smaller picture with zeros (an odd one goes before)."""
     lack = [max(0, height - pixels.shape[0]), max(0, width - pixels.shape[1])]
     pixels = np.pad(pixels, [*((-(-n // 2), n // 2) for n in lack), (0, 0)])
     top, left = (pixels.shape[0] - height) // 2, (pixels.shape[1] - width) // 2
@@ -98,11 +98,11 @@ def grid(
     size: int | None = None,
     titles: Sequence[str] | None = None,
 ) -> Image.Image:
-    """Rows of pictures (say references, target, samples) on white, to be saved as one PNG.
+    """Arranges pictures (for example references, target and samples) in rows on white.
 
     Args:
-      rows: pictures from left to right; None leaves a cell empty, short rows end early.
-      size: side of a cell in pixels; by default that of the first picture.
+      rows: pictures from left to right; None leaves a cell empty, rows may differ in length.
+      size: side of a cell in pixels; by default the width of the first picture.
       titles: a word above each column, where not empty.
     """
     cells = [[_to_image(cell) for cell in row] for row in rows]
@@ -128,22 +128,26 @@ def _to_image(picture: Picture) -> Image.Image | None:
 
 
 def save(image: Image.Image, file: pathlib.Path, note: PngInfo | None = None) -> None:
-    """A PNG, whole or not at all. Raises UserError where it cannot be written."""
+    """Writes a PNG atomically.
+
+    Raises:
+      UserError: it cannot be written.
+    """
     with outputs.whole(file) as beside:
         image.save(beside, "PNG", pnginfo=note)
 
 
 def save_sheet(image: Image.Image, file: pathlib.Path) -> None:
-    """A PNG that shows several pictures, and says so (:func:`is_sheet`)."""
+    """Writes a grid of several pictures as a PNG with a mark that :func:`is_sheet` detects."""
     note = PngInfo()
     note.add_text(SHEET, "several pictures")
     save(image, file, note)
 
 
 def is_sheet(file: pathlib.Path) -> bool:
-    """Whether a file is one of :func:`save_sheet`."""
+    """Returns whether :func:`save_sheet` wrote this file."""
     try:
         with Image.open(file, formats=["PNG"]) as image:
             return SHEET in image.info
-    except Exception:  # no PNG, or a damaged one
+    except Exception:  # not a PNG, or damaged
         return False

@@ -1,4 +1,4 @@
-"""One training example: a photo to paint, and other photos of the same person to learn from."""
+"""One training example: a target photo, and other photos of the same person as references."""
 
 from typing import NamedTuple
 
@@ -7,11 +7,11 @@ from jaxtyping import Float, Int
 
 
 class Example(NamedTuple):
-    """Rows of photos, N = n - 1 places for references.
+    """The photos of one example, as rows of the dataset; N = n - 1.
 
     Attributes:
       target: row of the photo held out.
-      references: rows of the others drawn; 0 where `mask` is 0.
+      references: rows of the other photos drawn; 0 where `mask` is 0.
       mask: 1 for a reference, 0 for padding, which comes last.
       flip: whether the whole example, target and references, is mirrored.
     """
@@ -34,20 +34,24 @@ def leave_one_out(
     """Holds `target` out of up to `n` photos of its person and draws references from the rest.
 
     The references are distinct and never the target. Their number is uniform in
-    [1, min(n, K) - 1], or exactly min(n, K) - 1 where `fixed` (the source's setting, n = 10).
+    [1, min(n, K) - 1], or exactly min(n, K) - 1 if `fixed` (the paper's setting, n = 10).
 
     Args:
       photos: rows of all K >= 2 photos of the person.
       target: one of them.
       n: photos drawn in all, the target included; at least 2.
-      flip: whether to mirror half of the examples (off where left and right differ).
+      fixed: whether to use as many references as possible.
+      flip: whether to mirror half of the examples (off if identity has a left and a right side).
 
     Raises:
-      ValueError: n or K below 2, or a target of another person.
+      ValueError: n or K is below 2, or the target is not among `photos`.
     """
     others = photos[photos != target]
     if n < 2 or len(others) < 1 or len(others) == len(photos):
-        raise ValueError(f"n = {n}, photos {photos}, target {target}: need 2, and the target there")
+        raise ValueError(
+            f"n = {n}, photos {photos}, target {target}: expected n and photos of at least 2, "
+            "the target among them"
+        )
     most = min(n, len(photos)) - 1
     count = most if fixed else int(rng.integers(1, most, endpoint=True))
     references = np.zeros(n - 1, np.int64)
@@ -59,10 +63,12 @@ def leave_one_out(
 def with_wrong_photos(
     example: Example, strangers: Int[np.ndarray, " S"], rng: np.random.Generator
 ) -> Example:
-    """The example with a minority of its references, one or more, replaced by photos of other
-    people at random places; unchanged where it has fewer than three.
+    """Replaces a minority of the references, at least one, by photos of other people.
 
-    strangers: rows of photos of other people to draw from, as many as the example has places.
+    The positions are random. An example with fewer than three references stays unchanged.
+
+    Args:
+      strangers: rows of photos of other people, at least as many as are replaced.
     """
     count = int(example.mask.sum())
     if count < 3:

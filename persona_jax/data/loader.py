@@ -1,8 +1,8 @@
-"""Batches in a global order fixed by the seed alone, whatever the step or number of processes.
+"""Training batches in a global order that depends on the seed alone.
 
-Example i of the infinite sequence is the same in every run; step s is made of examples
-[s B, (s + 1) B), of which process p of P takes those at s B + p, s B + p + P, ... So the step is
-the whole state of the iterator, and a run may go on with another number of processes.
+Example i of the infinite sequence is the same in every run. Step s consists of the examples
+[s B, (s + 1) B), of which process p of P takes s B + p, s B + p + P, ... So the step is the
+iterator's whole state, and a run may resume with another number of processes.
 """
 
 from collections.abc import Iterator, Sequence
@@ -15,7 +15,7 @@ from persona_jax.data.leave_one_out import leave_one_out, with_wrong_photos
 from persona_jax.data.records import Arrays
 from persona_jax.errors import UserError
 
-# Two threads hide the page faults of memory-mapped encodings; more contend for the interpreter.
+# Two threads hide the page faults of memory-mapped encodings; more would contend for the GIL.
 READ = grain.ReadOptions(num_threads=2, prefetch_buffer_size=8)
 
 
@@ -33,31 +33,32 @@ def batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Leave-one-out training batches, without end: each photo is the target once an epoch.
+    """Yields leave-one-out training batches without end; each photo is the target once an epoch.
 
     Args:
       encodings: "moments" [P, 2, h, w, 2C], "embeddings" [P, 2, D] or [P, 2, L, D], "tokens"
-        [P, T]; axis 1 is the orientation (0 as it is, 1 mirrored; the latter only where `flip`).
+        [P, T]; axis 1 is the orientation (0 original, 1 mirrored; the latter only if `flip`).
       people_photos: rows of each person's photos, two or more (see splits.photos_of).
       batch_size: over all processes; each yields batch_size / process_count examples.
       n: photos drawn for an example, the target included: N = n - 1.
-      fixed: always as many references as there can be (see leave_one_out).
+      fixed: always use the largest number of references (see leave_one_out).
       flip: mirror half of the examples.
-      wrong: share of the examples that hold a minority of photos of other people.
+      wrong: share of the examples in which a minority of references shows other people, 0 to 1.
       start_step: the first batch; nothing before it is read or drawn.
+      process_index, process_count: this process and the number of processes.
 
     Yields:
       {"moments" [B, h, w, 2C], "tokens" [B, T], "embeddings" [B, N, (L,) D] (0 where padded),
-      "mask" [B, N], "index" [B] int32: the example's place in the global order, modulo 2³¹}.
+      "mask" [B, N], "index" [B] int32: the example's position in the global order, modulo 2³¹}.
 
     Raises:
-      UserError: a person with one photo, a batch that cannot be shared out evenly, a share that is
-        none, or nobody else to take wrong photos from.
+      UserError: a person has fewer than two photos, n is below 2, the batch does not divide evenly
+        among the processes, `wrong` is outside [0, 1], or it is above 0 with a single person.
     """
     if not 0 <= wrong <= 1 or (wrong and len(people_photos) < 2):
         raise UserError(
-            f"config.references.wrong={wrong}: a share of 0 to 1, with {len(people_photos)} people "
-            "(two or more) to take photos of others from"
+            f"config.references.wrong={wrong}: expected a share from 0 to 1, and above 0 at least "
+            f"two people; found {len(people_photos)}"
         )
     if n < 2:
         raise UserError(f"n = {n} photos per example: expected at least 2 (a target and one more)")
@@ -73,7 +74,7 @@ def batches(
         rng = np.random.default_rng((seed, index))
         example = leave_one_out(photos, targets[position], rng, n=n, fixed=fixed, flip=flip)
         if wrong and rng.random() < wrong:
-            # Positions of all photos but the person's own, which stand together.
+            # Positions of all photos but the person's own, which are contiguous.
             own, first = len(photos), starts[persons[position]]
             drawn = rng.integers(len(targets) - own, size=n - 1)
             strangers = rows[np.where(drawn < first, drawn, drawn + own)]
@@ -108,7 +109,11 @@ def photo_batches(
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Which of `count` photos to train the base on, in the same manner as :func:`batches`.
+    """Yields indices of photos for training the base, in the same manner as :func:`batches`.
+
+    Args:
+      count: number of photos.
+      batch_size, flip, seed, start_step, process_index, process_count: see :func:`batches`.
 
     Yields:
       {"photo" [B] int64 in [0, count), each once an epoch; "flip" [B] bool; "index" [B] int32}.
@@ -124,17 +129,17 @@ def photo_batches(
 
 
 def _order(count: int, seed: int) -> grain.MapDataset:
-    """0 .. count - 1 shuffled, and shuffled anew in each of endless epochs."""
-    # grain seeds epoch e with seed + e: seeds far apart keep runs from sharing epochs.
-    far = int(np.random.SeedSequence(seed).generate_state(1)[0])
-    # Endless to us; grain's own endless one is too long for batches of one example.
-    return grain.MapDataset.range(count).shuffle(seed=far).repeat(2**48 // count + 1)
+    """Returns 0 .. count - 1, shuffled anew in each epoch, for a practically endless sequence."""
+    # grain seeds epoch e with seed + e: hashing keeps runs of nearby seeds from sharing epochs.
+    hashed = int(np.random.SeedSequence(seed).generate_state(1)[0])
+    # Not grain's own endless repetition: its length is too large for batches of one example.
+    return grain.MapDataset.range(count).shuffle(seed=hashed).repeat(2**48 // count + 1)
 
 
 def _shares(
     examples: grain.MapDataset, batch_size: int, process_index: int, process_count: int
 ) -> grain.MapDataset:
-    """This process' part of every batch."""
+    """Returns this process's part of every batch."""
     if batch_size < 1 or batch_size % process_count:
         raise UserError(
             f"batch size {batch_size}: expected a multiple of the {process_count} processes"

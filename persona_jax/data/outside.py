@@ -1,6 +1,6 @@
-"""Files from outside: where they come from, and what their bytes must hash to before use.
+"""Outside assets: locates or downloads files and verifies their checksums before use.
 
-Their list is ``assets/manifest.toml``: per asset the file names, mirrors and accepted checksums.
+``assets/manifest.toml`` lists file names, mirrors and accepted checksums of each asset.
 """
 
 import hashlib
@@ -16,57 +16,57 @@ from persona_jax.errors import UserError
 
 
 def manifest() -> dict:
-    """The project's list of outside assets (third_party/manifest.toml)."""
+    """Returns the project's list of outside assets (assets/manifest.toml)."""
     text = importlib.resources.files("persona_jax").joinpath("assets/manifest.toml").read_text()
     return tomllib.loads(text)
 
 
 def local(asset: str, folder: pathlib.Path) -> pathlib.Path | None:
-    """The asset's file already in `folder`, if any."""
+    """Returns the asset's file in `folder`; None if there is none."""
     names = manifest()[asset]["files"]
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
 def verify(asset: str, file: pathlib.Path, sha256: str | None, key: str) -> str:
-    """The file's SHA-256 (hex), if it is one that the manifest, or the user, accepts.
+    """Returns the file's SHA-256 (hex) if the manifest or the user accepts it.
 
     Args:
-      sha256: a further digest to accept.
-      key: by which the user can give one.
+      sha256: one more digest to accept.
+      key: the setting by which a user gives that digest, for the error.
 
     Raises:
-      UserError: the file cannot be read, or is not one of those known.
+      UserError: the file cannot be read, or its checksum is unknown.
     """
     try:
         with file.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+            digest = hashlib.file_digest(stream, "sha256").hexdigest()
             stream.seek(0)
             md5 = hashlib.file_digest(stream, lambda: hashlib.md5(usedforsecurity=False))
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
     entry = manifest()[asset]
-    known = {f"sha256:{found}", f"md5:{md5.hexdigest()}"} & set(entry["accepted"])
-    if known or found == (sha256 or "").lower():
-        return found
+    known = {f"sha256:{digest}", f"md5:{md5.hexdigest()}"} & set(entry["accepted"])
+    if known or digest == (sha256 or "").lower():
+        return digest
     raise UserError(
-        f"{file}: sha256 {found} is none of the known files of {entry['title']}, so it is damaged "
-        f"or another edition; get it again, or if you trust it, add {key}={found}"
+        f"{file}: sha256 {digest} is none of the known files of {entry['title']}, so it is damaged "
+        f"or another edition; get it again, or if you trust it, add {key}={digest}"
     )
 
 
 def find(
     asset: str, folder: pathlib.Path, sha256: str | None, *, key: str, remedy: str
 ) -> tuple[pathlib.Path, str]:
-    """The verified file and its SHA-256, downloaded into `folder` where it is not there.
+    """Returns the verified file and its SHA-256; downloads it into `folder` if it is absent.
 
-    A download takes its final name only once verified.
+    A download gets its final name only after verification.
 
     Args:
       sha256, key: see :func:`verify`.
-      remedy: how else to say where the file is, for the error.
+      remedy: another way to name the file's location, for the error.
 
     Raises:
-      UserError: no such file to be had, or one whose checksum is not known.
+      UserError: the file cannot be obtained, or its checksum is unknown.
     """
     if (file := local(asset, folder)) is not None:
         return file, verify(asset, file, sha256, key)
@@ -77,14 +77,14 @@ def find(
         try:
             folder.mkdir(parents=True, exist_ok=True)
             _fetch(url, partial)
-            found = verify(asset, partial, sha256, key)
-            return partial.rename(folder / name), found
+            digest = verify(asset, partial, sha256, key)
+            return partial.rename(folder / name), digest
         except (OSError, UserError) as error:
             failures.append(" ".join(str(error).split()))
         finally:
             partial.unlink(missing_ok=True)
     raise UserError(
-        f"{entry['title']}: not in {folder}, and not to be downloaded ({'; '.join(failures)}): get "
+        f"{entry['title']}: not in {folder}, and the download failed ({'; '.join(failures)}): get "
         f"{' or '.join(entry['files'])} from {' or '.join(entry['mirrors'])} and put it in "
         f"{folder} ({remedy})"
     )

@@ -1,4 +1,4 @@
-"""A folder per person: which files are whose, and what is left out and why."""
+"""A photo folder with one subfolder per person: lists each person's files and what is left out."""
 
 import dataclasses
 import hashlib
@@ -18,12 +18,12 @@ LABELS = "captions_meta.tsv"
 
 @dataclasses.dataclass(frozen=True)
 class PeopleFolder:
-    """What a folder holds.
+    """The contents of a photo folder.
 
     Attributes:
       folder: the folder.
       files: regular files in each person's folder, sorted by name; people sorted by name.
-      left_out: what else lies there, by its path below `folder`, and why it is of no use.
+      left_out: path below `folder` of each entry that is not used, and the reason.
     """
 
     folder: pathlib.Path
@@ -32,7 +32,7 @@ class PeopleFolder:
 
     @property
     def digest(self) -> str:
-        """Changes with any file: name, size and time of change of each."""
+        """A hash of name, size and modification time of all files."""
         entries = []
         for path in [self.folder / LABELS, *(x for files in self.files.values() for x in files)]:
             if path.exists():
@@ -44,7 +44,7 @@ class PeopleFolder:
 
     @property
     def no_photo(self) -> str:
-        """What to say where no file is a readable photo."""
+        """The error message if no file is a readable photo."""
         deeper = [name for name, why in self.left_out.items() if why == "a folder"]
         if not deeper:
             return f"photo folder {shown(self.folder)}: no readable photo in it"
@@ -56,10 +56,10 @@ class PeopleFolder:
 
 
 def list_people(folder: pathlib.Path) -> PeopleFolder:
-    """What `folder` holds, by names and kinds alone; names that begin with a dot are ignored.
+    """Lists `folder` without reading the files; ignores names that begin with a dot.
 
     Raises:
-      UserError: no such folder, or no folder in it.
+      UserError: the folder does not exist, or has no subfolder.
     """
     left_out: dict[str, str] = {}
     if not folder.is_dir():
@@ -84,7 +84,7 @@ def list_people(folder: pathlib.Path) -> PeopleFolder:
 
 
 def legible(name: str) -> str:
-    """A file's name in UTF-8: bytes that are not are written as in a URL."""
+    """Returns a file's name in UTF-8; a name that is not UTF-8 is percent-encoded as in a URL."""
     try:
         return os.fsencode(name).decode()
     except UnicodeDecodeError:
@@ -100,7 +100,7 @@ def _entries(folder: pathlib.Path, name: str, left_out: dict[str, str]) -> list[
 
 
 def _kind(path: pathlib.Path) -> str | None:
-    """What a path is that is no regular file; None where it is one."""
+    """Returns what a path is if it is not a regular file; None if it is one."""
     try:
         mode = path.stat().st_mode
     except OSError as error:
@@ -111,6 +111,7 @@ def _kind(path: pathlib.Path) -> str | None:
 
 
 def _noted(name: str, why: str | None, left_out: dict[str, str]) -> bool:
+    """Records why an entry is left out; returns whether it is."""
     if why is not None:
         left_out[name] = why
     return why is not None
@@ -121,8 +122,8 @@ def _first(left_out: dict[str, str]) -> str:
 
 
 def some(names: Sequence[str], room: int = 200) -> str:
-    """The first of some names, in about as many letters, and how many more there are."""
-    told = [shown(name) for name in names]
-    most = max(1, sum(end <= room for end in itertools.accumulate(map(len, told))))
-    more = f" and {len(told) - most} more" if len(told) > most else ""
-    return ", ".join(told[:most]) + more
+    """Joins the first names, in about `room` characters, and adds how many more there are."""
+    printable = [shown(name) for name in names]
+    most = max(1, sum(end <= room for end in itertools.accumulate(map(len, printable))))
+    more = f" and {len(printable) - most} more" if len(printable) > most else ""
+    return ", ".join(printable[:most]) + more

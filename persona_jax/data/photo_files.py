@@ -1,6 +1,6 @@
-"""Files to pictures: photos upright, in sRGB, without transparency; masks as grey.
+"""Decodes image files: photos to upright, opaque sRGB; masks to grey.
 
-The one place where a file is decoded. What a file is, its content says, not its name.
+All image files are decoded here. The format is detected from the content, not from the name.
 """
 
 import logging
@@ -21,21 +21,22 @@ from persona_jax.runtime import buckets
 log = logging.getLogger(__name__)
 
 Photo = str | os.PathLike[str] | Image.Image | np.ndarray
-"""A photo as a caller may have it: a path, a picture, or an array (:func:`open_photo`)."""
+"""A photo as a caller may give it: a path, a picture, or an array (:func:`open_photo`)."""
 READING = 2
-"""Changes when the same file is read as other pixels, so that nothing made of the old is used."""
+"""Version of the decoding, part of cache keys: raise it when a file decodes to other pixels."""
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "JPEG", "JPEG2000", "PCX", "PNG", "PPM", "QOI"),
     *("SGI", "TIFF", "WEBP"),
 )
-"""By their names in Pillow; HEIF beside them. None of them runs another program."""
+"""Pillow's names of accepted formats, besides HEIF. None of them starts an external program."""
 BACKGROUND = "white"
-"""What transparent photos are laid on."""
+"""Colour behind transparent photos."""
 MOST = 2**26
-"""Pixels of a photo that are decoded; a larger JPEG is made smaller while it is decoded."""
+"""Largest number of pixels decoded; a JPEG with more is reduced while it is decoded."""
 MOST_JPEG = 2**28
+"""Largest number of pixels of a JPEG before that reduction."""
 MOST_BYTES = 2**29
-"""Of a file."""
+"""Largest size of a file, in bytes."""
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -45,44 +46,47 @@ TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""By EXIF's orientation."""
+"""The transposition that turns a picture upright, by EXIF orientation."""
 SIXTEEN = np.rint(np.arange(65536) / 257).astype(np.uint8)
-"""Level of 255 for each of 65535."""
+"""Maps 16-bit levels to 8-bit levels."""
 SRGB_CHROMATICITY = (0.3127, 0.329, 0.64, 0.33, 0.3, 0.6, 0.15, 0.06)
 
 
 class Unreadable(ValueError):
-    """A file that is no picture, or one that is damaged or too large; says why, in a line."""
+    """A file is not a picture, is damaged or too large; the message is the reason in one line."""
 
 
 def decode(file: BufferedIOBase, name: str = "photo") -> Image.Image:
-    """A photo as RGB: upright, in sRGB, laid on :data:`BACKGROUND`.
+    """Decodes a photo to RGB: upright, in sRGB, transparency replaced by :data:`BACKGROUND`.
 
-    16 bits become 8 by round(255 · v / 65535) (grey; Pillow drops the lower half of colours);
-    floats are of 0 to 1. Of several pictures in a file, the first.
+    16-bit grey becomes 8-bit by round(255 · v / 65535); of 16-bit colours, Pillow drops the lower
+    byte. Floats are expected in [0, 1]. Of several pictures in a file, the first is read.
 
     Args:
       file: open for reading, at its start.
       name: of the file, for warnings.
 
     Raises:
-      Unreadable: see there.
+      Unreadable: the file is not a picture, is damaged or too large.
     """
     return _guarded(lambda image: _photo(image, name), file)
 
 
 def decode_mask(file: BufferedIOBase) -> Image.Image:
-    """A mask as L: how far each place counts. The opacity, where it is not the same all over, else
-    the brightness; numbers as they are, whatever colour profile they have.
+    """Decodes a mask to mode L: the weight of each pixel, 0 to 255.
+
+    The weight is the opacity if it varies over the picture, else the brightness. Values are used
+    unchanged, whatever the colour profile.
 
     Raises:
-      Unreadable: see there; also one that is drawn in both ways, or all transparent.
+      Unreadable: as :func:`decode`; also if both opacity and brightness vary, or all pixels are
+        transparent.
     """
     return _guarded(_coverage, file)
 
 
 def open_photo(photo: Photo, name: str = "photo") -> Image.Image:
-    """:func:`decode` of a photo in any form.
+    """Applies :func:`decode` to a photo in any form.
 
     Args:
       photo: a path; a Pillow image, with its EXIF, colour profile and transparency; or an array
@@ -90,7 +94,7 @@ def open_photo(photo: Photo, name: str = "photo") -> Image.Image:
       name: of a photo that has no path, for the error.
 
     Raises:
-      UserError: names the photo.
+      UserError: the photo cannot be read.
     """
     if isinstance(photo, str | os.PathLike):
         return load_photo(pathlib.Path(photo) if not isinstance(photo, str) else photo)
@@ -109,7 +113,7 @@ def _in_memory(
 ) -> Image.Image:
     try:
         return read(photo if isinstance(photo, Image.Image) else _from_array(photo))
-    except Exception as error:  # Pillow's own kinds, of a lazy image's file
+    except Exception as error:  # a lazily loaded image raises whatever its decoder raises
         reason = shown(" ".join(str(error).split())[:120]) or type(error).__name__
         raise UserError(f"{name}: not a readable picture ({reason})") from error
 
@@ -132,27 +136,27 @@ def _from_array(pixels: np.ndarray) -> Image.Image:
 
 
 def load_photo(path: str | pathlib.Path) -> Image.Image:
-    """:func:`decode` of a file by its path.
+    """Applies :func:`decode` to a file given by its path.
 
     Raises:
-      UserError: names the file.
+      UserError: the file cannot be read.
     """
     return _load(path, "photo", lambda file: decode(file, str(path)))
 
 
 def load_mask(path: str | pathlib.Path) -> Image.Image:
-    """:func:`decode_mask` of a file by its path.
+    """Applies :func:`decode_mask` to a file given by its path.
 
     Raises:
-      UserError: names the file.
+      UserError: the file cannot be read.
     """
     return _load(path, "mask", decode_mask)
 
 
 def refusal(path: pathlib.Path) -> str | None:
-    """Why a path cannot be a picture, from its kind, size and first bytes; None where it may be.
+    """Returns why a path cannot be a picture, from its kind, size and header; None if it may be.
 
-    Quick: the pixels are not decoded.
+    Pixels are not decoded.
     """
     try:
         about = path.stat()
@@ -170,7 +174,7 @@ def refusal(path: pathlib.Path) -> str | None:
         return str(error)
     except OSError as error:
         return error.strerror or type(error).__name__
-    except ValueError:  # a NUL in the name
+    except ValueError:  # a NUL character in the name
         return "no such file"
     return None
 
@@ -192,7 +196,7 @@ def _load(
 
 
 def _guarded(read: Callable[[Image.Image], Image.Image], file: BufferedIOBase) -> Image.Image:
-    """`read` of the picture in a file. Whatever a decoder raises, the file is to blame."""
+    """Applies `read` to the picture in a file; turns any decoder error into Unreadable."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -203,12 +207,12 @@ def _guarded(read: Callable[[Image.Image], Image.Image], file: BufferedIOBase) -
     except UnidentifiedImageError as error:
         raise Unreadable("none of the known formats; convert it to JPEG or PNG") from error
     except Exception as error:  # a decoder's RuntimeError, struct.error, KeyError, …
-        said = shown(" ".join(str(error).split())[:120]) or type(error).__name__
-        raise Unreadable(f"damaged: {said}; replace it or leave it out") from error
+        reason = shown(" ".join(str(error).split())[:120]) or type(error).__name__
+        raise Unreadable(f"damaged: {reason}; replace it or leave it out") from error
 
 
 def _open(file: BufferedIOBase) -> Image.Image:
-    """The picture, not yet decoded, and small enough to be."""
+    """Opens a picture without decoding it. Raises Unreadable if it is too large."""
     head = file.read(16)
     file.seek(0)
     formats = [*FORMATS, "HEIF"] if head[4:8] == b"ftyp" and _reads_heif(head) else FORMATS
@@ -228,25 +232,25 @@ def _open(file: BufferedIOBase) -> Image.Image:
 
 
 def _too_large(pixels: int | None) -> Unreadable:
-    found = "too many" if pixels is None else f"{pixels / 1e6:.0f}"
+    count = "too many" if pixels is None else f"{pixels / 1e6:.0f}"
     most = f"{MOST / 1e6:.0f}, of a JPEG {MOST_JPEG / 1e6:.0f},"
-    return Unreadable(f"{found} megapixels; at most {most} are read: make it smaller")
+    return Unreadable(f"{count} megapixels; at most {most} are read: make it smaller")
 
 
 def _reads_heif(head: bytes) -> bool:
-    """Whether HEIF may be read; registers its reader with Pillow."""
-    if head[8:12] in (b"avif", b"avis"):  # Pillow's own
+    """Returns whether the file is HEIF; registers the HEIF decoder with Pillow if it is."""
+    if head[8:12] in (b"avif", b"avis"):  # decoded by Pillow itself
         return False
     try:
         import pillow_heif
     except ImportError as error:
-        raise Unreadable("HEIC, read with: pip install pillow-heif") from error
+        raise Unreadable("HEIC needs a decoder: pip install pillow-heif") from error
     pillow_heif.register_heif_opener()
     return True
 
 
 def _photo(image: Image.Image, name: str) -> Image.Image:
-    """Upright, in sRGB, opaque; without the file's metadata, which no longer holds."""
+    """Returns the picture upright, in sRGB and opaque; drops metadata, which no longer applies."""
     profile = _profile(image)
     image, turn = _one_byte(image), _turn(image)
     alpha = image.getchannel("A") if image.mode in ("LA", "RGBA") else None
@@ -281,7 +285,7 @@ def _alpha_or_brightness(image: Image.Image) -> Image.Image:
     alpha = image.getchannel("A")
     low, high = alpha.getextrema()
     if high == 0:
-        raise Unreadable("transparent all over; paint white where its person is to be")
+        raise Unreadable("transparent all over; make it white where its person is to be")
     if low == high:
         return image.convert("L" if image.mode == "LA" else "RGB")
     visible = np.asarray(image)[np.asarray(alpha) > 0][:, :-1].astype(np.int16)
@@ -292,8 +296,10 @@ def _alpha_or_brightness(image: Image.Image) -> Image.Image:
 
 
 def _one_byte(image: Image.Image) -> Image.Image:
-    """The picture decoded, in L, LA, RGB, RGBA, CMYK or LAB: what has more than 8 bits scaled,
-    what has a palette or a transparent colour written out."""
+    """Decodes a picture to mode L, LA, RGB, RGBA, CMYK or LAB.
+
+    More than 8 bits are scaled down; a palette or a transparent colour is expanded.
+    """
     image.load()
     mode, clear = image.mode, image.info.get("transparency")
     if mode == "F" or mode.startswith("I"):
@@ -310,36 +316,39 @@ def _one_byte(image: Image.Image) -> Image.Image:
 
 
 def _levels(image: Image.Image) -> np.ndarray:
-    """0 to 255 of a grey picture of integers of more than 8 bits, or of floats."""
+    """Returns levels 0 to 255 of a grey picture of floats or of integers of more than 8 bits."""
     values, tags = np.asarray(image), getattr(image, "tag_v2", {})
     if image.mode == "F":
         if not (np.isfinite(values).all() and values.min() >= 0 and values.max() <= 1):
-            found = f"from {values.min():g} to {values.max():g}"
-            raise Unreadable(f"floats {found}, expected 0 to 1; convert it to 8 or 16 bits")
+            limits = f"from {values.min():g} to {values.max():g}"
+            raise Unreadable(f"floats {limits}, expected 0 to 1; convert it to 8 or 16 bits")
         levels = np.rint(values * 255).astype(np.uint8)
     elif image.mode == "I" and image.format == "TIFF":
         if tags.get(339, (1,))[0] != 1:
-            raise Unreadable("signed integers, of unknown white; convert it to 8 or 16 bits")
+            raise Unreadable("signed integers of unknown range; convert it to 8 or 16 bits")
         levels = SIXTEEN[values.view(np.uint32) >> 16]
     else:
         bits = tags.get(258, (16,))[0]
         if values.min() < 0 or values.max() >= 2**16:
             raise Unreadable("values beyond 16 bits; convert it to 8 or 16 bits")
         levels = SIXTEEN[values if bits == 16 else values.astype(int) * 65535 // (2**bits - 1)]
-    return 255 - levels if tags.get(262) == 0 else levels  # TIFF's "white is zero"
+    return 255 - levels if tags.get(262) == 0 else levels  # TIFF's WhiteIsZero
 
 
 def _turn(image: Image.Image) -> Image.Transpose | None:
-    """What turns a picture upright. EXIF that cannot be read turns nothing."""
+    """Returns the transposition that turns a picture upright; None if EXIF gives none."""
     try:
         return TURNS.get(int(image.getexif().get(ExifTags.Base.Orientation, 1)))
-    except Exception:  # whatever reading it raises
+    except Exception:  # damaged EXIF raises many kinds
         return None
 
 
 def _profile(image: Image.Image) -> bytes | None:
-    """The ICC profile that a file has, or one for what it says otherwise of its colours: PNG by
-    gamma and primaries, cameras set to Adobe RGB by EXIF's R03 (DCF 2.0)."""
+    """Returns a file's ICC profile, or one made from its other colour metadata; None for sRGB.
+
+    The other metadata are a PNG's gamma and primaries, and R03 in EXIF, by which cameras mark Adobe
+    RGB (DCF 2.0).
+    """
     info = image.info
     if icc := info.get("icc_profile"):
         return icc
@@ -350,7 +359,7 @@ def _profile(image: Image.Image) -> bytes | None:
         interoperability = image.getexif().get_ifd(ExifTags.IFD.Interop)
         if str(interoperability.get(1, "")).startswith("R03"):
             return colour.matrix_profile(colour.ADOBE_RGB)
-    except Exception:  # whatever reading EXIF raises
+    except Exception:  # damaged EXIF raises many kinds
         return None
     return None
 
@@ -358,6 +367,6 @@ def _profile(image: Image.Image) -> bytes | None:
 def _png_profile(gamma: float, points: tuple[float, ...]) -> bytes | None:
     same = np.abs(np.subtract(points, SRGB_CHROMATICITY)).max() < 2e-3
     if same and abs(1 / gamma - 2.2) < 0.05:
-        return None  # how sRGB is written in these terms
+        return None  # these are sRGB's values
     white, *primaries = (points[i : i + 2] for i in range(0, 8, 2))
     return colour.matrix_profile(primaries, white, 1 / gamma)

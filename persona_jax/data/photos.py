@@ -1,8 +1,8 @@
 """Photos of people as tfds datasets: LFW deep-funneled, a plain folder per person, portraits.
 
-The builders store the encoded bytes they were given, in ArrayRecord files, and are read by
-random access; TensorFlow is not involved. A photo that cannot be decoded is left out when the
-dataset is built, so nothing later meets one.
+The builders store the encoded bytes unchanged in ArrayRecord files, which are read by random
+access; TensorFlow is not involved. A photo that cannot be decoded is left out when the dataset is
+built, so later code need not handle one.
 """
 
 import dataclasses
@@ -42,20 +42,22 @@ DATASETS = (*DRAWN, "lfw", "folder")
 SPLIT = "photos"
 ARRAY_RECORD = tfds.core.FileFormat.ARRAY_RECORD
 
-# Person, photo number, file name inside the dataset, encoded bytes or why there are none.
+# Person, photo number, file name inside the dataset, and encoded bytes or why there are none.
 RawPhoto = tuple[str, int, str, bytes | str]
 
 
 @dataclasses.dataclass(frozen=True)
 class Photos:
-    """Every photo of a dataset, ordered by person and number; pictures are read when asked for.
+    """All photos of a dataset, ordered by person and number; pictures are decoded on access.
 
     Attributes:
       people: person of each photo.
-      indices: its number among that person's photos (1-based; gaps where photos were left out).
-      captions: its caption.
-      fingerprint: changes whenever the photos or captions do.
-      skipped: files left out: not decodable, or not photos.
+      indices: number of each photo among its person's (from 1; gaps where photos were left out).
+      captions: caption of each photo.
+      fingerprint: a hash of the photos and captions.
+      skipped: files left out, because they cannot be decoded or are not photos.
+      source: the dataset's records.
+      rows: record of each photo in `source`.
     """
 
     people: list[str]
@@ -67,19 +69,19 @@ class Photos:
     rows: list[int] = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
-        """How many photos."""
+        """Returns the number of photos."""
         return len(self.people)
 
     def encoded(self, i: SupportsIndex) -> bytes:
-        """The bytes of photo `i`, as they were in the archive or folder."""
+        """Returns the encoded bytes of photo `i`, as in the archive or folder."""
         return self.source[self.rows[i]]["image"]
 
     def image(self, i: SupportsIndex) -> Image.Image:
-        """Photo `i` in RGB, as :func:`persona_jax.data.photo_files.decode` has it."""
+        """Returns photo `i` in RGB, as :func:`persona_jax.data.photo_files.decode` does."""
         return photo_files.decode(io.BytesIO(self.encoded(i)), self.key(i))
 
     def has(self, name: str) -> bool:
-        """Whether :meth:`truth` knows of this feature."""
+        """Returns whether :meth:`truth` has this feature."""
         return name in self.source[self.rows[0]]
 
     def truth(self, name: str) -> Shaped[np.ndarray, "P ..."]:
@@ -90,7 +92,7 @@ class Photos:
         return np.asarray([v.decode() if isinstance(v, bytes) else v for v in values])
 
     def key(self, i: SupportsIndex) -> str:
-        """A name for photo `i` that is unique in the dataset."""
+        """Returns a name of photo `i` that is unique in the dataset."""
         return f"{self.people[i]}_{self.indices[i]:04d}"
 
 
@@ -102,20 +104,20 @@ def load_photos(
     sha256: str | None = None,
     portraits: Settings | None = None,
 ) -> Photos:
-    """Photos of a dataset, built on first use and whenever its source has changed.
+    """Returns the photos of a dataset; builds it on first use and after its source has changed.
 
     Args:
       dataset: one of :data:`DRAWN`; "lfw"; or "folder" for one folder per person
         (`folder/person/photo.jpg`).
-      data_dir: where built datasets are kept.
-      manual_dir: "lfw": where the archive is or is to be downloaded to, and optionally
-        `captions_meta.tsv`; `data_dir/manual` by default. A built dataset needs it no more.
-      folder: "folder": the photos; may hold a `captions_meta.tsv` of its own.
-      sha256: "lfw": digest of one more archive to accept beside those in third_party/.
-      portraits: who to draw.
+      data_dir: folder for built datasets.
+      manual_dir: of "lfw": folder of the archive (downloaded if absent) and optionally of
+        `captions_meta.tsv`; `data_dir/manual` by default. Needed only to build the dataset.
+      folder: of "folder": the photos; may hold a `captions_meta.tsv`.
+      sha256: of "lfw": digest of one more archive to accept besides those in the manifest.
+      portraits: of drawn datasets: how many people and photos to draw, their size and seed.
 
     Raises:
-      UserError: no archive, unknown checksum, damaged archive, unknown dataset, empty folder, a
+      UserError: no archive, unknown checksum, damaged archive, unknown dataset, empty folder, or a
         person with fewer than two readable photos in a folder.
     """
     data_dir = buckets.local(data_dir)
@@ -132,7 +134,7 @@ def load_photos(
 
 
 class LfwDeepfunneled(tfds.core.GeneratorBasedBuilder):
-    """Labeled Faces in the Wild, deep-funneled; singles included."""
+    """Labeled Faces in the Wild, deep-funneled; includes people with a single photo."""
 
     VERSION = tfds.core.Version("1.0.0")
     MANUAL_DOWNLOAD_INSTRUCTIONS = (
@@ -140,7 +142,7 @@ class LfwDeepfunneled(tfds.core.GeneratorBasedBuilder):
     )
 
     def __init__(self, *, archive_sha256: str | None = None, **kwargs: Any):
-        """`archive_sha256`: digest of one more archive to accept beside those in third_party/."""
+        """`archive_sha256`: digest of one more archive to accept besides those in the manifest."""
         self._archive_sha256 = archive_sha256
         super().__init__(**kwargs)
 
@@ -161,7 +163,7 @@ class LfwDeepfunneled(tfds.core.GeneratorBasedBuilder):
 
 
 class PhotoFolder(tfds.core.GeneratorBasedBuilder):
-    """A folder per person, named after them, with two photos or more in each."""
+    """One folder per person, which has the person's name and holds at least two photos."""
 
     VERSION = tfds.core.Version("1.0.0")
 
@@ -192,7 +194,7 @@ class PhotoFolder(tfds.core.GeneratorBasedBuilder):
 
 
 def _content(path: pathlib.Path) -> bytes | str:
-    """A file's bytes, or why it is of no use."""
+    """Returns a file's bytes, or why it cannot be a photo."""
     why = photo_files.refusal(path)
     try:
         return path.read_bytes() if why is None else why
@@ -223,19 +225,19 @@ def _examples(
     left_out: Mapping[str, str],
     nothing: str,
 ) -> Iterator[tuple[str, dict]]:
-    """Yields the decodable photos with captions; then notes beside them what was left out.
+    """Yields the decodable photos with captions; then writes source.json and skipped.json.
 
     Args:
-      photos: all of them.
-      labels: the table of labels, where there is one.
-      source: what the dataset was made of.
-      built: where to note it.
-      least: photos of each person.
+      photos: all photos.
+      labels: path of the table of labels, which may be absent.
+      source: content of source.json: what the dataset was built from.
+      built: folder for the two files.
+      least: fewest readable photos that a person may have.
       left_out: what was left out before, and why.
-      nothing: to be said where no photo is readable.
+      nothing: the error if no photo is readable.
 
     Raises:
-      UserError: no photo, or a person is left with fewer than `least` of them.
+      UserError: no photo is readable, or a person has fewer than `least`.
     """
     known = captions.read_labels(labels) if os.path.lexists(labels) else None
     skipped, counts, seen = {}, Counter(), set()
@@ -247,12 +249,12 @@ def _examples(
             skipped[file] = why
             continue
         counts[person] += 1
-        # An unlabelled photo of a labelled dataset is a person with no expression to speak of.
+        # In a labelled dataset, a photo without a label gets an unknown expression.
         label = known.get(captions.label_key(file), ("unknown", "person")) if known else None
         yield (
             f"{person}/{number:08d}",
             {
-                # A file object: tfds stores its bytes as they are.
+                # Given a file object, tfds stores its bytes unchanged.
                 "image": io.BytesIO(data),
                 "person": person,
                 "photo": number,
@@ -264,9 +266,8 @@ def _examples(
         raise UserError(f"{nothing}{_because(skipped)}")
     if lonely := sorted(person for person, count in counts.items() if 0 < count < least):
         raise UserError(
-            f"fewer than {least} readable photos of {some(lonely, 100)}: each person needs one to "
-            "learn from and one to paint; add photos or take the person's folder away"
-            + _because(skipped)
+            f"fewer than {least} readable photos of {some(lonely, 100)}: each person needs a "
+            "reference and a target; add photos or remove the person's folder" + _because(skipped)
         )
     if known and least > 1 and (strange := sorted(known.keys() - seen)):
         log.warning("%s: %d rows name no photo: %s", labels, len(strange), some(strange))
@@ -275,12 +276,12 @@ def _examples(
 
 
 def _because(skipped: Mapping[str, str]) -> str:
-    told = [f"{name} ({why.partition(';')[0]})" for name, why in skipped.items()]
-    return f" (unreadable: {some(told, 100)})" if skipped else ""
+    reasons = [f"{name} ({why.partition(';')[0]})" for name, why in skipped.items()]
+    return f" (unreadable: {some(reasons, 100)})" if skipped else ""
 
 
 def _fault(data: bytes) -> str | None:
-    """Why encoded bytes are no picture; None where all pixels can be decoded."""
+    """Returns why encoded bytes are not a picture; None if all pixels can be decoded."""
     if not data:
         return "zero bytes"
     try:
@@ -301,19 +302,19 @@ def _build_lfw(
             ),
         )
         if not builder.data_path.exists():
-            lfw_archive.find_archive(manual, sha256)  # Before tfds asks for the folder.
+            lfw_archive.find_archive(manual, sha256)  # fail before tfds demands the manual folder
             return _prepare(builder, manual)
         if (path := lfw_archive.local_archive(manual)) is None:
             return builder
-        found = {"archive": lfw_archive.verify(path, sha256), "captions": _digest(manual / LABELS)}
-        if found == json.loads((builder.data_path / "source.json").read_text()):
+        source = {"archive": lfw_archive.verify(path, sha256), "captions": _digest(manual / LABELS)}
+        if source == json.loads((builder.data_path / "source.json").read_text()):
             return builder
         print(f"{manual} has changed since {builder.data_path} was built: building it again")
         return _prepare(builder, manual)
 
 
 def _build_folder(data_dir: pathlib.Path, folder: pathlib.Path) -> tfds.core.DatasetBuilder:
-    # A changed folder is another dataset: the digest of its listing is part of the path.
+    # The listing's digest is part of the path: a changed folder becomes another dataset.
     listing = list_people(folder).digest
     name = re.sub(r"[^\w.-]", "_", legible(folder.resolve().name))[:60]
     with alone(data_dir):
@@ -339,12 +340,12 @@ def _build_drawn(
 def _opened(
     place: pathlib.Path, make: Callable[[], tfds.core.DatasetBuilder]
 ) -> tfds.core.DatasetBuilder:
-    """The builder; where what it built says nothing any more, that is moved away first."""
+    """Returns the builder; first moves a built dataset away if its metadata cannot be read."""
     try:
         return make()
     except OSError:
         raise
-    except Exception as error:  # of tfds' and protobuf's kinds
+    except Exception as error:  # tfds and protobuf raise many kinds
         if not place.exists():
             raise
         aside = place.with_name(f"{place.name}.damaged-{time.time_ns()}")
@@ -356,7 +357,7 @@ def _opened(
 def _prepare(
     builder: tfds.core.DatasetBuilder, manual: pathlib.Path | None
 ) -> tfds.core.DatasetBuilder:
-    """Builds into a temporary folder that takes its name at the end: all or nothing."""
+    """Builds a dataset; tfds writes to a temporary folder and renames it when complete."""
     print(f"building {builder.name} into {builder.data_path} (once)")
     tfds.disable_progress_bar()
     builder.download_and_prepare(
@@ -398,7 +399,7 @@ def _read(builder: tfds.core.DatasetBuilder) -> Photos:
 
 
 def _damage(builder: tfds.core.DatasetBuilder, error: Exception) -> str:
-    """Which file of a built dataset is missing or damaged, and what to do."""
+    """Returns an error message: which file of a built dataset is missing or damaged, what to do."""
     files = [builder.data_path / name for name in builder.info.splits[SPLIT].filenames]
     gone = [f"{file}: missing" for file in files if not file.exists()]
     place = files[0] if len(files) == 1 else builder.data_path

@@ -1,4 +1,4 @@
-"""Arrays kept as ArrayRecord files, a record for each row: what encodings are stored in."""
+"""Arrays stored in ArrayRecord files, one record per row: the storage of encodings."""
 
 import errno
 import math
@@ -13,34 +13,36 @@ from jaxtyping import Shaped
 from persona_jax.errors import UserError
 
 IN_MEMORY = 2**28
-"""Bytes up to which an array is read once and held: reading record by record is far slower, and
-embeddings are read nine times as often as what is to be predicted from them."""
+"""Largest size in bytes of an array that is held in memory.
+
+Reading record by record is far slower, and embeddings are read nine times as often as targets.
+"""
 
 
 class Writer:
     """Appends rows to an ArrayRecord file; use as a context manager.
 
-    Records are of one row each and not compressed: they are read one by one, in any order.
+    A record is one uncompressed row, because rows are read one by one, in any order.
     """
 
     def __init__(self, file: Path):
-        """Opens `file`, anew."""
+        """Creates or overwrites `file`."""
         self._file = file
         self._writer = ArrayRecordWriter(str(file), "group_size:1,uncompressed")
 
     def __enter__(self) -> "Writer":
-        """Return itself."""
+        """Returns itself."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Ends the file. Raises OSError where it could not be written."""
+        """Closes the file. Raises OSError if it could not be written."""
         try:
             self._writer.close()
         except RuntimeError as error:
             raise _as_os_error(error, self._file) from error
 
     def append(self, rows: Shaped[np.ndarray, "R ..."]) -> None:
-        """Writes ``R`` records."""
+        """Writes ``R`` records. Raises OSError if they cannot be written."""
         for row in rows:
             try:
                 self._writer.write(np.ascontiguousarray(row).tobytes())
@@ -54,15 +56,15 @@ def _as_os_error(error: RuntimeError, file: Path) -> OSError:
 
 
 def first_line(error: Exception) -> str:
-    """Of what a library says."""
+    """Returns the first line of an error's message."""
     return str(error).partition("\n")[0]
 
 
 class Records:
-    """An array ``[P, ...]``, or ``[P, S, ...]`` with a record for each of the S sides of a row.
+    """An array ``[P, ...]``, or ``[P, S, ...]`` with S records per row (original and mirrored).
 
-    It is read as numpy reads an array by arrays of integers, one for each leading axis, and whole
-    by ``np.asarray``.
+    It is indexed like a numpy array by integer arrays, one for each leading axis. ``np.asarray``
+    reads all of it.
 
     Attributes:
       shape, dtype: of the array.
@@ -71,13 +73,15 @@ class Records:
     def __init__(
         self, files: Sequence[Path], shape: Sequence[int], dtype: np.dtype | str, leading: int
     ):
-        """Opens the files, whose records follow each other in the order of the leading axes.
+        """Opens the files; their concatenated records are in row-major order of the leading axes.
 
         Args:
-          leading: axes that records are counted by, 1 or 2.
+          files: paths, in order.
+          shape, dtype: of the array.
+          leading: number of axes that count records, 1 or 2.
 
         Raises:
-          ValueError: as many records as the shape says are not there.
+          ValueError: the files cannot be read, or do not hold as many records as the shape says.
         """
         self.shape, self.dtype, self._leading = tuple(shape), np.dtype(dtype), leading
         self._files = [str(file) for file in files]
@@ -93,11 +97,11 @@ class Records:
             self._held = self._read(np.arange(expected)).reshape(self.shape)
 
     def __len__(self) -> int:
-        """Rows."""
+        """Returns the number of rows."""
         return self.shape[0]
 
     def __getitem__(self, index: np.ndarray | tuple) -> np.ndarray:
-        """The rows of that index, in its shape: ``records[rows]`` or ``records[rows, sides]``.
+        """Returns ``records[rows]`` or ``records[rows, sides]``, as numpy indexing does.
 
         Raises:
           UserError: a record is damaged.
@@ -109,7 +113,7 @@ class Records:
         return self._read(numbers.ravel()).reshape(*numbers.shape, *self.shape[self._leading :])
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
-        """All of it."""
+        """Returns the whole array."""
         del copy
         held = self._held
         if held is None:
@@ -118,8 +122,8 @@ class Records:
 
     def _read(self, numbers: np.ndarray) -> np.ndarray:
         try:
-            found = self._source.__getitems__(numbers)
-            return np.frombuffer(b"".join(found), self.dtype)
+            records = self._source.__getitems__(numbers)
+            return np.frombuffer(b"".join(records), self.dtype)
         except (RuntimeError, ValueError) as error:
             folder = Path(self._files[0]).parents[1]
             raise UserError(

@@ -1,4 +1,4 @@
-"""Who is trained on and who is not: groups of people with nobody in two of them."""
+"""Identity-disjoint splits: training, validation and test people."""
 
 import dataclasses
 import hashlib
@@ -16,9 +16,9 @@ class People:
     """Four sorted lists of people.
 
     Attributes:
-      train: everyone with at least two photos who is in neither of the next two.
-      validation: where every choice is made (scale, guidance, learning rate, steps).
-      test: looked at once.
+      train: people with at least two photos who are in neither of the next two lists.
+      validation: people on whom every choice is made (scale, guidance, learning rate, steps).
+      test: people for the final evaluation only.
       base: everyone but validation and test, singles included; `train` is part of it.
     """
 
@@ -38,18 +38,19 @@ def split_people(
 ) -> People:
     """Divides people among train, validation and test.
 
-    Who goes where depends on names, `seed` and the numbers asked for, through SHA-256 of
-    `seed/name`: the same on every machine and Python.
+    The order is that of SHA-256 of `seed/name`, so the split is the same on every machine and
+    Python version.
 
     Args:
       people: the person of each photo.
-      test: how many test people; the first drawn.
-      validation: how many validation people; None for all that remain with `least` photos.
+      test: number of test people, drawn first.
+      validation: number of validation people; None for all others with `least` photos.
       least: photos a validation or test person must have (nine references and a target).
+      seed: of the order.
 
     Raises:
-      UserError: more validation and test people asked for than have `least` photos, or nobody
-        left to train on.
+      UserError: fewer people have `least` photos than validation and test need, or nobody is left
+        to train on.
     """
     counts = Counter(people)
     known = sorted(person for person, count in counts.items() if count >= least)
@@ -73,9 +74,10 @@ def split_people(
 
 
 def grouped_people(people: Iterable[str]) -> People:
-    """The groups that portraits are drawn in, from their names: ``GROUP-NUMBER``.
+    """Groups drawn people by their names, ``GROUP-NUMBER``.
 
-    `unseen` serves the base as `validation` does adapters; nobody but `base` trains the base.
+    Only the group `base` trains the base. The group `unseen` validates the base and counts as
+    validation, as the group `validation` does, which validates adapters.
     """
     groups: dict[str, list[str]] = {}
     for person in sorted(set(people)):
@@ -90,13 +92,14 @@ def grouped_people(people: Iterable[str]) -> People:
 
 
 def photos_of(people: Sequence[str], chosen: Iterable[str]) -> list[Int[np.ndarray, " _"]]:
-    """Rows of each chosen person's photos, one array a person, in the order of `chosen`.
+    """Returns the rows of each chosen person's photos, one array per person.
 
     Args:
       people: the person of each row.
+      chosen: people, in the order of the output.
     """
     rows: dict[str, list[int]] = {person: [] for person in chosen}
     for row, person in enumerate(people):
         if person in rows:
             rows[person].append(row)
-    return [np.asarray(found, np.int64) for found in rows.values()]
+    return [np.asarray(own, np.int64) for own in rows.values()]

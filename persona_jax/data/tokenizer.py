@@ -1,4 +1,4 @@
-"""A small CLIP tokenizer of our own, learnt from captions: byte-level BPE in CLIP's file layout."""
+"""Trains a small CLIP tokenizer on captions: byte-level BPE in CLIP's file layout."""
 
 import json
 from collections.abc import Sequence
@@ -8,21 +8,21 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 _WORD = "</w>"
-# CLIP's words: contractions, letters, single digits, other marks.
+# CLIP's pre-tokenization: contractions, letters, single digits, other marks.
 _WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
 
 
 def learn_tokenizer(captions: Sequence[str], vocab_size: int, length: int, folder: Path) -> None:
     """Writes ``vocab.json``, ``merges.txt`` and ``tokenizer_config.json`` into `folder`.
 
-    Any text can be encoded: all bytes are in the vocabulary (512 entries), then merges learnt from
-    `captions`, then the two special tokens, whose ids are the last, as in CLIP.
+    The vocabulary holds all bytes (512 entries), so that any text can be encoded; then merges
+    trained on `captions`; then the two special tokens, which have the last ids as in CLIP.
 
     Args:
-      captions: what to learn merges from.
+      captions: training text.
       vocab_size: upper limit of the vocabulary, 514 or more.
       length: tokens of a prompt, start and end included.
-      folder: made where absent.
+      folder: created if absent.
     """
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix=_WORD))
     tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
@@ -39,9 +39,9 @@ def learn_tokenizer(captions: Sequence[str], vocab_size: int, length: int, folde
     merges = [tuple(merge) for merge in json.loads(tokenizer.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     entries = [*letters, *(letter + _WORD for letter in letters)]
-    room = vocab_size - len(entries) - 2
-    merges = merges[: max(room, 0)]
-    # Two merges can make one token; it keeps its first id.
+    free = vocab_size - len(entries) - 2
+    merges = merges[: max(free, 0)]
+    # Two merges can produce the same token; it keeps its first id.
     entries = list(dict.fromkeys([*entries, *("".join(merge) for merge in merges), START, END]))
     folder.mkdir(parents=True, exist_ok=True)
     vocabulary = {entry: i for i, entry in enumerate(entries)}

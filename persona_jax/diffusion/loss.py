@@ -17,8 +17,11 @@ from persona_jax.diffusion.schedule import (
 def example_keys(
     seed: Int[Array, ""] | int, step: Int[Array, ""] | int, index: Int[Array, " B"]
 ) -> Key[Array, " B"]:
-    """A key per example, ``[B]``, from (seed, step, global index) alone: the same whatever the
-    number of devices or processes (docs/design.md, "Seeds and data order")."""
+    """Random key of each example, ``[B]``.
+
+    It depends on (seed, step, global index) only, so it is the same for any number of devices or
+    processes (docs/design.md, "Seeds and data order").
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(index)
 
@@ -26,14 +29,24 @@ def example_keys(
 def draw_steps(
     keys: Key[Array, " B"], schedule: Schedule, low: float = 0.0, below: int = 0
 ) -> Int[Array, " B"]:
-    """A diffusion step per example, ``[B]``: uniform, but of a share `low` of them uniform below
-    `below`. Small pictures need less noise before nothing is left to see (Chen 2023, "On the
-    importance of noise scheduling for diffusion models")."""
+    """Random diffusion step of each example, ``[B]``.
+
+    Steps are uniform over the schedule; a share `low` of the examples draws uniformly from the
+    steps below `below` instead. Less noise destroys a small image than a large one, so low noise
+    levels matter more there (Chen 2023, "On the importance of noise scheduling for diffusion
+    models").
+
+    Args:
+      keys: one per example ``[B]``.
+      schedule: sets the number of steps.
+      low: share of examples, from 0 to 1, that draw a low step.
+      below: bound of the low steps.
+    """
 
     def draw(key: Array) -> Array:
         step_key, low_key = jax.random.split(key)
-        favoured = jax.random.uniform(low_key) < low
-        return jax.random.randint(step_key, (), 0, jnp.where(favoured, below, schedule.steps))
+        is_low = jax.random.uniform(low_key) < low
+        return jax.random.randint(step_key, (), 0, jnp.where(is_low, below, schedule.steps))
 
     return jax.vmap(draw)(keys)
 
@@ -50,11 +63,11 @@ def denoising_loss(
 
     Args:
       predict: (z_t, t) → ε or v, both ``[B, h, w, C]``.
-      schedule: noise levels and what is predicted.
+      schedule: noise levels and the kind of prediction (ε or v).
       latents: z_0, scaled.
       noise: ε.
       t: diffusion step per example.
-      min_snr_gamma: γ of min-SNR weighting; None weighs every step alike.
+      min_snr_gamma: γ of min-SNR weighting; None weighs all steps equally.
     """
     prediction = predict(add_noise(schedule, latents, noise, t), t)
     target = prediction_target(schedule, latents, noise, t)

@@ -9,13 +9,18 @@ from jaxtyping import Array, Float, Int, Key
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 
 Denoise = Callable[[Array, Array], Array]
-"""(latents [B, h, w, C], step t, a scalar) → the network's prediction [B, h, w, C]."""
+"""(latents [B, h, w, C], scalar diffusion step t) → the network's prediction [B, h, w, C]."""
 
 
 def guide(denoise_both: Denoise, guidance: Float[Array, ""] | float) -> Denoise:
-    """Classifier-free guidance as one batch (Ho & Salimans 2022): ε_u + g (ε_c − ε_u).
+    """Classifier-free guidance in one batch (Ho & Salimans 2022): ε_u + g (ε_c − ε_u).
 
-    `denoise_both` is given ``[2B, h, w, C]``, the unconditional half first.
+    Args:
+      denoise_both: predicts for ``[2B, h, w, C]``, the unconditional half first.
+      guidance: g; 1 is the conditional prediction alone.
+
+    Returns:
+      The guided prediction, of ``[B, h, w, C]``.
     """
 
     def guided(latents: Array, t: Array) -> Array:
@@ -29,23 +34,30 @@ def guide(denoise_both: Denoise, guidance: Float[Array, ""] | float) -> Denoise:
 def picture_noise(
     keys: Key[Array, " B"], step: Array | int, shape: tuple[int, int, int]
 ) -> Float[Array, "B h w C"]:
-    """Standard normal noise of each picture from its own key ``[B]`` and the walk's `step`, so
-    that a picture does not depend on how many others are asked for."""
+    """Standard normal noise of each image, drawn from its own key.
+
+    An image therefore does not depend on the number of images in the batch.
+
+    Args:
+      keys: one per image ``[B]``.
+      step: position in the sampling trajectory; 0 is the initial noise.
+      shape: (h, w, C) of the latents.
+    """
     return jax.vmap(lambda key: jax.random.normal(jax.random.fold_in(key, step), shape))(keys)
 
 
 def predicted_original(
     schedule: Schedule, z: Array, prediction: Array, alpha_bar: Array
 ) -> tuple[Array, Array]:
-    """(z_0, ε) that a prediction at noise level `alpha_bar` implies."""
+    """(z_0, ε) that follow from the network's prediction for `z` at noise level `alpha_bar`."""
     signal, sigma = jnp.sqrt(alpha_bar), jnp.sqrt(1 - alpha_bar)
     if schedule.prediction == "epsilon":
         original, noise = (z - sigma * prediction) / signal, prediction
     else:
         original, noise = signal * z - sigma * prediction, signal * prediction + sigma * z
     if schedule.clip_sample:
+        # As by default in diffusers, ε is not recomputed from the clipped z_0.
         original = jnp.clip(original, -1.0, 1.0)
-        # diffusers' default keeps the network's own ε beside the clipped original.
     return original, noise
 
 
@@ -59,20 +71,23 @@ def ddim(
     keys: Key[Array, " B"] | None = None,
     only: Int[Array, ""] | int | None = None,
 ) -> Float[Array, "B h w C"]:
-    """Walks from noise to latents; eq. (12) of Song et al. 2021.
+    """DDIM sampling from noise to latents, eq. (12) of Song et al. 2021.
 
     Args:
       denoise: the network, guidance included.
       schedule: noise levels and spacing.
       noise: z_T ``[B, h, w, C]``, float32.
-      steps: how many steps (static: sets the program's length).
-      eta: 0 is deterministic, 1 is ancestral; what it takes from the direction is put back as
-        fresh noise.
-      keys: one key per picture ``[B]`` for that noise; None means none is ever drawn (η = 0).
-      only: take this one step, 0 the first, from the latents that `noise` then holds.
+      steps: number of sampling steps (static: a new value recompiles).
+      eta: η, how much of the predicted noise each step replaces by fresh noise: 0 is deterministic,
+        1 is ancestral sampling.
+      keys: one key per image ``[B]`` for that noise; None draws none (η = 0).
+      only: take only this step (0 is the first), starting from latents given as `noise`.
 
     Returns:
-      z_0 ``[B, h, w, C]``; the latents after step `only`, where it is given.
+      z_0 ``[B, h, w, C]``, or the latents after step `only` if that is given.
+
+    Raises:
+      UserError: more steps than the schedule has, or fewer than one.
     """
     t, previous = sampling_steps(schedule, steps)
     alpha_bars = jnp.asarray(schedule.alphas_cumprod)

@@ -17,14 +17,14 @@ _SPACINGS = ("leading", "trailing", "linspace")
 
 @struct.dataclass
 class Schedule:
-    """ᾱ per step, and how a sampler walks over the steps.
+    """ᾱ of each step, and the settings that select sampling steps.
 
     Attributes:
       alphas_cumprod: ᾱ_t, float32 ``[steps]``; α_t = √ᾱ_t, σ_t = √(1 − ᾱ_t).
-      final_alpha_cumprod: ᾱ beyond the last sampling step.
-      prediction: ``epsilon`` or ``v_prediction``: what the network predicts.
-      spacing: which steps a shorter walk visits: ``leading``, ``trailing`` or ``linspace``.
-      steps_offset: added to the steps of ``leading`` walks.
+      final_alpha_cumprod: ᾱ after the last sampling step.
+      prediction: what the network predicts, ``epsilon`` or ``v_prediction``.
+      spacing: how sampling steps are spaced, ``leading``, ``trailing`` or ``linspace``.
+      steps_offset: added to the steps of ``leading`` spacing.
       clip_sample: clamp predicted z_0 to ±1 (pixel models; False for Stable Diffusion).
     """
 
@@ -37,9 +37,9 @@ class Schedule:
 
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> "Schedule":
-        """From the content of ``scheduler_config.json``, whichever sampler's it is.
+        """From the content of ``scheduler_config.json``, of any sampler.
 
-        Missing settings have the defaults of diffusers' DDIMScheduler.
+        Missing settings take the defaults of diffusers' DDIMScheduler.
 
         Raises:
           UserError: a setting outside Stable Diffusion's family.
@@ -91,7 +91,7 @@ STABLE_DIFFUSION = {
     "clip_sample": False,
     "timestep_spacing": "leading",
 }
-"""``scheduler_config.json`` of Stable Diffusion 1.x, as read by DDIM."""
+"""``scheduler_config.json`` of Stable Diffusion 1.x, for DDIM."""
 
 
 _SAMPLERS = (
@@ -117,14 +117,14 @@ _SAMPLERS = (
     "TCDScheduler",
     "UniPCMultistepScheduler",
 )
-"""diffusers' samplers of one diffusion process: their files describe the same noise."""
+"""diffusers' samplers of the same diffusion process: their settings describe one noise schedule."""
 
 
 def sampler_of(raw: Mapping[str, Any]) -> str:
-    """Whose ``scheduler_config.json`` it is: diffusers' name of the class, DDIM's where none is.
+    """Name of the diffusers class that a ``scheduler_config.json`` is of; DDIM's if it has none.
 
     Raises:
-      UserError: flow matching, EDM, or a class that is not known.
+      UserError: flow matching, EDM, or an unknown class.
     """
     name = raw.get("_class_name", "DDIMScheduler")
     known = isinstance(name, str) and name in _SAMPLERS
@@ -135,17 +135,17 @@ def sampler_of(raw: Mapping[str, Any]) -> str:
         if mark in kind or (mark == "Flow" and known):
             kind += f" ({process})"
     raise UserError(
-        f"scheduler_config.json: _class_name={kind}; read are Stable Diffusion's samplers, such as "
-        "DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler and DPMSolverMultistepScheduler"
+        f"scheduler_config.json: _class_name={kind}; supported are Stable Diffusion's samplers, "
+        "such as DDIMScheduler, PNDMScheduler, EulerDiscreteScheduler, DPMSolverMultistepScheduler"
     )
 
 
 def for_ddim(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``DDIMScheduler.from_config(pipe.scheduler.config)``, where `pipe` is stock's
-    StableDiffusionPipeline of the same folder.
+    """The settings of ``DDIMScheduler.from_config(pipe.scheduler.config)``, where `pipe` is
+    diffusers' StableDiffusionPipeline of the same folder.
 
-    The pipeline turns clipping off and the offset on, in the files that have them. Those that
-    another sampler saved often leave them out, and then DDIM's own defaults count: clipping is on.
+    That pipeline sets clip_sample to False and steps_offset to 1 where the file has these settings.
+    Files saved by other samplers often lack them; then DDIM's defaults apply, which clip.
 
     Args:
       raw: the content of ``scheduler_config.json``.
@@ -159,10 +159,15 @@ def for_ddim(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def sampling_steps(schedule: Schedule, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The `count` steps a sampler visits, from noise to picture, and the step after each.
+    """The diffusion steps of a sampling trajectory, from noise to image.
+
+    Args:
+      schedule: sets the number of steps and their spacing.
+      count: number of sampling steps.
 
     Returns:
-      (t, previous), int32 ``[count]`` each; a negative `previous` is the end of the walk.
+      (t, previous), int32 ``[count]`` each: every step and the one that follows it, which is
+      negative at the end of the trajectory.
 
     Raises:
       UserError: more steps than the schedule has, or fewer than one.
@@ -201,7 +206,7 @@ def prediction_target(
     noise: Float[Array, "B h w C"],
     t: Int[Array, " B"],
 ) -> Float[Array, "B h w C"]:
-    """What the network should say: ε, or v = √ᾱ ε − √(1 − ᾱ) z_0 (Salimans & Ho 2022)."""
+    """The regression target: ε, or v = √ᾱ ε − √(1 − ᾱ) z_0 (Salimans & Ho 2022)."""
     if schedule.prediction == "epsilon":
         return noise
     alpha_bar = _at(schedule.alphas_cumprod, t, latents.ndim)

@@ -1,1 +1,1 @@
-"""Evaluators of generated images, the networks that they look with, and reports."""
+"""Evaluators of generated images, their networks, and reports."""

@@ -1,4 +1,4 @@
-"""Opens who judges pictures of a config's people, painted on its base."""
+"""Builds the evaluator for a config's dataset and base model."""
 
 import argparse
 from collections.abc import Callable
@@ -19,58 +19,69 @@ from persona_jax.runtime import buckets
 
 BATCH = 32
 MANY = 256
-"""Photos whose mean is taken."""
+"""Number of photos whose mean face embedding is subtracted."""
 
 
 def build_evaluator(
     config: ConfigDict, photos: Photos, people: int, arguments: argparse.Namespace
 ) -> evaluators.Evaluator:
-    """By the truth where it is known, by faces elsewhere.
+    """Builds a trait evaluator if the dataset has ground truth, else a face evaluator.
 
     Args:
-      config: of people and base.
-      photos: the people's.
-      people: how many are to be judged; of fewer than readers pick from, they pick from these.
-      arguments: :func:`persona_jax.evaluation.networks.add_flags`'.
+      config: with the dataset and the base.
+      photos: of the dataset.
+      people: number of people to evaluate; retrieval picks among these if they are fewer than
+        :data:`persona_jax.evaluation.fidelity.AMONG`.
+      arguments: with the flags of :func:`persona_jax.evaluation.networks.add_flags`.
 
     Raises:
-      UserError: the base has no reader or no CLIP pair, or weights are missing; says what to do.
+      UserError: the base has no trait classifier or no CLIP pair, or weights are missing; it says
+        what to do.
     """
-    more, folder = {}, buckets.local(config.data.data_dir) / "weights"
+    inception, folder = {}, buckets.local(config.data.data_dir) / "weights"
     if arguments.inception is not None:
-        more = networks.inception_networks(arguments.inception, arguments.inception_sha256, folder)
+        inception = networks.inception_networks(
+            arguments.inception, arguments.inception_sha256, folder
+        )
     if photos.has("identity"):
         classifier = trait_classifier.load_trait_classifier(
             folders.find(config.pipeline).parent / "reader"
         )
-        seen_by = {"the reader": networks.from_trait_classifier(classifier)} | more
+        all_networks = {"the reader": networks.from_trait_classifier(classifier)} | inception
         among = min(people, fidelity.AMONG)
-        truth = photos.truth("identity"), photos.truth("scene")
-        return evaluators.TraitEvaluator(classifier, *truth, seen_by, among)
-    return _face_evaluator(config, photos, more)
+        ground_truth = photos.truth("identity"), photos.truth("scene")
+        return evaluators.TraitEvaluator(classifier, *ground_truth, all_networks, among)
+    return _face_evaluator(config, photos, inception)
 
 
 def _face_evaluator(
     config: ConfigDict, photos: Photos, more: dict[str, networks.Network]
 ) -> faces.FaceEvaluator:
     pipeline = open_pipeline(config)
-    own = config.image_encoder
-    if own.kind == "dlib":
+    encoder_config = config.image_encoder
+    if encoder_config.kind == "dlib":
         raise UserError(
-            "image_encoder.kind=dlib: pictures are judged by dlib's network; what it conditions it "
-            "cannot judge"
+            "image_encoder.kind=dlib: the evaluator uses dlib's network, and a network used for "
+            "conditioning cannot also be the evaluator; train with another image encoder"
         )
-    settings = ConfigDict({"image_encoder": own.to_dict(), "data": {"crop": 1.0}})
-    # Pictures are the central part of photos: the face fills more of them.
-    centre = [0.5 + (place - 0.5) / config.data.crop for place in own.face_centre]
+    settings = ConfigDict({"image_encoder": encoder_config.to_dict(), "data": {"crop": 1.0}})
+    # Images show the central crop of photos, so the face fills a larger part of them.
+    centre = [0.5 + (place - 0.5) / config.data.crop for place in encoder_config.face_centre]
     settings.image_encoder.update(
-        {"kind": "dlib", "path": "", "sha256": "", "face_side": own.face_side / config.data.crop}
+        {
+            "kind": "dlib",
+            "path": "",
+            "sha256": "",
+            "face_side": encoder_config.face_side / config.data.crop,
+        }
     )
     settings.image_encoder.face_centre = tuple(centre)
     raw = _embedding(open_image_encoder(settings, pipeline))
-    many = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
-    shown = evaluators.photos_as_pictures(photos, many, pipeline.image_size, config.data.crop)
-    mean = raw(shown).mean(axis=0)
+    rows = np.linspace(0, len(photos) - 1, MANY).astype(np.int64)
+    pictures_of_many = evaluators.photos_as_pictures(
+        photos, rows, pipeline.image_size, config.data.crop
+    )
+    mean = raw(pictures_of_many).mean(axis=0)
     settings.image_encoder.kind = "clip"
     folder = folders.find(config.pipeline)
 
@@ -90,8 +101,10 @@ def _face_evaluator(
 
 def _embedding(encoder: ImageEncoder) -> faces.Embed:
     def embed(pictures: Float[np.ndarray, "P S S 3"]) -> Float[np.ndarray, "P D"]:
-        shown = [Image.fromarray(p) for p in images.to_uint8(pictures)]
-        parts = [encoder.encode(shown[i : i + BATCH]) for i in range(0, len(shown), BATCH)]
+        pil_images = [Image.fromarray(p) for p in images.to_uint8(pictures)]
+        parts = [
+            encoder.encode(pil_images[i : i + BATCH]) for i in range(0, len(pil_images), BATCH)
+        ]
         return _unit(np.concatenate(parts))
 
     return embed
@@ -106,7 +119,7 @@ def _detector() -> Callable[[Image.Image], bool]:
         import dlib
     except ImportError as error:
         raise UserError(
-            "pictures of real people are judged with dlib, which is not installed; pip install "
+            "images of real people are evaluated with dlib, which is not installed; pip install "
             "-e '.[faces]'"
         ) from error
     detect = dlib.get_frontal_face_detector()

@@ -1,7 +1,7 @@
-"""The networks whose features and classes say how real pictures look: FID, KID and IS by them.
+"""Networks whose features and classes FID, KID and IS are computed from.
 
-A network is a function from pictures in [−1, 1] to a :class:`NetworkOutput`; whoever reports a
-figure names the network beside it.
+A network is a function from images in [−1, 1] to a :class:`NetworkOutput`. Reports name the network
+beside each metric.
 """
 
 import argparse
@@ -22,11 +22,11 @@ from persona_jax.runtime.mesh import make_mesh
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOutput:
-    """What a network makes of P pictures.
+    """The output of a network for P images.
 
     Attributes:
       features: for FID and KID ``[P, F]``.
-      classes: logits, for the Inception Score ``[P, C]``; None where it knows no classes.
+      classes: logits for the Inception Score ``[P, C]``; None if the network has no classes.
     """
 
     features: Float[np.ndarray, "P F"]
@@ -37,19 +37,22 @@ Network = Callable[[Float[np.ndarray, "P S S 3"]], NetworkOutput]
 
 
 def from_trait_classifier(classifier: TraitClassifier) -> Network:
-    """The reader's penultimate layer, and expression × background as classes."""
+    """The trait classifier's penultimate layer, with expression × background as classes."""
 
     def run(pictures: np.ndarray) -> NetworkOutput:
-        found = classifier.read(pictures)
-        return NetworkOutput(found.features, found.logits)
+        output = classifier.read(pictures)
+        return NetworkOutput(output.features, output.logits)
 
     return run
 
 
 def from_face_encoder(embed: Callable[[np.ndarray], np.ndarray]) -> Network:
-    """An embedding of faces, brought to unit variance or so, as KID's kernel expects; no classes.
+    """A face encoder as a network without classes.
 
-    embed: pictures in [−1, 1] → unit embeddings ``[P, D]``.
+    Embeddings are scaled to about unit variance, as KID's kernel expects.
+
+    Args:
+      embed: images in [−1, 1] → unit embeddings ``[P, D]``.
     """
 
     def run(pictures: np.ndarray) -> NetworkOutput:
@@ -60,36 +63,36 @@ def from_face_encoder(embed: Callable[[np.ndarray], np.ndarray]) -> Network:
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """What :func:`inception_networks` asks of a command line; ``inception`` is None where
-    it is not asked for."""
+    """Adds the flags of :func:`inception_networks`; ``inception`` is None if it is not given."""
     parser.add_argument(
         "--inception",
         nargs="?",
         const="",
-        help="FID, KID and IS by Inception v3 too: its weights, fetched if not named",
+        help="FID, KID and IS by Inception v3 too: its weights, downloaded if not named",
     )
     parser.add_argument("--inception_sha256", help="of weights to accept beside the known ones")
 
 
 def inception_networks(file: str, sha256: str | None, folder: Path) -> dict[str, Network]:
-    """Inception v3 of 2015 behind both ways of enlarging pictures, "Inception, clean" and
-    "Inception, legacy" (see :func:`persona_jax.metrics.features.inception_pass`).
+    """Inception v3 of 2015 with both ways of resizing, "Inception, clean" and "Inception, legacy".
+
+    See :func:`persona_jax.metrics.features.inception_pass`.
 
     Args:
-      file: its weights, pytorch-fid's or torch-fidelity's; found or fetched if empty.
-      sha256: of weights to accept beside those.
-      folder: where they are looked for, and fetched to.
+      file: weights of pytorch-fid or torch-fidelity; empty: found in `folder` or downloaded.
+      sha256: of weights to accept beside the known ones.
+      folder: where weights are looked for, and downloaded to.
 
     Raises:
-      UserError: not to be had, or not those weights.
+      UserError: the weights cannot be found or downloaded, or are not the known ones.
     """
-    asset, key, place = "inception_2015", "inception_sha256", buckets.local(file)
+    asset, key, path = "inception_2015", "inception_sha256", buckets.local(file)
     if file:
-        outside.verify(asset, place, sha256, key)
+        outside.verify(asset, path, sha256, key)
     else:
         remedy = "or name it as inception"
-        place, _ = outside.find(asset, folder, sha256, key=key, remedy=remedy)
-    params = network_weights.load_inception(place)
+        path, _ = outside.find(asset, folder, sha256, key=key, remedy=remedy)
+    params = network_weights.load_inception(path)
     mesh = make_mesh(data=-1, fsdp=1)
 
     def network(resize: str) -> Network:

@@ -1,4 +1,4 @@
-"""A line plot as SVG text: enough for a report, and nothing to install."""
+"""A line plot as SVG text, for reports, without a plotting library."""
 
 from collections.abc import Mapping
 from xml.sax.saxutils import escape
@@ -10,11 +10,11 @@ COLOURS = ("#1f5fbf", "#c2410c", "#2f855a", "#6b46c1", "#b7791f", "#4a5568")
 def line_plot(
     lines: Mapping[str, Mapping[int | float, float]], *, title: str, x_label: str, top: int | float
 ) -> str:
-    """Lines over a shared x axis; y from 0 to `top`.
+    """Draws lines over a shared x axis, with y from 0 to `top`.
 
     Args:
-      lines: name → {x: y}; every x that occurs becomes a tick, a y that is NaN no point.
-      title, x_label: as written.
+      lines: name → {x: y}; every x becomes a tick; a y that is NaN is omitted.
+      title, x_label: texts.
       top: the upper end of the y axis.
 
     Returns:
@@ -32,8 +32,8 @@ def line_plot(
     def text(
         x: int | float, y: int | float, words: str, anchor: str = "middle", colour: str = "#333"
     ) -> str:
-        place = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
-        return f"<text {place}>{escape(words)}</text>"
+        attributes = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" fill="{colour}"'
+        return f"<text {attributes}>{escape(words)}</text>"
 
     parts = [text(WIDTH / 2, 18, title), text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label)]
     for i in range(5):

@@ -1,4 +1,4 @@
-"""What pictures are held against: statistics of real photos, kept in a file and used again."""
+"""Reference statistics of real photos for FID and KID, which can be saved and loaded."""
 
 import dataclasses
 import zipfile
@@ -18,12 +18,12 @@ LEGACY = "Inception, legacy"
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceStatistics:
-    """What one network makes of real photos.
+    """Statistics of one network's features of real photos.
 
     Attributes:
-      mean, covariance: of its features ``[F]``, ``[F, F]``, float64.
-      count: photos; None where a file does not say.
-      features: ``[R, F]``, for KID; None where a file has none.
+      mean, covariance: of the features ``[F]``, ``[F, F]``, float64.
+      count: number of photos; None if a file does not contain it.
+      features: ``[R, F]``, for KID; None if a file does not contain them.
     """
 
     mean: Float[np.ndarray, " F"]
@@ -33,20 +33,20 @@ class ReferenceStatistics:
 
 
 def of(features: Float[np.ndarray, "R F"]) -> ReferenceStatistics:
-    """The statistics of photos' features.
+    """Computes the statistics of photos' features.
 
     Raises:
-      UserError: fewer than two photos, or features that are not finite.
+      UserError: there are fewer than two photos, or features are not finite.
     """
-    found = distributions.moments(features)
-    return ReferenceStatistics(found.mean, found.covariance, found.count, features)
+    moments = distributions.moments(features)
+    return ReferenceStatistics(moments.mean, moments.covariance, moments.count, features)
 
 
 def save(file: Path, references: Mapping[str, ReferenceStatistics]) -> None:
-    """Writes an ``.npz`` of the references, by network; the name is the file's only when whole.
+    """Writes the statistics of each network to an ``.npz`` file, atomically.
 
     Raises:
-      UserError: it cannot be written.
+      UserError: the file cannot be written.
     """
     arrays = {}
     for network, reference in references.items():
@@ -57,19 +57,19 @@ def save(file: Path, references: Mapping[str, ReferenceStatistics]) -> None:
 
 
 def load(file: Path) -> dict[str, ReferenceStatistics]:
-    """What :func:`save` wrote, by network; or a file of pytorch-fid's, ``mu`` and ``sigma`` alone.
+    """Loads a file of :func:`save`, or of pytorch-fid (``mu`` and ``sigma`` alone), by network.
 
     Raises:
-      UserError: not readable, or neither.
+      UserError: the file cannot be read, or is neither.
     """
     try:
-        with np.load(file, allow_pickle=False) as found:
-            arrays = {name: found[name] for name in found.files}
+        with np.load(file, allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, EOFError, zipfile.BadZipFile, AttributeError) as error:
-        raise UserError(f"{file}: no statistics to be read ({error})") from error
+        raise UserError(f"{file}: statistics cannot be read ({error})") from error
     if {"mu", "sigma"} <= arrays.keys():
         arrays = {f"{LEGACY}/{name}": arrays[name] for name in ("mu", "sigma")}
-    out = {}
+    by_network = {}
     for network in dict.fromkeys(name.rpartition("/")[0] for name in arrays):
         mean, covariance, features = (
             arrays.get(f"{network}/{name}") for name in ("mu", "sigma", "features")
@@ -77,7 +77,7 @@ def load(file: Path) -> dict[str, ReferenceStatistics]:
         if mean is None or covariance is None or covariance.shape != 2 * mean.shape:
             raise UserError(f"{file}: no statistics of pictures; expected mu [F] and sigma [F, F]")
         count = None if features is None else len(features)
-        out[network] = ReferenceStatistics(mean, covariance, count, features)
-    if not out:
+        by_network[network] = ReferenceStatistics(mean, covariance, count, features)
+    if not by_network:
         raise UserError(f"{file}: no statistics of pictures in it")
-    return out
+    return by_network

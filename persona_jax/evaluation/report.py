@@ -1,4 +1,4 @@
-"""Tables of verdicts, as Markdown, JSON and a page to look at."""
+"""Tables of evaluation results, as Markdown, JSON and HTML."""
 
 import dataclasses
 import html
@@ -20,7 +20,7 @@ from persona_jax.runtime import outputs
 
 Cell = Mean | float | str | None
 Table = dict[str, dict[str, Cell]]
-"""Row → column → what stands there."""
+"""Row → column → cell."""
 
 _STYLE = "body{font:15px sans-serif;margin:2em}td,th{padding:.3em .8em;text-align:right}\
 td:first-child,th:first-child{text-align:left}tr:nth-child(even){background:#f3f3f3}\
@@ -34,8 +34,8 @@ PAPER = {
     "sa": "18.72 / 7.56",
     "dreambooth": "17.64 / 9.61",
 }
-"""What the source paper reports, of its own base, data and network: IS / FID. No other column
-compares with it."""
+"""IS / FID that the source paper reports for its own base, data and network. Not comparable with
+any other column."""
 
 
 def table(
@@ -44,42 +44,46 @@ def table(
     versus: str,
     fid: bool = False,
 ) -> Table:
-    """Means with 95 % intervals over people and seeds, of one verdict a training seed.
+    """Computes means with 95 % intervals over people and training seeds.
 
-    Diversity is how far two pictures of a person for the same prompt are apart, as a share of how
-    far real photos of different people are.
+    Diversity is the feature distance of two images of a person for the same prompt, divided by the
+    distance of real photos of different people.
 
     Args:
-      rows: by name, in order.
-      real: every network's features of real photos.
-      versus: the row whose leading score the others' is compared with, person by person.
-      fid: report FID of fewer pictures than there are features, too; it is bias above all.
+      rows: results by name of the row, one for each training seed.
+      real: features of real photos by network.
+      versus: the row with which the leading scores of the others are compared, person by person.
+      fid: report FID even with fewer images than features, where bias dominates it.
     """
     first = next(iter(real.values()))
-    unlike = np.mean([np.linalg.norm(first - np.roll(first, n, 0), axis=1) for n in (1, 2, 3)])
+    distance_of_people = np.mean(
+        [np.linalg.norm(first - np.roll(first, n, 0), axis=1) for n in (1, 2, 3)]
+    )
 
-    def stacked(found: Sequence[EvaluationResult], title: str) -> Float[np.ndarray, "R P"]:
-        return np.stack([result.scores[title] for result in found])
+    def stacked(results: Sequence[EvaluationResult], title: str) -> Float[np.ndarray, "R P"]:
+        return np.stack([result.scores[title] for result in results])
 
     leading, *others = rows[versus][0].scores
-    against = {network: reference_statistics.of(features) for network, features in real.items()}
-    base, out = stacked(rows[versus], leading), {}
-    for name, found in rows.items():
-        scores = stacked(found, leading)
-        apart = [result.diversity for result in found]
-        out[name] = {
+    references = {network: reference_statistics.of(features) for network, features in real.items()}
+    base, result_table = stacked(rows[versus], leading), {}
+    for name, results in rows.items():
+        scores = stacked(results, leading)
+        diversities = [result.diversity for result in results]
+        result_table[name] = {
             leading: bootstrap(scores),
-            # A row of one seed, photos for instance, is held against every seed.
+            # A row with one seed, such as real photos, is compared with every seed.
             f"its difference to {versus}": None if name == versus else bootstrap(scores - base),
-            **{title: bootstrap(stacked(found, title)) for title in others},
-            "diversity": None if None in apart else float(np.mean(apart) / unlike),
+            **{title: bootstrap(stacked(results, title)) for title in others},
+            "diversity": None
+            if None in diversities
+            else float(np.mean(diversities) / distance_of_people),
         }
-        for network, reference in against.items():
-            outputs = [result.outputs[network] for result in found]
-            out[name] |= realism(outputs, reference, network, fid)
+        for network, reference in references.items():
+            outputs = [result.outputs[network] for result in results]
+            result_table[name] |= realism(outputs, reference, network, fid)
         if rows.keys() & PAPER.keys():
-            out[name]["the paper's IS / FID"] = PAPER.get(name)
-    return out
+            result_table[name]["the paper's IS / FID"] = PAPER.get(name)
+    return result_table
 
 
 def realism(
@@ -89,19 +93,19 @@ def realism(
     fid: bool,
     most_splits: int | None = None,
 ) -> dict[str, Cell]:
-    """KID, IS and FID by a network, which the columns name; means over seeds.
+    """KID, IS and FID by one network; means over seeds.
 
     Args:
-      outputs: the network's, of one picture set a seed.
-      real: what they are held against.
-      network: its name.
+      outputs: of the network, one for the images of each seed.
+      real: statistics of real photos.
+      network: its name, which the columns contain.
       fid: see :func:`table`.
-      most_splits: of the Inception Score; None: ten, or as many as there are pictures.
+      most_splits: of the Inception Score; None: ten, or the number of images if that is less.
 
     Raises:
-      UserError: fewer pictures than splits, or other features than the reference's.
+      UserError: there are fewer images than splits, or the feature sizes differ.
     """
-    out, features = {}, [output.features for output in outputs]
+    columns, features = {}, [output.features for output in outputs]
     if features[0].shape[1] != len(real.mean):
         raise UserError(
             f"{network}: {features[0].shape[1]} features, but the photos' statistics are of "
@@ -109,62 +113,73 @@ def realism(
         )
     if real.features is not None:
         kid = [distributions.kernel_distance(x, real.features, seed=0)[0] for x in features]
-        out[f"KID × 1000 ({network}) ↓"] = float(1000 * np.mean(kid))
+        columns[f"KID × 1000 ({network}) ↓"] = float(1000 * np.mean(kid))
     if outputs[0].classes is not None:
         splits = most_splits or min(10, len(features[0]))
-        for uniform, word in ((False, ""), (True, ", uniform p(y)")):
+        for uniform, suffix in ((False, ""), (True, ", uniform p(y)")):
             scores = [
                 distributions.inception_score(output.classes, 0, splits, uniform)[0]
                 for output in outputs
             ]
-            out[f"IS, {splits} splits{word} ({network}) ↑"] = float(np.mean(scores))
+            columns[f"IS, {splits} splits{suffix} ({network}) ↑"] = float(np.mean(scores))
     fewest = min(len(features[0]), real.count or len(features[0]))
     enough = fewest > len(real.mean)
     if fid or enough:
         mark = network if enough else f"{network}, too few pictures"
-        own = [distributions.frechet_distance(distributions.moments(x), real) for x in features]
-        out[f"FID ({mark}) ↓"] = float(np.mean(own))
+        distances = [
+            distributions.frechet_distance(distributions.moments(x), real) for x in features
+        ]
+        columns[f"FID ({mark}) ↓"] = float(np.mean(distances))
         if len(features[0]) >= 20:
-            endless = [distributions.frechet_distance_infinity(x, real, 0) for x in features]
-            out[f"FID∞ ({mark}) ↓"] = float(np.mean(endless))
-    return out
+            extrapolated = [distributions.frechet_distance_infinity(x, real, 0) for x in features]
+            columns[f"FID∞ ({mark}) ↓"] = float(np.mean(extrapolated))
+    return columns
 
 
 def text(cell: Cell) -> str:
-    """As it stands in a table."""
+    """Formats a cell."""
     if cell is None:
         return ""
     return f"{cell:.4g}" if isinstance(cell, float) else str(cell)
 
 
-def markdown(found: Table) -> str:
-    """The table for a README."""
-    columns = list(next(iter(found.values())))
+def markdown(contents: Table) -> str:
+    """Formats the table in Markdown."""
+    columns = list(next(iter(contents.values())))
     rows = [["", *columns], ["---"] * (len(columns) + 1)]
-    rows += [[name, *map(text, row.values())] for name, row in found.items()]
+    rows += [[name, *map(text, row.values())] for name, row in contents.items()]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def page(found: Table, caption: str, pictures: Sequence[str]) -> str:
-    """The table as a page, with picture files that lie beside it."""
+def page(contents: Table, caption: str, pictures: Sequence[str]) -> str:
+    """Formats the table as an HTML page with image files of the same folder."""
 
     def row(cells: Sequence[str], kind: str) -> str:
         return "<tr>" + "".join(f"<{kind}>{html.escape(c)}</{kind}>" for c in cells) + "</tr>\n"
 
-    columns = list(next(iter(found.values())))
-    body = "".join(row([name, *map(text, cells.values())], "td") for name, cells in found.items())
-    shown = "".join(f'<p><img src="{name}"></p>\n' for name in pictures)
+    columns = list(next(iter(contents.values())))
+    body = "".join(
+        row([name, *map(text, cells.values())], "td") for name, cells in contents.items()
+    )
+    img_tags = "".join(f'<p><img src="{name}"></p>\n' for name in pictures)
     return (
         f'<!doctype html><meta charset="utf-8"><title>persona_jax</title><style>{_STYLE}</style>\n'
-        f"<h1>How true the pictures are</h1><p>{html.escape(caption)}</p>\n"
-        f"<table>{row(['', *columns], 'th')}{body}</table>\n{shown}"
+        f"<h1>Evaluation report</h1><p>{html.escape(caption)}</p>\n"
+        f"<table>{row(['', *columns], 'th')}{body}</table>\n{img_tags}"
     )
 
 
-def write(out: Path, found: Table, caption: str, pictures: Sequence[str]) -> None:
-    """table.md, table.json and report.html in `out`, where the pictures lie; prints the table."""
-    outputs.write_text(out / "table.md", markdown(found))
-    numbers = json.dumps(found, indent=2, ensure_ascii=False, default=dataclasses.asdict)
+def write(out: Path, contents: Table, caption: str, pictures: Sequence[str]) -> None:
+    """Writes table.md, table.json and report.html to `out`, and prints the table.
+
+    Args:
+      out: folder that has the picture files.
+      contents: the table.
+      caption: above the table.
+      pictures: names of image files for the page.
+    """
+    outputs.write_text(out / "table.md", markdown(contents))
+    numbers = json.dumps(contents, indent=2, ensure_ascii=False, default=dataclasses.asdict)
     outputs.write_text(out / "table.json", numbers + "\n")
-    outputs.write_text(out / "report.html", page(found, caption, pictures))
-    print(f"\n{caption}\n\n{markdown(found)}\nwritten to {out}")
+    outputs.write_text(out / "report.html", page(contents, caption, pictures))
+    print(f"\n{caption}\n\n{markdown(contents)}\nwritten to {out}")

@@ -1,1 +1,1 @@
-"""Files of others and our own: torch names, diffusers folders, orbax checkpoints."""
+"""File formats: safetensors with torch's names, diffusers folders, adapters, LoRA, checkpoints."""

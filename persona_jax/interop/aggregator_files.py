@@ -1,4 +1,4 @@
-"""An aggregator as files that PyTorch users read without this package or JAX."""
+"""Aggregators as files that PyTorch users can read without this package or JAX."""
 
 import shutil
 from collections.abc import Mapping
@@ -16,33 +16,46 @@ from persona_jax.runtime import checksums, finite
 
 
 def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: Path) -> None:
-    """Writes ``aggregator.json`` and, where it pools, ``aggregator.py`` (a copy of
-    :mod:`persona_jax.interop.torch_aggregator`) and, where it has learnt anything,
-    ``aggregator.safetensors``, float32.
+    """Writes an aggregator's files.
+
+    ``aggregator.json`` holds its settings. If it pools, ``aggregator.py`` is a copy of
+    :mod:`persona_jax.interop.torch_aggregator`. If it has parameters, ``aggregator.safetensors``
+    holds them, float32.
+
+    Args:
+      aggregator: to save.
+      params: its parameters.
+      dim: D of the embeddings that it reads.
+      folder: where to write.
 
     Raises:
-      UserError: a kind that is there for comparisons only.
+      UserError: a kind that exists for comparisons only.
     """
     kind = aggregators.known_kind(aggregator.kind)
     if not kind.exported:
         raise UserError(
-            f"aggregator.kind={aggregator.kind} is there to compare with, and is not exported"
+            f"aggregator.kind={aggregator.kind} is a control for comparisons, and cannot be "
+            "exported"
         )
     settings = {"kind": aggregator.kind, "dim": dim}
     if aggregator.module is not None:
         settings |= {name: getattr(aggregator.module, name) for name in kind.sizes}
-        whole = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
-        tensors.save_tree(whole, folder / "aggregator.safetensors")
+        tree = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
+        tensors.save_tree(tree, folder / "aggregator.safetensors")
     folders.write_json(folder / "aggregator.json", settings)
     if kind.layout == "plain":
         shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")
 
 
 def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
-    """What :func:`save_aggregator` wrote: the aggregator and its parameters.
+    """Reads the files of :func:`save_aggregator`: the aggregator and its parameters.
+
+    Args:
+      folder: holds the files.
+      dim: D of the image encoder's embeddings.
 
     Raises:
-      UserError: not there, of another dimension than `dim`, or tensors that do not fit.
+      UserError: the files are missing, damaged, for another dimension, or do not fit.
     """
     names = ["aggregator.json", "aggregator.safetensors"]
     checksums.verify(folder, names, "export it again")
@@ -50,8 +63,8 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
     name = settings.get("kind")
     if settings.get("dim") != dim:
         raise UserError(
-            f"{folder}: reads embeddings of {settings.get('dim')} numbers, but the image encoder "
-            f"gives {dim}"
+            f"{folder}: for embeddings of {settings.get('dim')} dimensions, but the image encoder "
+            f"has {dim}"
         )
     sizes = aggregators.known_kind(str(name)).sizes
     if missing := [size for size in sizes if not isinstance(settings.get(size), int)]:

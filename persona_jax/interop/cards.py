@@ -1,6 +1,6 @@
-"""What is written beside exported files: what they are, on which base, and how to use them.
+"""README files of exports: what the files are, their base, and code that uses them.
 
-The code in them runs as it is printed, up to the lines that name the base and the photos.
+The code runs as printed, once the lines that name the base and the photos are filled in.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from persona_jax.models.aggregators import KINDS
 
 _LOAD_PHOTO = """
 def load_photo(path):
-    \"\"\"Turned as EXIF says, and cut to the central square, as in training.\"\"\"
+    \"\"\"Rotated by its EXIF tag and cropped to the central square, as in training.\"\"\"
     photo = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     side = max(1, round(CROP * min(photo.size)))
     left, top = (photo.width - side) // 2, (photo.height - side) // 2
@@ -23,14 +23,14 @@ def load_photo(path):
 
 """
 
-_STOCK_ALONE = """
-**For stock diffusers alone.** IP-Adapter's own code and ComfyUI take a Plus file to read an image
-encoder's penultimate states, patch by patch; this one reads whole `image_embeds`, one for each
-photo. They load it without complaint where the sizes happen to agree, and paint nonsense.
+_DIFFUSERS_ONLY = """
+**For diffusers only.** IP-Adapter's own code and ComfyUI expect that a Plus file reads the image
+encoder's penultimate hidden states, one token per patch. This one reads `image_embeds`, one token
+per photo. Where the sizes happen to agree, they load it without an error and generate nonsense.
 """
 
 _PLUS = """
-As published Plus files do, it reads the image encoder's penultimate states; photo by photo.
+As published Plus files do, it reads the image encoder's penultimate hidden states, photo by photo.
 """
 
 
@@ -41,43 +41,43 @@ def ip_adapter(
     photos: bool,
     extractor: Mapping[str, Any] | None = None,
 ) -> str:
-    """Of an adapter.
+    """The README of an adapter.
 
     Args:
       config: of the run.
-      trained: its checkpoint's fingerprint.
-      kind: the aggregator's.
-      photos: whether there are embeddings of photos beside it.
-      extractor: the settings of CLIPImageProcessor, where the base has none.
+      trained: the fingerprint of the run's checkpoint.
+      kind: of the aggregator.
+      photos: whether embeddings of photos are exported with it.
+      extractor: settings of CLIPImageProcessor, if the base has none.
     """
     about = KINDS[kind]
-    notes = "" if about.layout == "plain" else _PLUS if about.patches else _STOCK_ALONE
+    notes = "" if about.layout == "plain" else _PLUS if about.patches else _DIFFUSERS_ONLY
     clip = config.image_encoder.kind == "clip"
     parts = _reading(config, kind, extractor) if clip else _embeds_file(config)
-    made = """
-`image_embeds.safetensors` holds `image_embeds`, made of the photos that were named at the export,
-nothing (zeros, or no picture) before them: give
+    embeds = """
+`image_embeds.safetensors` holds `image_embeds` of the photos given at the export, preceded by those
+of the unconditional branch (of zeros, or of an empty image). Pass
 `ip_adapter_image_embeds=[load_file("image_embeds.safetensors")["image_embeds"]]` in place of the
-above, and at a guidance of 1 the second half alone, `[1:]`.
+above; at a guidance of 1 pass the second half only, `[1:]`.
 """
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
-In IP-Adapter's {about.layout} layout. What it is given is {about.gives}.
+In IP-Adapter's {about.layout} layout. Its input is {about.gives}.
 {notes}
 {_base(config, trained["unet"])}
-It reads image embeddings of the encoder of hash `{trained["eye"]}`.
+Its image encoder has the hash `{trained["eye"]}`.
 
 ```python
 {parts}```
 
-One person a call: diffusers gives all pictures of a batch the same photos. Photos are cut to their
-central part, a fraction of {config.data.crop:g} of the shorter side.
-{made if photos else ""}"""
+One person per call: diffusers uses the same photos for all images of a batch. Photos are cropped
+to a central square, {config.data.crop:g} of the shorter side.
+{embeds if photos else ""}"""
 
 
 def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None) -> str:
-    """Code from photos to a picture, with CLIP's encoder."""
+    """Code from photos to an image, with CLIP's encoder."""
     plus, resampler = KINDS[kind].patches, KINDS[kind].layout == "Plus"
     encoder, more, classes = "", "", []
     if path := config.image_encoder.path:
@@ -106,7 +106,7 @@ pixels = pipe.feature_extractor(photos, return_tensors="pt")
 with torch.no_grad():
     embeddings = pipe.image_encoder(pixels.pixel_values).image_embeds[None]  # [1, N, D]
     image = {pooled}[:, None]
-# With guidance, what is to be moved away from comes first: no photo at all.
+# With guidance, the unconditional embedding (zeros: no photo) comes first.
 embeds = torch.cat([torch.zeros_like(image), image]) if GUIDANCE > 1 else image
 """
     torch = "" if plus else "import torch\n"
@@ -121,7 +121,7 @@ CROP, GUIDANCE = {config.data.crop:g}, {config.sampling.guidance:g}
 {_LOAD_PHOTO}
 {encoder}pipe = StableDiffusionPipeline.from_pretrained(BASE{more}, safety_checker=None)
 {_ADAPTER}
-{read}{_painting(config, given)}"""
+{read}{_sampling_code(config, given)}"""
 
 
 _DDIM = """if type(pipe.scheduler) is not DDIMScheduler:
@@ -134,7 +134,7 @@ pipe.load_ip_adapter(
 
 
 def _embeds_file(config: ConfigDict) -> str:
-    """Code from the embeddings of named photos, where the encoder is none of diffusers'."""
+    """Code from exported embeddings to an image, for encoders that diffusers cannot run."""
     return f"""from diffusers import DDIMScheduler, StableDiffusionPipeline
 from safetensors.torch import load_file
 
@@ -142,14 +142,14 @@ from safetensors.torch import load_file
 GUIDANCE = {config.sampling.guidance:g}
 pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
 {_ADAPTER}
-# Of the photos that were named with --photos at the export: what the {config.image_encoder.kind}
-# network sees has no place in diffusers.
+# Of the photos given with --photos at the export: diffusers cannot run the image encoder
+# ({config.image_encoder.kind}).
 embeds = load_file("image_embeds.safetensors")["image_embeds"]
 embeds = embeds if GUIDANCE > 1 else embeds[1:]
-{_painting(config, "ip_adapter_image_embeds=[embeds]")}"""
+{_sampling_code(config, "ip_adapter_image_embeds=[embeds]")}"""
 
 
-def _painting(config: ConfigDict, given: str) -> str:
+def _sampling_code(config: ConfigDict, given: str) -> str:
     sampling = config.sampling
     return f"""pipe.set_ip_adapter_scale({sampling.scale:g})
 pipe(
@@ -163,9 +163,9 @@ pipe(
 
 
 def person(config: ConfigDict, about: Mapping[str, Any], name: str) -> str:
-    """Of a pipeline that has learnt one person."""
+    """The README of a pipeline fine-tuned for one person."""
     return f"""{_head("dreambooth")}
-# A pipeline that knows {name}
+# A pipeline fine-tuned for {name}
 
 Call this person "{about["called"]}" in prompts.
 
@@ -176,15 +176,15 @@ Call this person "{about["called"]}" in prompts.
 
 
 def lora(config: ConfigDict, about: Mapping[str, Any], name: str) -> str:
-    """Of a LoRA file."""
-    load = f'pipe.load_lora_weights(".", weight_name="{FILE}")  # takes peft\n'
+    """The README of a LoRA file."""
+    load = f'pipe.load_lora_weights(".", weight_name="{FILE}")  # needs peft\n'
     return f"""{_head("lora")}
 # A LoRA of {name}
 
 Call this person "{about["called"]}" in prompts.
 
-`{FILE}` is in PEFT's layout, its α, {config.lora.alpha:g}, in the metadata, which
-diffusers 0.34 and newer read; `{KOHYA_FILE}` is the same in kohya's layout with α as tensors, for
+`{FILE}` is in PEFT's layout, with its α of {config.lora.alpha:g} in the metadata, which
+diffusers 0.34 and newer read. `{KOHYA_FILE}` is the same in kohya's layout with α as tensors, for
 ComfyUI, A1111's web UI and older diffusers.
 
 {_base(config, about["unet"])}
@@ -210,7 +210,7 @@ pipe = StableDiffusionPipeline.from_pretrained(BASE, safety_checker=None)
 
 
 def base(config: ConfigDict) -> str:
-    """Of a base."""
+    """The README of a base."""
     return f"""{_head("stable-diffusion")}
 # A small base in Stable Diffusion's layout
 
@@ -224,7 +224,7 @@ def _head(tag: str) -> str:
 
 
 def _base(config: ConfigDict, unet: str) -> str:
-    return f"It belongs to the base `{config.pipeline}`, whose UNet has the hash `{unet}`.\n"
+    return f"Its base is `{config.pipeline}`, whose UNet has the hash `{unet}`.\n"
 
 
 def _base_line(config: ConfigDict) -> str:

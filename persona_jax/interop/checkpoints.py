@@ -1,12 +1,12 @@
-"""Orbax checkpoints of what is learned: trainable tree, its average, optimiser state and step.
+"""Orbax checkpoints of the training state: trainable tree, its average, optimiser state, step.
 
-One folder a step, written in the background and renamed when whole:
+One folder per step, written in the background and renamed when complete:
 
     DIR/<step>/params  ema  opt_state    orbax trees
     DIR/<step>/meta                      JSON: every array's shape and dtype, the fingerprint
-    DIR/<step>/checksums.json            of all these files, verified when they are read
+    DIR/<step>/checksums.json            of all these files, verified on reading
 
-The optimiser state lies apart, so that sampling reads only the tree it needs.
+The trees are separate, so that sampling reads only the one it needs.
 """
 
 import contextlib
@@ -26,20 +26,23 @@ from persona_jax.interop import orbax
 from persona_jax.runtime import checksums, finite
 
 TREES = ("params", "ema", "opt_state")
-LISTED = 12  # differences named in one error
+LISTED = 12  # number of differences named in an error
 
 
 class Checkpoints:
-    """The checkpoints of one run, newest ``keep`` of them.
+    """The newest checkpoints of one run. A context manager; else call close().
 
-    fingerprint: plain values that say what was trained (method, widths, …); they are saved, and a
-    checkpoint whose fingerprint differs is refused. Use as a context manager, or close() it.
+    Args:
+      directory: holds one folder per checkpoint.
+      keep: number of checkpoints to keep.
+      fingerprint: plain values that identify what is trained (method, widths, …). They are saved,
+        and a checkpoint with another fingerprint is refused.
     """
 
     def __init__(
         self, directory: str | Path, keep: int = 2, fingerprint: Mapping[str, Any] | None = None
     ):
-        """Open the folder, made where absent; leftovers of interrupted saves are removed."""
+        """Create or open the folder, and remove what interrupted saves have left."""
         self.directory = Path(directory).absolute()
         self.fingerprint = dict(fingerprint or {})
         self._last = None
@@ -62,16 +65,18 @@ class Checkpoints:
 
     def __exit__(self, kind: type | None, *_: object) -> None:
         """Close."""
-        # An error on its way out must not be hidden by one of closing.
+        # An error while closing must not replace the one that is being raised.
         with contextlib.suppress(UserError) if kind else contextlib.nullcontext():
             self.close()
 
     def save(self, step: int, state: Any) -> None:
         """Save the state (fields params, opt_state, ema or None) as that of ``step``.
 
-        Returns once the arrays are copied off the devices, so the state may be donated next.
-        Raises UserError if the state is poisoned (:func:`poison`); here or in the next call, if the
-        disk does not take it. The checkpoints before stay as they are.
+        Returns when the arrays are copied off the devices, so that the state may be donated next.
+
+        Raises:
+          UserError: the state has unusable numbers (:func:`poison`), or, here or in the next call,
+            it cannot be written. Earlier checkpoints are not changed.
         """
         trees = _trees(state)
         if reason := poison(trees):
@@ -90,19 +95,19 @@ class Checkpoints:
             )
 
     def latest(self) -> int | None:
-        """Return the newest whole checkpoint's step, or None."""
+        """The step of the newest complete checkpoint, or None."""
         return self._manager.latest_step()
 
     def wait(self) -> None:
-        """Return when everything saved is on the disk. Raises UserError if it could not be."""
+        """Wait until everything saved is on the disk. Raises UserError if it cannot be written."""
         with self._writing(f"of step {self._last} could not be written"):
             self._manager.wait_until_finished()
-            here = jax.process_index() or self._last is None or self._last in _steps(self.directory)
-            if not here:
+            done = jax.process_index() or self._last is None or self._last in _steps(self.directory)
+            if not done:
                 raise FileNotFoundError(f"{self.directory / str(self._last)} is not there")
 
     def close(self) -> None:
-        """Wait, then let go of the folder."""
+        """Wait for pending saves, then release the folder."""
         try:
             self.wait()
         finally:
@@ -110,26 +115,32 @@ class Checkpoints:
                 self._manager.close()
 
     def _write_checksums(self) -> None:
-        """Called in process 0 when all files are written and the folder has not got its name."""
+        """Called in process 0 when all files are written, before the folder gets its final name."""
         name = f"{self._last}.orbax-checkpoint-tmp"
         (folder,) = (path for path in self._plain.iterdir() if path.name.startswith(name))
         checksums.write(folder, [*TREES, "meta"])
 
     def restore(self, state: Any) -> Any:
-        """Return the newest checkpoint that can be read, as a state like ``state``; None if empty.
+        """Read the newest readable checkpoint.
 
-        state: a train state of arrays or jax.ShapeDtypeStructs with shardings; each array comes
-        back with the sharding given here, whatever mesh it was saved from. A damaged checkpoint
-        is set aside (renamed) with a line on stderr, and the one before it read.
+        A damaged checkpoint is set aside (moved, with a line on stderr) and the one before is read.
 
-        Raises UserError if the checkpoint is of another configuration, may not be read, or all are
-        damaged.
+        Args:
+          state: a training state of arrays or jax.ShapeDtypeStructs with shardings. The arrays read
+            get these shardings, whatever mesh they were saved from.
+
+        Returns:
+          A state like ``state``, or None if there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint is of another configuration or may not be read, or all are
+            damaged.
         """
         steps = sorted(self._manager.all_steps(), reverse=True)
         wanted = jax.tree.map(_abstract, _trees(state))
         for step in steps:
             trees, reason = None, self._fault(step, list(wanted))
-            if _everywhere(not reason):  # reading is done together, or by nobody
+            if _everywhere(not reason):  # all processes read, or none
                 try:
                     trees = self._read(step, wanted)
                     if reason := poison(trees):
@@ -151,11 +162,11 @@ class Checkpoints:
         return None
 
     def _read(self, step: int, wanted: dict[str, Any]) -> dict[str, Any]:
-        found = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
-        differences = _differences(found["meta"]["arrays"], _describe(wanted)) + [
-            f"{key}: saved {found['meta']['fingerprint'].get(key)!r}, now {value!r}"
+        saved = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))
+        differences = _differences(saved["meta"]["arrays"], _describe(wanted)) + [
+            f"{key}: saved {saved['meta']['fingerprint'].get(key)!r}, now {value!r}"
             for key, value in self.fingerprint.items()
-            if found["meta"]["fingerprint"].get(key) != value
+            if saved["meta"]["fingerprint"].get(key) != value
         ]
         if differences:
             more = len(differences) - LISTED
@@ -169,14 +180,22 @@ class Checkpoints:
         return {name: restored[name] for name in wanted}
 
     def _fault(self, step: int, trees: list[str]) -> str | None:
-        """What this process finds wrong with its share of a checkpoint's files."""
+        """The fault in this process's share of a checkpoint's files, or None."""
         share = jax.process_index(), jax.process_count()
         return _fault(self.directory / str(step), trees, share)
 
     def set_aside(self, step: int, reason: str, then: str) -> None:
-        """Move a checkpoint that is not to be used into DIR.damaged; say why, and what comes next.
+        """Move an unusable checkpoint into DIR.damaged and print a line on stderr.
 
-        Every process calls it. Raises UserError if it cannot be moved.
+        All processes must call it.
+
+        Args:
+          step: of the checkpoint.
+          reason: why it is unusable.
+          then: what happens next.
+
+        Raises:
+          UserError: it cannot be moved.
         """
         self._last = None
         aside = self.directory.parent / f"{self.directory.name}.damaged" / str(step)
@@ -201,29 +220,36 @@ class Checkpoints:
         except Exception as error:  # a full disk shows as OSError, ValueError or XlaRuntimeError
             raise UserError(
                 f"{self.directory}: checkpoint {what}: {orbax.one_line(error)}; earlier "
-                "ones are intact: make room or mend the folder, then run the same command again"
+                "ones are intact: make room or repair the folder, then run the same command again"
             ) from error
 
 
 def newest_step(directory: str | Path) -> int | None:
-    """Return the step of the newest whole checkpoint under ``directory``; None if there is none."""
+    """The step of the newest complete checkpoint under ``directory``; None if there is none."""
     steps = _steps(Path(directory).absolute())
     return steps[0] if steps else None
 
 
 def load_params(directory: str | Path, which: str = "params") -> Any:
-    """Return the newest readable tree of parameters (see :func:`load_newest`)."""
+    """The newest readable tree of parameters; see :func:`load_newest`."""
     return load_newest(directory, which)[1]
 
 
 def load_newest(directory: str | Path, which: str = "params") -> tuple[int, Any]:
-    """Return the step of the newest readable checkpoint, and its tree of parameters as nested
-    dicts of numpy arrays.
+    """The step and the parameters of the newest readable checkpoint.
 
-    which: "params", or "ema" (its running average, where the run kept one). Needs no model, no
-    mesh and not the devices it was saved from; may be called while training goes on.
+    It needs no model, no mesh, and not the devices that it was saved from. It may be called during
+    training.
 
-    Raises UserError if there is no checkpoint, no such tree in it, or all are damaged.
+    Args:
+      directory: of the checkpoints.
+      which: "params", or "ema" (their moving average, if the run kept one).
+
+    Returns:
+      The step, and nested dicts of numpy arrays.
+
+    Raises:
+      UserError: there is no checkpoint, it has no such tree, or all are damaged.
     """
     directory = Path(directory).absolute()
 
@@ -236,22 +262,23 @@ def load_newest(directory: str | Path, which: str = "params") -> tuple[int, Any]
 
 
 def read_fingerprint(directory: str | Path) -> dict[str, Any]:
-    """What was trained, as the newest readable checkpoint says (see :class:`Checkpoints`).
+    """The fingerprint in the newest readable checkpoint (see :class:`Checkpoints`).
 
-    Raises UserError if there is no checkpoint, or all are damaged.
+    Raises:
+      UserError: there is no checkpoint, or all are damaged.
     """
 
     def read(folder: Path) -> dict[str, Any]:
-        found = json.loads((folder / "meta/metadata").read_text())["fingerprint"]
-        if not isinstance(found, dict):
-            raise ValueError("does not say what was trained")
-        return found
+        fingerprint = json.loads((folder / "meta/metadata").read_text())["fingerprint"]
+        if not isinstance(fingerprint, dict):
+            raise ValueError("has no fingerprint")
+        return fingerprint
 
     return _newest(Path(directory).absolute(), "meta", read)[1]
 
 
 def _newest(directory: Path, item: str, read: Callable[[Path], Any]) -> tuple[int, Any]:
-    """The step of the newest checkpoint whose `item` is whole, and what `read` makes of it."""
+    """The step of the newest checkpoint whose `item` is readable, and the result of `read`."""
     orbax.hush()
     steps = _steps(directory)
     if not steps:
@@ -261,9 +288,9 @@ def _newest(directory: Path, item: str, read: Callable[[Path], Any]) -> tuple[in
         reason = _fault(folder, [item])
         try:
             if not reason:
-                found = read(folder)
-                if item not in TREES or not (reason := poison({item: found})):
-                    return step, found
+                content = read(folder)
+                if item not in TREES or not (reason := poison({item: content})):
+                    return step, content
         except UserError:
             raise
         except Exception as error:  # orbax and tensorstore raise many kinds
@@ -273,21 +300,22 @@ def _newest(directory: Path, item: str, read: Callable[[Path], Any]) -> tuple[in
 
 
 def _fault(folder: Path, trees: list[str], share: tuple[int, int] = (0, 1)) -> str | None:
-    """What is wrong with the files of some trees of a checkpoint; None where nothing is.
+    """The fault in the files of some trees of a checkpoint; None if they are intact.
 
-    Raises UserError where they may not be read, which is no damage.
+    Raises:
+      UserError: they may not be read, which does not count as damage.
     """
     try:
         return checksums.fault(folder, [*trees, "meta"], share)
     except OSError as error:
         raise UserError(
-            f"{folder}: checkpoint cannot be read ({error.strerror}); mend that, and run the same "
+            f"{folder}: checkpoint cannot be read ({error.strerror}); fix that, and run the same "
             "command again"
         ) from error
 
 
 def _steps(directory: Path) -> list[int]:
-    """Steps of whole checkpoints, newest first (unfinished ones carry another name)."""
+    """Steps of complete checkpoints, newest first (incomplete ones have another name)."""
     try:
         names = [path.name for path in directory.iterdir()]
     except (FileNotFoundError, NotADirectoryError):
@@ -298,18 +326,20 @@ def _steps(directory: Path) -> list[int]:
 
 
 def poison(trees: Mapping[str, Any]) -> str | None:
-    """Names a number that neither training nor sampling recovers from; None where there is none:
-    in parameters and averages what is not finite or beyond float16, in which they are exported; in
-    the optimiser's state what is not finite."""
+    """Names a number that neither training nor sampling can recover from; None if there is none.
+
+    In parameters and their average, these are numbers that are not finite or exceed float16, in
+    which they are exported; in the optimiser's state, numbers that are not finite.
+    """
     for name, tree in sorted(trees.items(), key=lambda item: TREES.index(item[0])):
         limit = np.finfo(np.float32 if name == "opt_state" else np.float16).max
-        if found := finite.beyond({name: tree}, float(limit)):
-            return found
+        if fault := finite.beyond({name: tree}, float(limit)):
+            return fault
     return None
 
 
 def _trees(state: Any) -> dict[str, Any]:
-    """The parts of a state that hold arrays (an optimiser may keep nothing)."""
+    """The trees of a state that have arrays (an optimiser's state may have none)."""
     return {name: getattr(state, name) for name in TREES if jax.tree.leaves(getattr(state, name))}
 
 
@@ -318,7 +348,7 @@ def _abstract(array: Any) -> jax.ShapeDtypeStruct:
 
 
 def _describe(trees: dict[str, Any]) -> dict[str, str]:
-    """{"params.a.b": "float32[3,4]"} for every array."""
+    """Dtype and shape of every array: {"params.a.b": "float32[3,4]"}."""
     return {
         jax.tree_util.keystr(path, simple=True, separator="."): (
             f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
@@ -328,7 +358,7 @@ def _describe(trees: dict[str, Any]) -> dict[str, str]:
 
 
 def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
-    """Name what differs, the trainable tree's own names before the optimiser's copies of them."""
+    """Lists the differences, the trainable tree's before those of its copies in the optimiser."""
     lines = [f"missing {name}" for name in wanted.keys() - saved.keys()]
     lines += [f"unexpected {name}" for name in saved.keys() - wanted.keys()]
     lines += [
@@ -340,7 +370,7 @@ def _differences(saved: dict[str, str], wanted: dict[str, str]) -> list[str]:
 
 
 def _everywhere(fine: bool) -> bool:
-    """Whether every process says yes."""
+    """Whether `fine` is true in every process."""
     if jax.process_count() == 1:
         return fine
     return bool(np.all(multihost_utils.process_allgather(np.array(fine))))

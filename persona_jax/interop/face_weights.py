@@ -1,8 +1,8 @@
-"""Weights for :class:`persona_jax.models.face_resnet.FaceResNet`, and the crop they expect.
+"""Weights of :class:`persona_jax.models.face_resnet.FaceResNet`, and the face crop they expect.
 
-Two files hold the same network: face-api.js' tfjs folder (a manifest and uint8 shards, 6 MB)
-and dlib's float32 original (`dlib_face_recognition_resnet_model_v1.dat`, 22 MB, on PyPI inside
-`face_recognition_models`). Both are read strictly and neither executes anything.
+The same network comes in two formats: face-api.js' tfjs folder (a manifest and uint8 shards, 6 MB),
+and dlib's float32 original (`dlib_face_recognition_resnet_model_v1.dat`, 22 MB, on PyPI in
+`face_recognition_models`). Both readers are strict, and neither executes code from the file.
 """
 
 import hashlib
@@ -22,14 +22,14 @@ from jaxtyping import Float
 from persona_jax.errors import UserError
 from persona_jax.models.face_resnet import BLOCKS, SIDE, FaceResNet
 
-# Where the face is in a deep-funneled LFW photo (250×250: centre (125, 133), side 124), as
-# fractions of the photo: the alignment makes one fixed crop serve for all.
+# Position of the face in deep-funneled LFW photos (250×250: centre (125, 133), side 124), as
+# fractions of the photo. These photos are aligned, so one crop fits all.
 LFW_CENTRE = (0.5, 0.532)
 LFW_CROP = 0.496
 
 
 def installed_face_weights() -> Path | None:
-    """dlib's `.dat` inside the package `face_recognition_models`, if that is installed."""
+    """dlib's `.dat` file in the package `face_recognition_models`, or None."""
     spec = importlib.util.find_spec("face_recognition_models")
     if spec is None or spec.origin is None:
         return None
@@ -38,11 +38,11 @@ def installed_face_weights() -> Path | None:
 
 
 def load_face_weights(path: str | Path) -> dict:
-    """Read FaceResNet's parameter tree (numpy float32) from a tfjs folder or a dlib `.dat`.
+    """FaceResNet's parameter tree (numpy float32) from a tfjs folder or a dlib `.dat`.
 
     Raises:
-        UserError: nothing at `path`, a file cut short or of another kind, or tensors that are
-            missing, unexpected or misshapen: all of them named in the one message.
+      UserError: `path` does not exist, or is truncated or of another kind; tensors that are
+        missing, unexpected or misshapen, all named.
     """
     path = Path(path)
     tensors = _read_dat(path) if path.suffix == ".dat" else _read_tfjs_folder(path)
@@ -65,7 +65,7 @@ def load_face_weights(path: str | Path) -> dict:
 
 
 def face_weights_hash(path: str | Path) -> str:
-    """SHA-256 (hex) over the bytes of the weight files: the `.dat`, or manifest then shards."""
+    """SHA-256 (hex) of the weight files: the `.dat`, or the manifest followed by its shards."""
     path = Path(path)
     files = [path] if path.suffix == ".dat" else [_manifest_file(path), *_shards(path)]
     digest = hashlib.sha256()
@@ -80,19 +80,19 @@ def face_crop(
     side: float = LFW_CROP,
     size: int = SIDE,
 ) -> Float[np.ndarray, "{size} {size} 3"]:
-    """Cut a square out of a photo and resize it, antialiased, to a face network's pixels.
+    """Crop a square from a photo and resize it, antialiased, for a face network.
 
     Args:
-        image: any PIL image; read as RGB.
-        centre: (x, y) of the square's centre, as fractions of the photo's width and height.
-        side: the square's side, as a fraction of the photo's shorter side.
-        size: pixels of a side of the result.
+      image: any PIL image; converted to RGB.
+      centre: (x, y) of the square's centre, as fractions of the photo's width and height.
+      side: the square's side, as a fraction of the photo's shorter side.
+      size: side of the result, in pixels.
 
     Returns:
-        RGB, 0…255, float32.
+      RGB, 0…255, float32 ``[size, size, 3]``.
 
     Raises:
-        UserError: the square reaches outside the photo.
+      UserError: the square reaches outside the photo.
     """
     half = side * min(image.size) / 2
     x, y = (fraction * size for fraction, size in zip(centre, image.size, strict=True))
@@ -107,17 +107,17 @@ def face_crop(
 
 
 def read_tfjs_tensors(folder: Path, manifest: list) -> dict[str, np.ndarray]:
-    """Read the tensors of a TensorFlow.js weights manifest as float32.
+    """The tensors of a TensorFlow.js weights manifest, as float32.
 
     Args:
-        folder: where the shards lie.
-        manifest: groups of `{"paths": [shard, …], "weights": [{"name", "shape", "dtype",
-            "quantization"?: {"dtype", "scale", "min"}}, …]}`; a group's shards are one stream
-            of bytes. Quantised values are `scale · q + min`.
+      folder: holds the shards.
+      manifest: groups of `{"paths": [shard, …], "weights": [{"name", "shape", "dtype",
+        "quantization"?: {"dtype", "scale", "min"}}, …]}`. The shards of a group are concatenated.
+        Quantised values are `scale · q + min`.
 
     Raises:
-        UserError: a shard is missing, its length is not what the manifest says, or a type is
-            neither float32 nor quantised to uint8 or uint16.
+      UserError: a shard is missing or its length differs from the manifest's, or a type is neither
+        float32 nor quantised to uint8 or uint16.
     """
     tensors = {}
     for group in manifest:
@@ -152,7 +152,7 @@ def read_tfjs_tensors(folder: Path, manifest: list) -> dict[str, np.ndarray]:
 
 
 def _expected_shapes() -> dict[str, tuple[int, ...]]:
-    """Every tensor's name in the manifest, and its shape."""
+    """The name in the manifest and the shape of every tensor."""
     blank = jax.ShapeDtypeStruct((1, SIDE, SIDE, 3), jnp.float32)
     tree = jax.eval_shape(FaceResNet().init, jax.random.key(0), blank)["params"]
     flat = flax.traverse_util.flatten_dict(tree, sep="/")
@@ -168,21 +168,21 @@ def _manifest_name(name: str) -> str:
 
 
 def _manifest_file(folder: Path) -> Path:
-    found = sorted(folder.glob("*weights_manifest.json"))
-    if len(found) != 1:
+    manifests = sorted(folder.glob("*weights_manifest.json"))
+    if len(manifests) != 1:
         raise UserError(
-            f"{folder}: expected one *weights_manifest.json, found {len(found)}; give the folder "
-            "of face-api.js' face_recognition_model, or dlib's "
+            f"{folder}: expected one *weights_manifest.json, found {len(manifests)}; give the "
+            "folder of face-api.js' face_recognition_model, or dlib's "
             "dlib_face_recognition_resnet_model_v1.dat"
         )
-    return found[0]
+    return manifests[0]
 
 
 def _manifest(folder: Path) -> list:
     file = _manifest_file(folder)
     try:
         groups = json.loads(_read_bytes(file))
-        # Touch what will be read, so that a file of another kind fails here, with its name.
+        # Access all that is read later, so that a file of another kind fails here, with its name.
         for group in groups:
             _ = [str(name) for name in group["paths"]]
             _ = [(entry["name"], math.prod(entry["shape"])) for entry in group["weights"]]
@@ -206,23 +206,23 @@ def _read_bytes(file: Path) -> bytes:
         raise UserError(f"{file}: cannot be read ({error.strerror})") from error
 
 
-# dlib serialises layers from the input outwards, each opening with its version string (itself
-# preceded by its length as an integer). Only three kinds have parameters.
+# dlib writes layers in order from the input. Each begins with its version string, after the
+# string's length as an integer. Only three kinds have parameters.
 _LAYER = re.compile(rb"\x01\x05con_4|\x01\x07affine_|\x01\x04fc_2")
 
 
 def _read_dat(file: Path) -> dict[str, np.ndarray]:
-    """Read dlib's own file into the manifest's names and layouts."""
+    """dlib's own file, with the names and layouts of the manifest."""
     data = _read_bytes(file)
     convs = ["conv32_down", *(f"{name}/conv{i}" for name, _, _ in BLOCKS for i in (1, 2))]
     want = [b"con_4", b"affine_"] * len(convs) + [b"fc_2"]
     marks = list(_LAYER.finditer(data))
-    found = [mark.group()[2:] for mark in marks]
-    if found != want:
+    kinds = [mark.group()[2:] for mark in marks]
+    if kinds != want:
         raise UserError(
             f"{file}: expected {len(convs)} convolutions with their affine layers and one fully "
-            f"connected layer, found {found.count(b'con_4')}, {found.count(b'affine_')} and "
-            f"{found.count(b'fc_2')}; use dlib_face_recognition_resnet_model_v1.dat"
+            f"connected layer, found {kinds.count(b'con_4')}, {kinds.count(b'affine_')} and "
+            f"{kinds.count(b'fc_2')}; use dlib_face_recognition_resnet_model_v1.dat"
         )
     shapes = _expected_shapes()
     tensors = {}
@@ -245,7 +245,7 @@ def _read_dat(file: Path) -> dict[str, np.ndarray]:
 
 
 def _dat_int(data: bytes, at: int) -> tuple[int, int]:
-    """An integer as dlib writes it (sign bit and byte count, then little-endian), and its end."""
+    """An integer in dlib's format (sign bit and byte count, then little-endian), and its end."""
     size = data[at] & 0x0F
     value = int.from_bytes(data[at + 1 : at + 1 + size], "little")
     return -value if data[at] & 0x80 else value, at + 1 + size
@@ -260,5 +260,5 @@ def _dat_tensor(data: bytes, at: int) -> np.ndarray:
     version, *shape = header
     if version != 2 or min(shape) < 1:
         raise ValueError(f"tensor header {header} at byte {at}")
-    # frombuffer raises ValueError where the file ends early.
+    # frombuffer raises ValueError if the file is truncated.
     return np.frombuffer(data, "<f4", count=math.prod(shape), offset=at).astype(np.float32)

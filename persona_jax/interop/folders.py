@@ -1,4 +1,4 @@
-"""Folders in diffusers' layout: one tower each, config.json and safetensors; and hub ids."""
+"""Pipeline folders in diffusers' layout, local or on the hub; one folder per tower."""
 
 import dataclasses
 import hashlib
@@ -19,13 +19,13 @@ from persona_jax.runtime import buckets, files, outside
 
 @dataclasses.dataclass(frozen=True)
 class Tower:
-    """A frozen network: the module, its parameters, and where they came from.
+    """A pretrained network: the module, its parameters, and its files' content hash.
 
     Attributes:
       module: the Flax module.
-      params: its parameter tree (or the abstract one).
+      params: its parameter tree, or the tree of their shapes.
       config: the content of its ``config.json``, as published.
-      hash: sha256 of its files, hex; names the tower in caches and checkpoints.
+      hash: sha256 of its files, hex; identifies the tower in caches and checkpoints.
     """
 
     module: nn.Module
@@ -35,8 +35,8 @@ class Tower:
 
 
 SHIPPED = {"tiny": Path(__file__).parents[1] / "assets" / "tiny"}
-"""Bases that come with the package, by name: each a folder with ``pipeline/``, ``reader/`` and
-``ip_adapter.safetensors``."""
+"""Bases in the package, by name. Each folder has ``pipeline/``, ``reader/`` (the trait classifier)
+and ``ip_adapter.safetensors``."""
 
 _OLD_VAE_ATTENTION = {
     ".query.": ".to_q.",
@@ -63,9 +63,9 @@ _OTHER_HALF = {
 
 def _rename_clip(prefix: str) -> Callable[[str], str | None]:
     def rename(name: str) -> str | None:
-        if name.endswith("embeddings.position_ids"):  # a constant that old files carry
+        if name.endswith("embeddings.position_ids"):  # a constant in old files
             return None
-        if name.startswith(_OTHER_HALF[prefix]):  # stock passes these over, too
+        if name.startswith(_OTHER_HALF[prefix]):  # transformers ignores these, too
             return None
         return f"{prefix}.{name}" if name.startswith(_BARE_CLIP) else name
 
@@ -81,11 +81,15 @@ _RENAME: dict[str, Callable[[str], str | None]] = {
 
 
 def find(path_or_id: str) -> Path:
-    """A pipeline folder: one of :data:`SHIPPED`, a local one, or a hub id's snapshot, downloaded
-    when first asked for.
+    """Finds a pipeline folder, downloading it from the hub if need be.
 
-    The name of a shipped base comes first; a local folder called so is ``./name``. A hub id
-    reads ``owner/name``, or ``owner/name/folder`` for a folder within.
+    Args:
+      path_or_id: a name in :data:`SHIPPED`, a local folder, or a hub id, ``owner/name`` or
+        ``owner/name/folder``. The name of a shipped base takes precedence over a local folder of
+        the same name, which is given as ``./name``.
+
+    Raises:
+      UserError: no such folder, a single file, or the download fails.
     """
     if path_or_id in SHIPPED:
         return SHIPPED[path_or_id] / "pipeline"
@@ -94,13 +98,13 @@ def find(path_or_id: str) -> Path:
         return local
     if path_or_id and local.is_file():
         raise UserError(
-            f"{path_or_id}: a single file, where a folder is read; open it with diffusers "
+            f"{path_or_id}: a single file; expected a folder: open it with diffusers "
             "(StableDiffusionPipeline.from_single_file), save_pretrained(FOLDER), and give FOLDER"
         )
     owner, name, *inside = [*path_or_id.split("/"), ""]
     here = local.exists() or buckets.is_bucket(path_or_id)
     if not owner or owner in (".", "..", "~") or not name or here:
-        raise UserError(f"{path_or_id}: no such folder (nor a hub id, which reads owner/name)")
+        raise UserError(f"{path_or_id}: no such folder (nor a hub id of the form owner/name)")
     from huggingface_hub import snapshot_download
 
     prefix = "/".join(part for part in inside if part)
@@ -114,19 +118,19 @@ def find(path_or_id: str) -> Path:
             ignore_patterns=["safety_checker/*"],
         )
     except Exception as error:
-        # Offline, gone, gated, misspelt: the hub's classes differ, the user's remedy does not.
+        # Offline, missing, gated or misspelt: the classes differ, but what to do is the same.
         raise UserError(
-            f"{path_or_id}: no local folder of that name, and the hub gave "
+            f"{path_or_id}: no local folder of that name, and the hub raised "
             f"{type(error).__name__}; check the name and the network, or give a local folder"
         ) from error
     return Path(snapshot) / prefix
 
 
 def refuse_other_families(folder: Path) -> None:
-    """Names the family of a pipeline folder that is not of Stable Diffusion 1.x's or 2.x's kind.
+    """Refuses pipeline folders that are not of Stable Diffusion 1.x or 2.x.
 
     Raises:
-      UserError: it is another.
+      UserError: the pipeline is of another family, which is named.
     """
     index = folder / "model_index.json"
     name = read_json(index).get("_class_name") if index.is_file() else None
@@ -135,13 +139,13 @@ def refuse_other_families(folder: Path) -> None:
     if other or parts:
         has = f"has {' and '.join(f'{part}/' for part in parts)}"
         raise UserError(
-            f"{folder}: {f'a {name:.60}' if other else has}; read are pipelines of Stable "
-            "Diffusion 1.x and 2.x (StableDiffusionPipeline)"
+            f"{folder}: {f'a {name:.60}' if other else has}; supported are pipelines of "
+            "Stable Diffusion 1.x and 2.x (StableDiffusionPipeline)"
         )
 
 
 def content_hash(folder: Path) -> str:
-    """sha256 (hex) over a tower folder's config.json and weights, in the order of their names."""
+    """sha256 (hex) of a tower folder's config.json and weights, in order of file name."""
     digest = hashlib.sha256()
     for file in sorted([folder / "config.json", *tensors.weight_files(folder)]):
         digest.update(file.name.encode())
@@ -151,8 +155,11 @@ def content_hash(folder: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file of a pipeline folder (:func:`persona_jax.runtime.outside.read_json`); UserError
-    if it is missing or damaged."""
+    """A JSON file of a pipeline folder (see :func:`persona_jax.runtime.outside.read_json`).
+
+    Raises:
+      UserError: it is missing or damaged.
+    """
     try:
         return outside.read_json(file)
     except (FileNotFoundError, NotADirectoryError):
@@ -160,7 +167,7 @@ def read_json(file: Path) -> dict:
 
 
 def vision_half(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of a whole CLIPModel's vision tower, as that tower alone is saved with."""
+    """The vision tower's settings from a full CLIPModel's, as in a file of that tower alone."""
     own = {key: value for key, value in config["vision_config"].items() if key != "architectures"}
     return own | {key: config[key] for key in ("projection_dim",) if key in config}
 
@@ -173,17 +180,17 @@ def load_tower(
     param_dtype: DTypeLike | None = None,
     sharding: Callable[[Mapping], Any] | None = None,
 ) -> Tower:
-    """One tower from its folder.
+    """Loads a tower from its folder.
 
     Args:
       folder: holds ``config.json`` and safetensors.
-      tower: which of :data:`TOWERS` it is.
+      tower: one of :data:`persona_jax.models.towers.TOWERS`.
       dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
       param_dtype: dtype of the parameters; None keeps the stored one.
-      sharding: a function from the abstract tree to a tree of shardings.
+      sharding: a function from the tree of shapes to a tree of shardings; None: the default device.
 
     Raises:
-      UserError: settings or tensors that do not fit, all named.
+      UserError: settings are not supported, or tensors do not fit; all are named.
     """
     config = read_json(folder / "config.json")
     if tower == "image_encoder" and isinstance(config.get("vision_config"), dict):
@@ -198,7 +205,7 @@ def load_tower(
     except (TypeError, ValueError, IndexError, AssertionError, ZeroDivisionError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(
-            f"{folder / 'config.json'}: its sizes do not make a {tower} ({reason})"
+            f"{folder / 'config.json'}: its sizes are invalid for a {tower} ({reason})"
         ) from error
     params = tensors.load_tree(
         abstract,
@@ -219,14 +226,14 @@ _CLASSES = {
 
 
 def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> None:
-    """Writes one tower's ``config.json`` and safetensors as stock libraries read them."""
+    """Writes a tower's ``config.json`` and safetensors for diffusers or transformers."""
     library, cls, stem = _CLASSES[tower]
     folder.mkdir(parents=True, exist_ok=True)
     key = "_class_name" if library == "diffusers" else "architectures"
     named = {key: cls if library == "diffusers" else [cls], **config}
     if library == "transformers":
-        # Its readers cast to the dtype that is named here; diffusers casts its towers to float32
-        # unless told otherwise, and the towers of one pipeline must not disagree.
+        # transformers loads in the dtype that is named here, diffusers in float32 by default. All
+        # towers of a pipeline need the same dtype.
         named.pop("torch_dtype", None)
         named["dtype"] = "float32"
     write_json(folder / "config.json", named)
@@ -234,7 +241,7 @@ def save_tower(folder: Path, tower: str, config: Mapping, params: Mapping) -> No
 
 
 def write_json(file: Path, content: Mapping[str, Any]) -> None:
-    """Writes one of a pipeline folder's JSON files; its folder is made where absent."""
+    """Writes a JSON file of a pipeline folder, and creates the folder if needed."""
     file.parent.mkdir(parents=True, exist_ok=True)
     with files.whole_file(file) as part:
         part.write_text(json.dumps(dict(content), indent=2) + "\n")
@@ -243,7 +250,13 @@ def write_json(file: Path, content: Mapping[str, Any]) -> None:
 def model_index(
     scheduler: str = "DDIMScheduler", *, image_encoder: bool = True, feature_extractor: bool = True
 ) -> dict[str, Any]:
-    """``model_index.json``: which stock class opens which part of the folder."""
+    """``model_index.json``: the diffusers or transformers class of each part of the folder.
+
+    Args:
+      scheduler: diffusers' name of the scheduler class.
+      image_encoder: whether the folder has one.
+      feature_extractor: whether the folder has one.
+    """
     absent, processor = [None, None], ["transformers", "CLIPImageProcessor"]
     towers = {tower: [library, cls] for tower, (library, cls, _) in _CLASSES.items()}
     return {
@@ -259,7 +272,7 @@ def model_index(
 
 
 def clip_preprocessing(size: int) -> dict[str, Any]:
-    """``preprocessor_config.json`` of an image encoder for pixels in [−1, 1] at one size."""
+    """``preprocessor_config.json`` of an image encoder: crops to `size` pixels, in [−1, 1]."""
     return {
         "image_processor_type": "CLIPImageProcessor",
         "do_resize": True,

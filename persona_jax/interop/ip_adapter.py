@@ -1,7 +1,7 @@
 """IP-Adapter's published layouts: ``image_proj.*`` and ``ip_adapter.{k}.to_k_ip/to_v_ip``.
 
-Plain and Plus differ in ``image_proj``: a linear map, or a resampler. k numbers the layers as
-diffusers' ``attn_processors`` does: odd for cross-attention, mid last.
+``image_proj`` is a linear map in the plain layout, a resampler in the Plus layout. k is the layer's
+index in diffusers' ``attn_processors``: cross-attention layers are odd, the mid block is last.
 """
 
 from collections.abc import Mapping
@@ -24,9 +24,13 @@ from persona_jax.runtime import files, finite
 def save_ip_adapter(
     params: Mapping, config: UNetConfig, file: Path, dtype: DTypeLike = np.float32
 ) -> None:
-    """Writes an adapter without its aggregator as one safetensors file that stock diffusers loads.
+    """Writes an adapter without its aggregator as a safetensors file that diffusers loads.
 
-    params: ``{"image_proj": …, "ip_adapter": {layer: {"to_k", "to_v"}}}``. config: of the UNet.
+    Args:
+      params: ``{"image_proj": …, "ip_adapter": {layer: {"to_k", "to_v"}}}``.
+      config: of the UNet.
+      file: where to write.
+      dtype: of the tensors.
     """
     numbered = {
         str(2 * i + 1): {
@@ -39,7 +43,11 @@ def save_ip_adapter(
 
 
 def save_ip_adapter_bin(file: Path, nested: Path) -> None:
-    """Writes a safetensors adapter once more as the nested ``.bin`` that older readers take.
+    """Copies an adapter from safetensors to the nested ``.bin`` format for older programs.
+
+    Args:
+      file: safetensors, from :func:`save_ip_adapter`.
+      nested: the ``.bin`` file to write.
 
     Raises:
       UserError: torch is missing.
@@ -47,7 +55,7 @@ def save_ip_adapter_bin(file: Path, nested: Path) -> None:
     try:
         import torch
     except ImportError as error:
-        raise UserError(f"{nested}: takes torch; pip install -e '.[torch]'") from error
+        raise UserError(f"{nested}: needs torch; pip install -e '.[torch]'") from error
     from safetensors.torch import load_file
 
     out: dict[str, dict] = {"image_proj": {}, "ip_adapter": {}}
@@ -59,27 +67,30 @@ def save_ip_adapter_bin(file: Path, nested: Path) -> None:
 
 
 def plus_dim(file: Path) -> int | None:
-    """D of what an adapter in the Plus layout reads; None of a plain one.
+    """D of the embeddings that an adapter in the Plus layout reads; None for a plain one.
 
     Raises:
-      UserError: no such file, or none of tensors.
+      UserError: the file is missing, or not a tensor file.
     """
     shape = _open(file).shapes.get("image_proj.proj_in.weight", ())
     return shape[1] if len(shape) == 2 else None
 
 
 def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_dim: int) -> dict:
-    """Reads such a file, float32.
+    """Reads an adapter, float32.
 
     Args:
       file: safetensors, or the nested ``.bin``.
       config: of the UNet that it is for.
-      kernels: that UNet's text W_k, W_v, whose shapes the adapter's must have.
-      embedding_dim: D of the image embeddings, or of the patches, that it is to read.
+      kernels: that UNet's text W_k, W_v; the adapter's W'_k, W'_v must have the same shapes.
+      embedding_dim: D of the image embeddings, or patches, that it will read.
+
+    Returns:
+      ``{"image_proj": …, "ip_adapter": {layer: {"to_k", "to_v"}}}``.
 
     Raises:
-      UserError: no such file; an adapter of another kind or for another base; every missing,
-        unexpected and misshapen tensor, by name; numbers that are not finite.
+      UserError: the file is missing, or an adapter of another kind or for another base; tensors are
+        missing, unexpected or misshapen (all named); numbers are not finite.
     """
     files = _open(file)
     _refuse_other_kinds(files, config)
@@ -93,15 +104,15 @@ def load_ip_adapter(file: Path, config: UNetConfig, kernels: Mapping, embedding_
             },
         }
     )
-    found = tensors.load_tree(abstract, files, dtype=jnp.float32)
-    if huge := finite.beyond(found, float(np.finfo(np.float16).max)):
+    loaded = tensors.load_tree(abstract, files, dtype=jnp.float32)
+    if huge := finite.beyond(loaded, float(np.finfo(np.float16).max)):
         raise UserError(f"{file}: {huge}, which no adapter has; fetch or save it again")
-    numbered = [found["ip_adapter"][str(2 * i + 1)] for i in range(len(layers))]
+    numbered = [loaded["ip_adapter"][str(2 * i + 1)] for i in range(len(layers))]
     renamed = {
-        layer: {"to_k": its["to_k_ip"], "to_v": its["to_v_ip"]}
-        for layer, its in zip(layers, numbered, strict=True)
+        layer: {"to_k": pair["to_k_ip"], "to_v": pair["to_v_ip"]}
+        for layer, pair in zip(layers, numbered, strict=True)
     }
-    return {"image_proj": found["image_proj"], "ip_adapter": renamed}
+    return {"image_proj": loaded["image_proj"], "ip_adapter": renamed}
 
 
 def _open(file: Path) -> tensors.Tensors:
@@ -111,7 +122,7 @@ def _open(file: Path) -> tensors.Tensors:
 
 
 def _projection(files: tensors.Tensors, token_dim: int, embedding_dim: int) -> dict:
-    """Parameters of such an ``image_proj`` as the file has; only their shapes count."""
+    """Parameters with the shapes of the file's ``image_proj``; their values are arbitrary."""
     latents, to_q = (
         files.shapes.get(f"image_proj.{name}", ()) for name in ("latents", "layers.0.0.to_q.weight")
     )
@@ -119,31 +130,31 @@ def _projection(files: tensors.Tensors, token_dim: int, embedding_dim: int) -> d
         plain = ImageProjection(token_dim, TOKENS)
         return plain.init(jax.random.key(0), jnp.zeros((1, embedding_dim)))["params"]
     network = resampler.for_tokens(token_dim)
-    if len(latents) == 3 and len(to_q) == 2:  # of any width and number of tokens and heads
+    if len(latents) == 3 and len(to_q) == 2:  # width, tokens and heads as in the file
         network = resampler.Resampler(token_dim, latents[2], to_q[0], latents[1])
-    nothing = jnp.zeros((1, 1, embedding_dim)), jnp.ones((1, 1))
-    return network.init(jax.random.key(0), *nothing)["params"]
+    inputs = jnp.zeros((1, 1, embedding_dim)), jnp.ones((1, 1))
+    return network.init(jax.random.key(0), *inputs)["params"]
 
 
 def _refuse_other_kinds(files: tensors.Tensors, config: UNetConfig) -> None:
-    """Says what an adapter is that is known but not read here."""
+    """Raises UserError for known kinds of adapters that are not supported."""
     names, where = files.shapes, files.where
     if "image_proj.latents" in names:
         depth = {name.split(".")[2] for name in names if name.startswith("image_proj.layers.")}
         if len(depth) != resampler.DEPTH:
             raise UserError(
                 f"{where}: an IP-Adapter-Plus file of depth {len(depth)}; those for Stable "
-                f"Diffusion 1.5 have {resampler.DEPTH}, and stock diffusers reads no other"
+                f"Diffusion 1.5 have {resampler.DEPTH}, and diffusers supports no other"
             )
         inner = names.get("image_proj.layers.0.0.to_q.weight", (resampler.HEAD,))[0]
         if inner % resampler.HEAD:
             raise UserError(
-                f"{where}: {inner} numbers in image_proj.layers.0.0.to_q do not make heads of "
-                f"{resampler.HEAD}"
+                f"{where}: image_proj.layers.0.0.to_q has width {inner}, which does not divide "
+                f"into heads of {resampler.HEAD}"
             )
     if any(name.startswith(("image_proj.proj.0.", "image_proj.perceiver")) for name in names):
         raise UserError(
-            f"{where}: an IP-Adapter-FaceID or full-face file; what is read are the plain layout, "
+            f"{where}: an IP-Adapter-FaceID or full-face file; supported are the plain layout, "
             "whose image_proj.proj is one linear map, and Plus"
         )
     widths = {shape[1] for name, shape in names.items() if "to_k_ip" in name and len(shape) == 2}

@@ -1,4 +1,4 @@
-"""LoRA files: read in the layouts of diffusers, PEFT and kohya, written in PEFT's with its α."""
+"""LoRA files: reads the layouts of diffusers, PEFT and kohya; writes PEFT's and kohya's."""
 
 import json
 import re
@@ -21,25 +21,25 @@ from persona_jax.interop.torch_files import open_tensors
 from persona_jax.models.lora import LoraTree
 
 FILE = "pytorch_lora_weights.safetensors"
-"""The name by which diffusers finds a LoRA in a folder."""
+"""The file name that diffusers looks for in a folder."""
 KOHYA_FILE = "lora_kohya.safetensors"
 _METADATA = "lora_adapter_metadata"
 _PEFT_CONFIG = "adapter_config.json"
 _MORE = ("use_dora", "use_rslora", "lora_bias")
-"""Settings of PEFT that ask for more than B · A · α/r."""
+"""Settings of PEFT for updates other than B · A · α/r."""
 
 
 def save_lora(
     update: Mapping[str, Mapping], file: Path, alpha: float, dtype: DTypeLike = np.float32
 ) -> None:
-    """Writes a UNet's update in PEFT's layout, its α in the metadata that diffusers and PEFT read.
+    """Writes a UNet's update in PEFT's layout, with α in the metadata.
 
-    (A tensor for α makes diffusers refuse a file in this layout.)
+    diffusers and PEFT read α there; diffusers refuses files of this layout with a tensor for α.
 
     Args:
-      update: A and B, α not counted in.
-      file: where to.
-      alpha: α; what is added to a kernel is A · B · α/r.
+      update: A and B of each layer, not multiplied by α.
+      file: where to write.
+      alpha: α; A · B · α/r is added to a kernel.
       dtype: of A and B.
     """
     settings = {
@@ -54,8 +54,16 @@ def save_lora(
 def save_kohya(
     update: Mapping[str, Mapping], file: Path, alpha: float, dtype: DTypeLike = np.float32
 ) -> None:
-    """The same in kohya's layout, α a tensor of each layer: for ComfyUI and A1111's web UI, which
-    read no metadata."""
+    """Writes a UNet's update in kohya's layout, with α as a tensor of each layer.
+
+    This is for ComfyUI and A1111's web UI, which do not read metadata.
+
+    Args:
+      update: as in :func:`save_lora`.
+      file: where to write.
+      alpha: as in :func:`save_lora`.
+      dtype: of A and B.
+    """
     tree = {
         f"lora_unet_{layer.replace('.', '_')}": {
             "lora_down": {"kernel": np.asarray(halves["lora_A"]["kernel"], dtype)},
@@ -68,19 +76,21 @@ def save_kohya(
 
 
 def load_lora(file: Path, towers: Mapping[str, Mapping]) -> dict[str, LoraTree]:
-    """The updates that a LoRA file has for the base's towers, its α/r counted in.
+    """Reads a LoRA's updates of the base's towers, multiplied by α/r.
+
+    Linear layers and convolutions of the UNet and the text tower may be updated.
 
     Args:
-      file: safetensors, or torch's own; linear layers and convolutions of the UNet and the text
-        tower. Of PEFT's own ``adapter_model`` files, ``adapter_config.json`` beside it is read too.
-      towers: parameters, by name.
+      file: safetensors, or torch's own format. For PEFT's ``adapter_model`` files,
+        ``adapter_config.json`` in the same folder is read as well.
+      towers: parameters of the base's towers, by name.
 
     Returns:
-      For each tower that the file changes, what :func:`persona_jax.models.lora.merge` takes.
+      For each tower that the file changes, a tree for :func:`persona_jax.models.lora.merge`.
 
     Raises:
-      UserError: no such file, another layout or kind, layers that the base does not have or that do
-        not fit, halves without their other; names them.
+      UserError: the file is missing, or of another layout or kind; layers are not in the base, do
+        not fit, or lack A or B (named).
     """
     if not file.is_file():
         raise UserError(f"{file}: no such file; expected a LoRA, .safetensors or .bin")
@@ -106,7 +116,7 @@ def load_lora(file: Path, towers: Mapping[str, Mapping]) -> dict[str, LoraTree]:
 
 
 def _update(where: str, parts: Mapping, kernel: tuple[int, ...]) -> dict:
-    """One layer's ``{"lora_A": {"kernel"}, "lora_B": {"kernel"}}``, B times α/r."""
+    """A layer's ``{"lora_A": {"kernel"}, "lora_B": {"kernel"}}``, with B multiplied by α/r."""
     if missing := {"A", "B"} - parts.keys():
         raise UserError(f"{where}: half of the update is missing, {min(missing)}")
     down, up = (_kernel(parts[half]) for half in "AB")
@@ -145,15 +155,15 @@ def _kernels(params: Mapping) -> dict[str, tuple[int, ...]]:
 
 
 def _settings(file: Path, files: tensors.Tensors) -> Mapping[str, Any]:
-    """What diffusers and PEFT write about a LoRA beside its tensors; empty where there is nothing.
+    """PEFT's settings of a LoRA, from the file's metadata or PEFT's JSON; empty if there are none.
 
     Raises:
-      UserError: it cannot be read, or asks for more than low rank (DoRA, rank-stabilised).
+      UserError: they cannot be read, or are not of a plain LoRA (DoRA, rank-stabilised).
     """
     if any(name.startswith(PEFT_PREFIX) for name in files.shapes):
         where = file.with_name(_PEFT_CONFIG)
         if not where.is_file():
-            raise UserError(f"{file}: PEFT's own layout, whose α is in {where}, which is not there")
+            raise UserError(f"{file}: PEFT's own layout; its α is in {where}, which is missing")
         text = where.read_bytes()
     elif file.suffix.lower() == ".safetensors":
         where = f"{file}: its {_METADATA}"
@@ -164,25 +174,26 @@ def _settings(file: Path, files: tensors.Tensors) -> Mapping[str, Any]:
     if text is None:
         return {}
     try:
-        found = json.loads(text)
-        asked = [key for key, value in found.items() if value and key.split(".")[-1] in _MORE]
+        settings = json.loads(text)
+        other = [key for key, value in settings.items() if value and key.split(".")[-1] in _MORE]
     except (ValueError, AttributeError, RecursionError) as error:
         raise UserError(f"{where} cannot be read ({error!s:.100})") from error
-    if asked:
-        raise UserError(f"{file}: {', '.join(asked)}: more than a low-rank update; not read here")
-    return found
+    if other:
+        raise UserError(f"{file}: {', '.join(other)}: not a plain low-rank update; not supported")
+    return settings
 
 
 def _alpha(where: str, settings: Mapping, tower: str, layer: str) -> Any:
-    """α of a layer; None, and then it is the rank, where nothing is said.
+    """α of a layer by PEFT's settings; None, which means the rank, if they have none.
 
-    PEFT's rule: the first pattern, a regular expression, that matches the end of the name.
+    As in PEFT, the first regular expression in ``alpha_pattern`` that matches the end of the
+    layer's name sets α, and else ``lora_alpha``.
     """
 
-    def said(key: str) -> Any:
+    def setting(key: str) -> Any:
         return settings.get(f"{tower}.{key}", settings.get(key))
 
-    patterns = said("alpha_pattern") or {}
+    patterns = setting("alpha_pattern") or {}
     names = {layer, layer.removeprefix("text_model.")}
     try:
         for pattern, alpha in patterns.items():
@@ -190,4 +201,4 @@ def _alpha(where: str, settings: Mapping, tower: str, layer: str) -> Any:
                 return alpha
     except (re.error, AttributeError, RecursionError) as error:
         raise UserError(f"{where}: its alpha_pattern cannot be read ({error!s:.100})") from error
-    return said("lora_alpha")
+    return setting("lora_alpha")

@@ -1,7 +1,7 @@
-"""What a tensor's name in a LoRA file says: the tower, the layer, and which part of its update.
+"""Parses tensor names in LoRA files into tower, layer, and part of the update (A, B or α).
 
-Read are PEFT's own layout, diffusers' (PEFT's with the tower in front, and the two before it) and
-kohya's, whose names have underscores for dots.
+Supported are PEFT's own layout, those of diffusers (PEFT's with the tower as prefix, and its two
+older ones), and kohya's, whose names have underscores in place of dots.
 """
 
 import re
@@ -25,8 +25,8 @@ _KOHYA_NAME = re.compile(
 _KOHYA_HALVES = {"lora_down.weight": "A", "lora_up.weight": "B", "alpha": "alpha"}
 
 _LYCORIS = (
-    "a LyCORIS update ({}), which is no product of two matrices and not read here; merge it into "
-    "a base with the tool that made it, and give that base as the pipeline"
+    "a LyCORIS update ({}), which is not a product of two matrices; not supported: merge it into a "
+    "base with the tool that made it, and give that base as the pipeline"
 )
 _OTHER_KINDS = {
     "hada_": _LYCORIS.format("LoHa"),
@@ -36,9 +36,9 @@ _OTHER_KINDS = {
     "glora_": _LYCORIS.format("GLoRA"),
     "lora_mid": _LYCORIS.format("LoCon with lora_mid"),
     ".diff": _LYCORIS.format("full differences"),
-    "dora_scale": "a DoRA: more than a low-rank update; not read here",
-    "lora_magnitude_vector": "a DoRA: more than a low-rank update; not read here",
-    "lora_B.bias": "a LoRA with biases (lora_bias): not read here; train it without",
+    "dora_scale": "a DoRA, which is not a plain low-rank update; not supported",
+    "lora_magnitude_vector": "a DoRA, which is not a plain low-rank update; not supported",
+    "lora_B.bias": "a LoRA with biases (lora_bias): not supported; train it without",
     "lora_te2_": "for Stable Diffusion XL, which has two text towers; use one for 1.x or 2.x",
     "text_encoder_2.": "for Stable Diffusion XL, which has two text towers; use one for 1.x or 2.x",
     "transformer.": "for a transformer (FLUX, Stable Diffusion 3); use one for 1.x or 2.x",
@@ -53,7 +53,7 @@ _OTHER_KINDS = {
 
 
 class Part(NamedTuple):
-    """A part of one layer's update: `half` is ``A``, ``B`` or ``alpha``."""
+    """A part of a layer's update; `half` is ``A``, ``B`` or ``alpha``."""
 
     tower: str
     layer: str
@@ -63,35 +63,38 @@ class Part(NamedTuple):
 def parse_names(
     names: Iterable[str], layers: Mapping[str, Set[str]], where: str
 ) -> dict[str, Part]:
-    """Which part of which layer's update each tensor is.
+    """Finds the tower, layer and part of each tensor.
 
     Args:
       names: of the tensors.
-      layers: those of the base with a kernel, by tower, in torch's names.
-      where: what to call the file in an error.
+      layers: layers of the base that have a kernel, by tower, with torch's names.
+      where: the file, for errors.
+
+    Returns:
+      ``{tensor name: part}``.
 
     Raises:
-      UserError: a LoRA of another kind or for another base, or no LoRA; names the first few.
+      UserError: the file is a LoRA of another kind or for another base, or not a LoRA.
     """
     flat = {
         tower: {layer.replace(".", "_"): layer for layer in own} for tower, own in layers.items()
     }
-    found, strange, absent = {}, [], []
+    parts, unknown, absent = {}, [], []
     for name in names:
         part = _parse(name, layers, flat)
         if part is None:
-            strange.append(name)
+            unknown.append(name)
         elif part.layer not in layers[part.tower]:
             absent.append(f"{part.tower}.{part.layer}")
         else:
-            found[name] = part
-    if strange or absent:
-        _refuse_other_kinds([*strange, *absent, *found], where)
-    if strange or not (found or absent):
+            parts[name] = part
+    if unknown or absent:
+        _refuse_other_kinds([*unknown, *absent, *parts], where)
+    if unknown or not (parts or absent):
         raise UserError(
             f"{where}: not a LoRA for {' and '.join(TOWERS)} in the layout of diffusers, PEFT or "
-            f"kohya; unknown: {listed(strange) or 'nothing at all'}",
-            strange,
+            f"kohya; unknown: {listed(unknown) or 'nothing at all'}",
+            unknown,
         )
     if absent:
         raise UserError(
@@ -99,33 +102,34 @@ def parse_names(
             "another base?",
             absent,
         )
-    return found
+    return parts
 
 
 def _parse(name: str, layers: Mapping[str, Set[str]], flat: Mapping[str, Mapping]) -> Part | None:
-    if found := _KOHYA_NAME.fullmatch(name):
-        prefix, stem, half = found.groups()
+    if match := _KOHYA_NAME.fullmatch(name):
+        prefix, stem, half = match.groups()
         tower = _KOHYA[prefix]
         return Part(tower, flat[tower].get(stem, stem), _KOHYA_HALVES[half])
     if name.startswith(PEFT_PREFIX):
-        found = _NAME.fullmatch(name.removeprefix(PEFT_PREFIX))
-        return found and _in_one_of(layers, found[1], _HALVES[found[2]])
+        match = _NAME.fullmatch(name.removeprefix(PEFT_PREFIX))
+        return match and _in_one_of(layers, match[1], _HALVES[match[2]])
     tower, _, rest = name.partition(".")
     if tower not in TOWERS:
         return None
-    if found := _OLDEST.fullmatch(rest):
-        attention, projection, half = found.groups()
+    if match := _OLDEST.fullmatch(rest):
+        attention, projection, half = match.groups()
         projection += ".0" * (projection == "to_out")
         return Part(tower, f"{attention}.{projection}", "A" if half == "down" else "B")
     if rest.endswith(".alpha"):
         return _in_one_of({tower: layers[tower]}, rest.removesuffix(".alpha"), "alpha")
-    if found := _NAME.fullmatch(rest):
-        return _in_one_of({tower: layers[tower]}, found[1], _HALVES[found[2]])
+    if match := _NAME.fullmatch(rest):
+        return _in_one_of({tower: layers[tower]}, match[1], _HALVES[match[2]])
     return None
 
 
 def _in_one_of(layers: Mapping[str, Set[str]], layer: str, half: str) -> Part:
-    """transformers 5 leaves the text tower's prefix out."""
+    """The part, in the tower that has `layer`, with or without the prefix ``text_model.``, which
+    transformers 5 omits."""
     for tower, own in layers.items():
         for name in (layer, f"text_model.{layer}"):
             if name in own:
@@ -135,8 +139,8 @@ def _in_one_of(layers: Mapping[str, Set[str]], layer: str, half: str) -> Part:
 
 def _refuse_other_kinds(names: list[str], where: str) -> None:
     for name in names:
-        for mark, told in _OTHER_KINDS.items():
+        for mark, description in _OTHER_KINDS.items():
             if mark in name:
-                raise UserError(f"{where}: {told} ({name:.100})")
+                raise UserError(f"{where}: {description} ({name:.100})")
     if (kind := foreign_kind(names)) and "a LoRA" not in kind:
         raise UserError(f"{where}: {kind}")

@@ -1,6 +1,6 @@
-"""Weights of the measuring networks, Inception v3 and FaceNet, from the files they are known by.
+"""Weights of the evaluation networks, Inception v3 and FaceNet, from their published files.
 
-Both are state dicts of PyTorch; safetensors with the same names is read without torch.
+Both are PyTorch state dicts. safetensors with the same names can be read without torch.
 """
 
 from collections.abc import Callable
@@ -17,36 +17,36 @@ from persona_jax.models import facenet, inception
 
 
 def load_inception(file: str | Path) -> dict:
-    """:class:`persona_jax.models.inception.InceptionV3`'s parameters, float32.
+    """Parameters of :class:`persona_jax.models.inception.InceptionV3`, float32.
 
     Raises:
-      UserError: not readable, or not those tensors: all that differ are named.
+      UserError: the file cannot be read, or tensors do not fit (named).
     """
-    return _load(inception.InceptionV3(), inception.SIDE, Path(file), passed_over=("fc.bias",))
+    return _load(inception.InceptionV3(), inception.SIDE, Path(file), ignored=("fc.bias",))
 
 
 def load_facenet(file: str | Path) -> dict:
-    """:class:`persona_jax.models.facenet.FaceNet`'s parameters, float32.
+    """Parameters of :class:`persona_jax.models.facenet.FaceNet`, float32.
 
-    The classifier of the people it was trained on is passed over.
+    The classification layer over its training identities is ignored.
 
     Raises:
-      UserError: not readable, or not those tensors: all that differ are named.
+      UserError: the file cannot be read, or tensors do not fit (named).
     """
-    passed_over = ("logits.weight", "logits.bias")
-    return _load(facenet.FaceNet(), facenet.SIDE, Path(file), passed_over)
+    ignored = ("logits.weight", "logits.bias")
+    return _load(facenet.FaceNet(), facenet.SIDE, Path(file), ignored)
 
 
-def _load(module: nn.Module, side: int, file: Path, passed_over: tuple[str, ...]) -> dict:
+def _load(module: nn.Module, side: int, file: Path, ignored: tuple[str, ...]) -> dict:
     if not file.is_file():
         raise UserError(f"{file}: no such file")
     blank = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
     abstract = jax.eval_shape(module.init, jax.random.key(0), blank)["params"]
-    return load_tree(abstract, open_tensors(file), rename=_rename(passed_over), dtype=jnp.float32)
+    return load_tree(abstract, open_tensors(file), rename=_rename(ignored), dtype=jnp.float32)
 
 
-def _rename(passed_over: tuple[str, ...]) -> Callable[[str], str | None]:
+def _rename(ignored: tuple[str, ...]) -> Callable[[str], str | None]:
     def rename(name: str) -> str | None:
-        return None if name in passed_over or name.endswith(".num_batches_tracked") else name
+        return None if name in ignored or name.endswith(".num_batches_tracked") else name
 
     return rename

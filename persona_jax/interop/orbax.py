@@ -1,4 +1,4 @@
-"""What Orbax and tensorstore need around them: literal paths, quiet failures, plain reading."""
+"""Workarounds for Orbax and tensorstore: literal paths, one-line errors, reading to numpy."""
 
 import contextlib
 import logging
@@ -17,14 +17,19 @@ import orbax.checkpoint as ocp
 from persona_jax.errors import UserError
 
 UNSAFE = re.compile(r"[\\*?\[\]\ud800-\udfff]")
-"""In a path: Orbax reads it as a pattern, tensorstore a backslash as a slash and only UTF-8."""
+"""Characters that are unsafe in paths: Orbax takes them as patterns; tensorstore takes a backslash
+as a slash, and fails on names that are not UTF-8."""
 
 
 def barrier(*, key: str, timeout_ms: int) -> None:
-    """Orbax's barrier between processes, but one whose writing has failed does not wait there.
+    """Orbax's barrier between processes, except that a process whose write has failed raises.
 
-    The others wait elsewhere for what it could not write, all of them for minutes; so it raises
-    what went wrong, ends, and whoever started the processes ends the others.
+    The other processes wait elsewhere for the missing files, so a failed process would wait here
+    for minutes. Raising ends it at once, and the launcher then ends the others.
+
+    Args:
+      key: name of the barrier.
+      timeout_ms: how long to wait for the other processes.
     """
     if error := sys.exc_info()[1]:
         raise error
@@ -32,10 +37,10 @@ def barrier(*, key: str, timeout_ms: int) -> None:
 
 
 def hush() -> None:
-    """Keep a failed read or write to the one line of the exception it also raises.
+    """Suppress output that repeats an exception which Orbax raises as well.
 
-    Orbax's threads log its traceback once more, and tensorstore's, finding the event loop gone,
-    print that as an exception nobody can catch.
+    On a failed read or write, Orbax's threads also log the traceback, and tensorstore's threads
+    print "Event loop is closed" through sys.unraisablehook, where it cannot be caught.
     """
     logger = logging.getLogger("absl")
     if _not_orbax in logger.filters:
@@ -55,14 +60,14 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 
 def one_line(error: BaseException) -> str:
-    """An error of theirs, told in a line of 240 characters."""
+    """An error's type and message in one line of at most 240 characters."""
     text = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    # Tensorstore begins with what it was doing and ends with why it could not.
+    # tensorstore's messages begin with the operation and end with the cause: keeps both ends.
     return text if len(text) <= 240 else f"{text[:80]} … {text[-150:]}"
 
 
 def read_numpy(folder: Path) -> Any:
-    """A tree that Orbax saved, as nested dicts of numpy arrays."""
+    """Reads a tree saved by Orbax as nested dicts of numpy arrays."""
     handler = ocp.PyTreeCheckpointHandler()
     try:
         with plainly_named(folder) as plain:
@@ -76,8 +81,13 @@ def read_numpy(folder: Path) -> Any:
 
 @contextlib.contextmanager
 def plainly_named(directory: Path) -> Iterator[Path]:
-    """A path to `directory` that Orbax and tensorstore take literally: a link, where its own name
-    has what they read as a pattern or another path."""
+    """A path to `directory` that Orbax and tensorstore take literally.
+
+    It is a temporary symbolic link if the directory's path has characters in :data:`UNSAFE`.
+
+    Raises:
+      UserError: the folder for temporary files has such a path, too.
+    """
     if not UNSAFE.search(str(directory)):
         yield directory
         return

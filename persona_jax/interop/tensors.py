@@ -1,7 +1,8 @@
-"""Parameter trees ↔ safetensors files in torch's names and layouts. Strict both ways.
+"""Parameter trees ↔ safetensors files with torch's names and layouts.
 
-Flax modules here carry torch's names, dots included, so a tensor's name is its path joined by
-dots with the last part renamed, and conversion is a rename and a transpose.
+Flax modules in this package have torch's names, dots included. So a tensor's name is its path
+joined by dots with the last part renamed, and conversion is a rename and a transpose. Reading is
+strict: every tensor must be expected, and every expected one present.
 """
 
 import re
@@ -18,21 +19,20 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from persona_jax.errors import UserError, listed
-from persona_jax.runtime import files as files_of
-from persona_jax.runtime import memory, outside
+from persona_jax.runtime import files, memory, outside
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
-# Integers for the position_ids of old files, which are passed over.
+# Integer types are allowed for the position_ids in old files, which are ignored.
 _READABLE = ("F64", "F32", "F16", "BF16", "I64", "I32")
 
 
 def torch_name(path: tuple[str, ...]) -> str:
-    """Torch's name of the parameter at `path`: ``("conv_in", "kernel")`` → ``conv_in.weight``."""
+    """Torch's name of a parameter: ``("conv_in", "kernel")`` → ``conv_in.weight``."""
     return ".".join((*path[:-1], "weight") if path[-1] in _WEIGHTS else path)
 
 
 def torch_shape(path: tuple[str, ...], shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Torch's shape of a parameter of Flax shape `shape`."""
+    """Torch's shape of the parameter at `path` with Flax shape `shape`."""
     if path[-1] != "kernel":
         return tuple(shape)
     return (shape[1], shape[0]) if len(shape) == 2 else (shape[3], shape[2], shape[0], shape[1])
@@ -57,7 +57,7 @@ class Tensors(Protocol):
     """Named tensors in torch's layout, read one at a time.
 
     Attributes:
-      where: what to call their source in an error.
+      where: the source, for errors.
       shapes: ``{published name: shape}``.
     """
 
@@ -65,22 +65,21 @@ class Tensors(Protocol):
     shapes: dict[str, tuple[int, ...]]
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor."""
+        """A tensor in torch's layout."""
 
 
 class TensorFiles:
     """The tensors of one or several safetensors files, read one at a time.
 
-    A file is opened anew for every tensor, so that no more of it stays mapped into memory than
-    the tensor at hand.
+    The file is opened for every tensor, so that only one tensor at a time is mapped into memory.
 
     Attributes:
-      where: what to call these files in an error.
+      where: the files, for errors.
       shapes: ``{published name: shape}``.
     """
 
     def __init__(self, files: Iterable[Path], where: str):
-        """Reads the headers of `files`; UserError names a damaged one."""
+        """Reads the headers of `files`. UserError names a damaged file."""
         self.where = where
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._file: dict[str, Path] = {}
@@ -94,17 +93,19 @@ class TensorFiles:
                     self._file[name] = file
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in torch's layout."""
+        """A tensor in torch's layout."""
         with _open(self._file[name]) as handle:
             return only_floats(handle.get_tensor(name), f"{self._file[name]}: {name}")
 
 
 def only_floats(array: np.ndarray, where: str) -> np.ndarray:
-    """The array. Raises UserError where it is not of floating point, as weights are; a single
-    integer passes, as kohya's α may be one."""
-    alone = array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer)
-    if not alone and not jnp.issubdtype(array.dtype, jnp.floating):
-        raise UserError(f"{where} has type {array.dtype}, not a float; weights are read from those")
+    """Returns `array`. Raises UserError if it is not floating point.
+
+    An integer scalar is accepted, since kohya's α may be one.
+    """
+    scalar = array.ndim == 0 and jnp.issubdtype(array.dtype, jnp.integer)
+    if not scalar and not jnp.issubdtype(array.dtype, jnp.floating):
+        raise UserError(f"{where} has type {array.dtype}, not a float; weights must be floats")
     return array
 
 
@@ -122,15 +123,16 @@ STEMS = ("diffusion_pytorch_model", "model")
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a tower's folder: one file, or the shards its index names; where
-    there are none but those of a variant (``model.fp16.safetensors``), these.
+    """The safetensors files of a tower's folder: a single file, or the shards that its index names.
+
+    Files of a variant (``model.fp16.safetensors``) are taken if there are no others.
 
     Raises:
-      UserError: none, several variants, or shards that are missing.
+      UserError: there are none, or only several variants, or shards are missing.
     """
     for stem in STEMS:
-        if found := _weights(folder, f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
-            return found
+        if paths := _weights(folder, f"{stem}.safetensors", f"{stem}.safetensors.index.json"):
+            return paths
     variants = _variants(folder)
     if len(variants) > 1:
         raise UserError(
@@ -140,22 +142,22 @@ def weight_files(folder: Path) -> list[Path]:
     for variant in variants:
         for stem in STEMS:
             names = f"{stem}.{variant}.safetensors", f"{stem}.safetensors.index.{variant}.json"
-            if found := _weights(folder, *names):
-                return found
+            if paths := _weights(folder, *names):
+                return paths
     others = sorted(x.name for x in folder.glob("*") if x.suffix in (".bin", ".ckpt", ".msgpack"))
-    there = f"; there is {listed(others)}: save it as safetensors (diffusers does)"
+    hint = f"; there is {listed(others)}: save it as safetensors (diffusers does)"
     raise UserError(
         f"{folder}: no diffusion_pytorch_model.safetensors or model.safetensors "
-        f"(or their .index.json){there if others else '; weights are read from safetensors'}"
+        f"(or their .index.json){hint if others else '; weights are read from safetensors'}"
     )
 
 
 def _variants(folder: Path) -> set[str]:
-    """``fp16`` and the like, as diffusers names them."""
+    """Variants of weight files in a folder, by diffusers' names, such as ``fp16``."""
     stems = "|".join(STEMS)
     shapes = rf"(?:{stems})\.(?:(\w+)\.safetensors|safetensors\.index\.(\w+)\.json)"
-    found = (re.fullmatch(shapes, path.name) for path in folder.glob("*"))
-    return {match[1] or match[2] for match in found if match}
+    matches = (re.fullmatch(shapes, path.name) for path in folder.glob("*"))
+    return {match[1] or match[2] for match in matches if match}
 
 
 def _weights(folder: Path, single: str, index: str) -> list[Path]:
@@ -175,7 +177,7 @@ def _shards(index: Path) -> list[str]:
     except (OSError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a readable index of shards ({error!r:.200})") from error
     for shard in shards:
-        files_of.name_below(index.parent, shard, f"{index}: shard")
+        files.name_below(index.parent, shard, f"{index}: shard")
     return shards
 
 
@@ -187,21 +189,21 @@ def load_tree(
     dtype: DTypeLike | None = None,
     sharding: jax.sharding.Sharding | Mapping | None = None,
 ) -> dict:
-    """A parameter tree from files; every tensor straight to its dtype and devices.
+    """Reads a parameter tree from files, tensor by tensor, directly to its dtype and devices.
 
     Args:
-      abstract: the tree expected, with ``shape`` at its leaves (from ``jax.eval_shape``).
+      abstract: the expected tree, with ``shape`` at its leaves (from ``jax.eval_shape``).
       files: the tensors.
-      rename: published name → the name expected here, or None for a tensor to pass over.
+      rename: published name → expected name, or None for a tensor to ignore.
       dtype: of the result; None keeps the stored one.
-      sharding: for all leaves, or a tree of them; None puts them on the default device.
+      sharding: for all leaves, or a tree of shardings; None puts them on the default device.
 
     Returns:
       The tree of device arrays.
 
     Raises:
-      UserError: missing, unexpected, misshapen and doubled tensors, the first of each by name and
-        all in its details; or what kind of file it is.
+      UserError: tensors are missing, unexpected, misshapen or there twice (the error names the
+        first of each, its details all), or the file is of a known other kind, which is named.
     """
     expected = traverse_util.flatten_dict(dict(abstract))
     published: dict[str, str] = {}
@@ -216,7 +218,7 @@ def load_tree(
     squeezable = {
         name
         for name, source in published.items()
-        # A 1×1 convolution published where a dense layer is expected (old VAE attention).
+        # A 1×1 convolution in place of the expected dense layer (old VAE attention).
         if name in names
         and files.shapes[source] == (*torch_shape(names[name], expected[names[name]].shape), 1, 1)
     }
@@ -257,12 +259,14 @@ def _put(array: np.ndarray, sharding: jax.sharding.Sharding | None) -> jax.Array
 
 
 def _refuse(where: str, names: Iterable[str], **problems: list[str]) -> None:
-    found = {kind: said for kind, said in problems.items() if said}
-    if found:
-        told = "; ".join(f"{len(said)} {kind}: {listed(said)}" for kind, said in found.items())
+    problems = {kind: lines for kind, lines in problems.items() if lines}
+    if problems:
+        text = "; ".join(
+            f"{len(lines)} {kind}: {listed(lines)}" for kind, lines in problems.items()
+        )
         raise UserError(
-            f"{where}: {foreign_kind(names) or f'the tensors do not fit; {told}'}",
-            [f"{kind}: {name}" for kind, said in found.items() for name in said],
+            f"{where}: {foreign_kind(names) or f'the tensors do not fit; {text}'}",
+            [f"{kind}: {line}" for kind, lines in problems.items() for line in lines],
         )
 
 
@@ -285,22 +289,28 @@ _FOREIGN = {
 
 
 def foreign_kind(names: Iterable[str]) -> str:
-    """What tensors of these names are, where they are known but not read; else empty."""
+    """Describes a known kind of file that cannot be read, by its tensors' names; "" if unknown."""
     for name in names:
-        for prefix, told in _FOREIGN.items():
+        for prefix, description in _FOREIGN.items():
             if name.startswith(prefix):
-                return f"{told} ({name:.80})"
+                return f"{description} ({name:.80})"
     return ""
 
 
 def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Writes a parameter tree as one safetensors file in torch's names and layouts.
+    """Writes a parameter tree as a safetensors file with torch's names and layouts.
 
-    metadata: texts to keep in the file's header.
+    Args:
+      params: the tree.
+      file: where to write.
+      metadata: texts for the file's header.
+
+    Raises:
+      OSError: the file cannot be written.
     """
     flat = traverse_util.flatten_dict(dict(params))
     tensors = {
-        # (ascontiguousarray would make a vector of a scalar)
+        # Not ascontiguousarray, which turns a scalar into a vector.
         torch_name(path): np.asarray(to_torch(path, np.asarray(leaf)), order="C")
         for path, leaf in flat.items()
     }
@@ -310,9 +320,8 @@ def save_tree(params: Mapping, file: Path, metadata: Mapping[str, str] | None = 
 def save_tensors(
     tensors: Mapping[str, np.ndarray], file: Path, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes named tensors as one safetensors file. Raises OSError where the disk does not take
-    it."""
-    # transformers refuses a file that does not say whose layout it has.
+    """Writes named tensors as a safetensors file. Raises OSError if it cannot be written."""
+    # transformers refuses files without "format".
     about = {"format": "pt", **(metadata or {})}
-    with files_of.whole_file(file) as part, files_of.as_os_error(file, SafetensorError):
+    with files.whole_file(file) as part, files.as_os_error(file, SafetensorError):
         save_file(dict(tensors), part, metadata=about)

@@ -1,13 +1,13 @@
-"""Reads a set of reference embeddings in PyTorch. One file; it needs torch and safetensors alone.
+"""Aggregates a set of reference embeddings in PyTorch. It needs only torch and safetensors.
 
     embedding = load("aggregator.json")(embeddings)      # [B, N, D] → [B, D]
     both = torch.cat([torch.zeros_like(embedding), embedding])[:, None]
-    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1: one person a call
+    pipe(prompt, ip_adapter_image_embeds=[both], ...)    # B = 1: one person per call
 
-At ``guidance_scale=1`` diffusers takes ``embedding[:, None]`` alone.
+At ``guidance_scale=1`` pass ``embedding[:, None]`` alone.
 
-`embeddings` are what the pipeline's image encoder makes of the photos (``image_embeds``), N of any
-number. `weights` ``[B, N]`` count photos more or less, and 0 leaves one out.
+`embeddings` are the image encoder's ``image_embeds`` of any number N of photos. Optional `weights`
+``[B, N]`` weigh the photos; 0 removes one.
 """
 
 import json
@@ -24,10 +24,10 @@ def weighted_softmax(logits: Tensor, weights: Tensor) -> Tensor:
 
 
 class SetBlock(nn.Module):
-    """A transformer block over the set: pre-norm, no positions."""
+    """Pre-norm transformer block over the set, without positions."""
 
     def __init__(self, dim: int, heads: int, width: int):
-        """`dim` of the embeddings; `width` of the attention, shared out among `heads`."""
+        """`dim` is the embeddings'; `width` is the attention's, split among `heads`."""
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(dim, eps=1e-5), nn.LayerNorm(dim, eps=1e-5)
@@ -48,18 +48,20 @@ class SetBlock(nn.Module):
 
 
 def agreement(embeddings: Tensor, weights: Tensor) -> Tensor:
-    """Mean cosine of each photo to all of its set, by their weights, [B, N, D] → [B, N]."""
+    """Weighted mean cosine similarity of each photo to its set, [B, N, D] → [B, N]."""
     unit = nn.functional.normalize(embeddings, dim=-1, eps=1e-6)
     shares = weights / weights.sum(dim=1, keepdim=True)
     return torch.einsum("bnd,bmd,bm->bn", unit, unit, shares)
 
 
 class AttentionPooling(nn.Module):
-    """A query per head reads the set, and photos that agree with the rest count more; each head
-    pools its own slice of a linear map of the set."""
+    """Attention pooling with one query per head; photos that agree with the others weigh more.
+
+    Each head pools its own slice of a linear map of the features.
+    """
 
     def __init__(self, dim: int, heads: int):
-        """`dim` of the embeddings, shared out among `heads`."""
+        """`dim` is the embeddings', split among `heads`."""
         super().__init__()
         self.norm = nn.LayerNorm(dim, eps=1e-5, bias=False)
         self.to_k, self.to_v = (nn.Linear(dim, dim, bias=False) for _ in range(2))
@@ -67,7 +69,7 @@ class AttentionPooling(nn.Module):
         self.consensus = nn.Parameter(torch.zeros(heads))
 
     def forward(self, seen: Tensor, x: Tensor, weights: Tensor) -> Tensor:
-        """What decides, and what is pooled, [B, N, D] → [B, D]."""
+        """Features for the keys, and features that are pooled, both [B, N, D] → [B, D]."""
         heads, size = self.query.shape
         keys, values = (
             y.unflatten(-1, (heads, size)) for y in (self.to_k(self.norm(seen)), self.to_v(x))
@@ -100,7 +102,7 @@ class Aggregator(nn.Module):
     """[B, N, D] → [B, D]: ``first``, ``max``, ``avg`` or ``self_attention`` over the set."""
 
     def __init__(self, kind: str, dim: int, depth=0, heads=1, width=0, pooling_heads=1):
-        """`kind` and, for self-attention, its sizes, as in ``aggregator.json``."""
+        """`kind`, `dim` and, for self-attention, its sizes, as in ``aggregator.json``."""
         super().__init__()
         self.kind = kind
         if kind == "self_attention":
@@ -110,7 +112,7 @@ class Aggregator(nn.Module):
             raise ValueError(f"unknown kind {kind!r}")
 
     def forward(self, embeddings: Tensor, weights: Tensor | None = None) -> Tensor:
-        """At least one photo of each set must have a weight above 0."""
+        """[B, N, D] → [B, D]; each set needs at least one photo with a weight above 0."""
         if weights is None:
             weights = torch.ones(embeddings.shape[:2], dtype=embeddings.dtype)
         if self.kind in FIXED:
@@ -122,7 +124,7 @@ class Aggregator(nn.Module):
 
 
 def load(config: str | Path) -> Aggregator:
-    """From ``aggregator.json`` and, where it has weights, the ``.safetensors`` beside it."""
+    """Loads ``aggregator.json`` and, if there is one, the ``.safetensors`` in the same folder."""
     aggregator = Aggregator(**json.loads(Path(config).read_text()))
     file = Path(config).with_suffix(".safetensors")
     aggregator.load_state_dict(load_file(file) if file.exists() else {})

@@ -1,6 +1,7 @@
-"""Files of tensors, PyTorch's own among them.
+"""Tensor files: safetensors, and PyTorch's own format.
 
-Those are pickles: torch reads them with ``weights_only``, which makes tensors and runs nothing.
+The latter are pickles. torch loads them with ``weights_only``, which executes no code from the
+file.
 """
 
 import pickle
@@ -17,10 +18,10 @@ from persona_jax.runtime import checksums, outside
 
 
 def open_tensors(file: Path) -> Tensors:
-    """The tensors of one file: safetensors, or anything else as torch's own.
+    """The tensors of a file: safetensors by its suffix, else PyTorch's own format.
 
     Raises:
-      UserError: it cannot be read, or is not as the checksums beside it say.
+      UserError: it cannot be read, or does not match the checksums in its folder.
     """
     checksums.verify(file.parent, [file.name], "fetch or export it again")
     named = file.suffix.lower() == ".safetensors"
@@ -28,16 +29,18 @@ def open_tensors(file: Path) -> Tensors:
 
 
 class StateDict:
-    """A PyTorch state dict, as :class:`persona_jax.interop.tensors.Tensors`; of nested ones, the
-    names are joined by dots. Tensors are read when they are asked for, not before."""
+    """A PyTorch state dict as :class:`persona_jax.interop.tensors.Tensors`.
+
+    Names in nested dicts are joined by dots. Tensors are read on demand.
+    """
 
     def __init__(self, file: Path):
-        """Reads what `file` holds; UserError where torch is missing or it is no state dict."""
+        """Opens `file`. UserError: torch is missing, or the file is not a state dict."""
         try:
             import torch
         except ImportError as error:
             raise UserError(
-                f"{file}: reading a PyTorch file takes torch; pip install torch, or give the same "
+                f"{file}: reading a PyTorch file needs torch; pip install torch, or give the same "
                 "tensors as .safetensors"
             ) from error
         self.where = str(file)
@@ -54,35 +57,35 @@ class StateDict:
                 if x.numel() * x.element_size() > x.untyped_storage().nbytes()
             ]
         except pickle.UnpicklingError as error:
-            raise UserError(f"{file}: holds more than tensors, and is not read for that") from error
+            raise UserError(f"{file}: holds more than tensors, which could run code") from error
         except (OSError, RuntimeError, ValueError, EOFError, AttributeError, TypeError) as error:
             raise UserError(f"{file}: not a readable state dict ({_one_line(error)})") from error
         except (LookupError, ArithmeticError, AssertionError, RecursionError) as error:  # damaged
             raise UserError(f"{file}: not a readable state dict ({error!r:.200})") from error
         if expanded:
             raise UserError(
-                f"{file}: {expanded[0]} is {self.shapes[expanded[0]]}, more than the file holds of "
-                "it; save it again as it is, or as .safetensors"
+                f"{file}: {expanded[0]} is {self.shapes[expanded[0]]}, more than the file holds "
+                "(an expanded view); save a contiguous copy, or .safetensors"
             )
 
     def read(self, name: str) -> np.ndarray:
-        """One tensor in torch's layout."""
+        """A tensor in torch's layout."""
         import torch
 
         tensor = self._tensors[name]
-        if tensor.dtype == torch.bfloat16:  # numpy has none
+        if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16
             tensor = tensor.float()
         return only_floats(tensor.numpy(), f"{self.where}: {name}")
 
 
 def _is_stored_zip(file: Path) -> bool:
-    """Whether a file is a zip archive, as torch writes them; older ones are plain pickles.
+    """Whether a file is a zip archive, as torch writes now; older files are plain pickles.
 
     Raises:
-      ValueError: one whose content is compressed, and might be of any size; torch never does so.
+      ValueError: the archive is compressed, which torch never does, and might unpack to any size.
     """
     try:
-        if not zipfile.is_zipfile(file):  # which raises, of archives of several disks
+        if not zipfile.is_zipfile(file):  # raises for multi-disk archives
             return False
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -91,7 +94,7 @@ def _is_stored_zip(file: Path) -> bool:
     if any(member.compress_type != zipfile.ZIP_STORED for member in members):
         raise ValueError("its content is compressed, which torch does not do")
     if sum(member.file_size for member in members) > file.stat().st_size:
-        raise ValueError("it says that it holds more than it does")
+        raise ValueError("it declares more bytes than it has")
     return True
 
 
@@ -99,11 +102,11 @@ _TRAINERS = ("state_dict", "optimizer", "optimizer_states", "optimizer_state_dic
 
 
 def _refuse_trainers(file: Path, state: Any) -> None:
-    """A trainer's checkpoint holds more than weights."""
-    found = [key for key in _TRAINERS if isinstance(state, Mapping) and key in state]
-    if found:
+    """Raises UserError for a trainer's checkpoint, which holds more than weights."""
+    keys = [key for key in _TRAINERS if isinstance(state, Mapping) and key in state]
+    if keys:
         raise UserError(
-            f"{file}: a trainer's whole checkpoint (it has {', '.join(found)}); save the weights "
+            f"{file}: a trainer's whole checkpoint (it has {', '.join(keys)}); save the weights "
             "alone, as .safetensors"
         )
 

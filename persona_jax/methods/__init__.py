@@ -1,1 +1,1 @@
-"""What is trained: adapters on sets of photos, and fine-tuning per person (DreamBooth, LoRA)."""
+"""Trainable methods: adapters on sets of photos, per-person fine-tuning (DreamBooth, LoRA)."""

@@ -1,4 +1,4 @@
-"""The features that adapter training reads, computed once: latent moments, embeddings, tokens."""
+"""Cached features for adapter training: latent moments, image embeddings and caption tokens."""
 
 import jax
 import numpy as np
@@ -17,22 +17,30 @@ from persona_jax.runtime.mesh import local_sharding
 def adapter_job(
     photos: Photos, rows: np.ndarray, pipeline: Pipeline, encoder: ImageEncoder, config: ConfigDict
 ) -> EncodingJob:
-    """Latent moments, image embeddings and caption tokens of the chosen photos."""
+    """The job that computes and caches the features of the chosen photos.
+
+    Args:
+      photos: the dataset.
+      rows: indices of the chosen photos.
+      pipeline: its VAE and tokenizer are used.
+      encoder: image encoder.
+      config: of the run; ``data`` (crop, cache folder) and ``flip`` are read.
+    """
     vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
 
     @jax.jit
-    def towers(vae_params, encoder_params, pixels, seen):
+    def towers(vae_params, encoder_params, pixels, encoder_inputs):
         moments = vae.module.apply({"params": vae_params}, pixels, method=AutoencoderKL.encode)
-        return {"moments": moments, "embeddings": encoder.embed(encoder_params, seen)}
+        return {"moments": moments, "embeddings": encoder.embed(encoder_params, encoder_inputs)}
 
     def encode_images(pictures):
-        both = [
+        inputs = [
             (images.to_model(images.centre_crop(p, crop), size), encoder.preprocess(p))
             for p in pictures
         ]
-        pixels, seen = map(np.stack, zip(*both, strict=True))
-        shared = jax.device_put((pixels, seen), local_sharding(len(pixels)))
-        return towers(vae.params, encoder.params, *shared)
+        pixels, encoder_inputs = map(np.stack, zip(*inputs, strict=True))
+        sharded = jax.device_put((pixels, encoder_inputs), local_sharding(len(pixels)))
+        return towers(vae.params, encoder.params, *sharded)
 
     return EncodingJob(
         photos,

@@ -1,4 +1,4 @@
-"""Methods: what is trained, and how the trained and the frozen trees meet a batch.
+"""Adapter training: aggregator, initial parameters, loss and training step.
 
 The adapters ``ip``, ``max``, ``avg`` and ``sa`` are one method with different aggregators.
 """
@@ -34,19 +34,19 @@ LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[st
 
 
 def make_aggregator(config: ConfigDict) -> Aggregator:
-    """The aggregator that a config's ``aggregator`` section describes."""
+    """Builds the aggregator from a config's ``aggregator`` section."""
     return aggregators.build(config.kind, config.to_dict())
 
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
-    """The trainable tree: fresh, or continuing from what ``init_from`` names: the workdir of a run,
-    an IP-Adapter file (plain or Plus layout, ``.safetensors`` or ``.bin``), or a shipped base, for
-    its own.
+    """Initialises the trainable tree, at random or from ``config.init_from``.
 
-    A file has no aggregator: a fresh one learns on top.
+    ``init_from`` is the workdir of a run, an IP-Adapter file (plain or Plus layout,
+    ``.safetensors`` or ``.bin``), or the name of a shipped base, whose own adapter is then loaded.
+    A file has no aggregator; it is initialised at random.
 
     Raises:
-      UserError: what ``init_from`` names is for another pipeline, is not there or does not fit.
+      UserError: the weights of ``init_from`` are for another pipeline, are missing or do not fit.
     """
     unet = pipeline.unet
     kernels = text_kernels(unet.params, unet.module.config)
@@ -65,56 +65,63 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
             f"config.init_from={config.init_from}: its adapter is for the shipped pipeline, not "
             f"for {config.pipeline}; set config.init_from= to start afresh"
         )
-    place = shipped / "ip_adapter.safetensors" if shipped else buckets.local(config.init_from)
-    if place.suffix.lower() in (".safetensors", ".bin"):
-        learnt = load_ip_adapter(place, unet.module.config, kernels, embedding_dim)
-        if learnt["image_proj"].keys() != fresh["image_proj"].keys():
-            plus = "latents" in learnt["image_proj"]
+    path = shipped / "ip_adapter.safetensors" if shipped else buckets.local(config.init_from)
+    if path.suffix.lower() in (".safetensors", ".bin"):
+        loaded = load_ip_adapter(path, unet.module.config, kernels, embedding_dim)
+        if loaded["image_proj"].keys() != fresh["image_proj"].keys():
+            plus = "latents" in loaded["image_proj"]
             resamplers = " and ".join(aggregators.UNPOOLED)
             raise UserError(
                 f"config.init_from={config.init_from}: in the {'Plus' if plus else 'plain'} layout,"
                 f" which config.aggregator.kind={config.aggregator.kind} does not have; "
                 + (f"{resamplers} do" if plus else f"all but {resamplers} do")
             )
-        return fresh | learnt
-    return init_from_run(place, fresh)
+        return fresh | loaded
+    return init_from_run(path, fresh)
 
 
 def init_from_run(workdir: Path, fresh: Mapping) -> dict:
-    """`fresh` with what an earlier run has learnt.
+    """Replaces arrays of `fresh` by the trained ones of an earlier run.
 
-    The projection and W'_k, W'_v must be there and fit. The aggregator is taken over where the
-    earlier run has the same; otherwise it stays fresh (from ``ip`` to ``sa``, say), and that is
-    said.
+    The projection and W'_k, W'_v must exist and fit. The aggregator is loaded only if its shapes
+    are the same; otherwise (from ``ip`` to ``sa``, say) it stays as in `fresh`, and a line is
+    printed.
 
     Raises:
-      UserError: names every array that does not fit.
+      UserError: arrays do not fit; up to six are named.
     """
     which = "ema" if read_run(workdir).optimizer.ema_decay else "params"
-    learnt = load_params(workdir / "checkpoints", which)
+    trained = load_params(workdir / "checkpoints", which)
 
     def shapes(tree: Mapping) -> dict:
         return {path: np.shape(leaf) for path, leaf in traverse_util.flatten_dict(tree).items()}
 
-    out = dict(fresh)
+    params = dict(fresh)
     for part in ("image_proj", "ip_adapter", "aggregator"):
-        have, want = shapes(learnt.get(part, {})), shapes(fresh[part])
+        have, want = shapes(trained.get(part, {})), shapes(fresh[part])
         if have == want:
-            out[part] = jax.tree.map(jnp.asarray, learnt[part]) if want else {}
+            params[part] = jax.tree.map(jnp.asarray, trained[part]) if want else {}
         elif part == "aggregator":
-            print(f"init_from {workdir}: its aggregator is another; a fresh one learns on top")
+            print(f"init_from {workdir}: its aggregator does not fit; a fresh one is trained")
         else:
             paths = sorted(p for p in have.keys() | want.keys() if have.get(p) != want.get(p))
-            wrong = ", ".join(
+            mismatches = ", ".join(
                 f"{'.'.join(p)}: {have.get(p)} there, {want.get(p)} here" for p in paths[:6]
             )
-            raise UserError(f"init_from {workdir}: {part} does not fit ({wrong})")
-    return out
+            raise UserError(f"init_from {workdir}: {part} does not fit ({mismatches})")
+    return params
 
 
 def adapter_frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dict:
-    """The frozen tree of adapter training: UNet, text tower, the empty prompt's ids, and the image
-    encoder's `blank` (:class:`persona_jax.pipelines.image_encoders.ImageEncoder`)."""
+    """The frozen tree of adapter training.
+
+    Args:
+      pipeline: the base model.
+      blank: the image encoder's (:class:`persona_jax.pipelines.image_encoders.ImageEncoder`).
+
+    Returns:
+      Parameters of UNet and text encoder, the empty prompt's token ids, and `blank`.
+    """
     empty, _ = pipeline.tokenize([""])
     return {
         "unet": pipeline.unet.params,
@@ -125,7 +132,15 @@ def adapter_frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dic
 
 
 def drop_conditions(key: Array, config: ConfigDict) -> tuple[Array, Array]:
-    """Whether an example loses its (image, text) condition, for classifier-free guidance."""
+    """Draws whether an example loses its conditions, for classifier-free guidance.
+
+    Args:
+      key: of the example.
+      config: probabilities of dropping ``image`` alone, ``text`` alone, or ``both``.
+
+    Returns:
+      Two booleans: the image condition is dropped, the text condition is dropped.
+    """
     draw = jax.random.uniform(key)
     image, text, both = config.image, config.text, config.both
     drops_both = draw < both
@@ -135,10 +150,10 @@ def drop_conditions(key: Array, config: ConfigDict) -> tuple[Array, Array]:
 
 
 def trained_unet(config: ConfigDict, pipeline: Pipeline) -> UNet2DConditionModel:
-    """The UNet as a config's training runs it: what is computed again is its ``remat``.
+    """The pipeline's UNet with the rematerialisation policy ``config.remat``.
 
     Raises:
-      UserError: an unknown one.
+      UserError: the policy is unknown.
     """
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}; known: {', '.join(REMAT)}")
@@ -146,12 +161,12 @@ def trained_unet(config: ConfigDict, pipeline: Pipeline) -> UNet2DConditionModel
 
 
 def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
-    """E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch.
+    """The loss E ‖ε − ε_θ(z_t, t, c_text, c_image)‖² over a leave-one-out batch.
 
-    Equation and conditions: docs/design.md, "The method".
+    Batches come from :func:`persona_jax.data.loader.batches`, the frozen tree from
+    :func:`adapter_frozen_params`.
 
-    The batch is what :func:`persona_jax.data.loader.batches` gives; the frozen tree is
-    :func:`adapter_frozen_params`'.
+    Source: docs/design.md, "The method" (equation and conditions).
     """
     unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
     schedule = pipeline.schedule
@@ -181,7 +196,7 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         def predict(z: Array, t: Array) -> Array:
             return unet.apply({"params": frozen["unet"]}, z, t, sources)
 
-        # All alike: who is painted, skin and hair first of all, is settled in the early steps.
+        # Timesteps are uniform: identity, skin and hair first, is decided at high noise levels.
         t = draw_steps(t_key, schedule)
         return denoising_loss(predict, schedule, latents, noise, t, gamma).mean(), {}
 

@@ -1,12 +1,12 @@
-"""Methods whose weights belong to one person: DreamBooth and LoRA.
+"""Per-person fine-tuning: DreamBooth and LoRA.
 
-Both learn from a person's photos, called by a rare token ("a photo of sks person"), and from
-pictures of the class that the frozen base paints ("a photo of a person"), so that the noun keeps
-its meaning (prior preservation, Ruiz et al. 2023). DreamBooth trains the UNet, and the text tower
-if asked to; LoRA trains low-rank updates of the UNet's attention projections.
+Both train on a person's photos, whose prompts contain a rare token ("a photo of sks person"), and
+on class images that the frozen base generates ("a photo of a person"), so that the noun keeps its
+meaning (prior preservation, Ruiz et al. 2023). DreamBooth trains the UNet, and the text encoder
+with ``train_text_encoder``; LoRA trains low-rank updates of the UNet's attention projections.
 
-Q people are trained side by side, in one program, and know nothing of each other: Q is the first
-axis of the trainable tree and the second of their photos, whose first is shared out among devices.
+Q people are trained independently in one compiled program. Q is the first axis of the trainable
+tree and the second axis of the photos; their first axis, the batch, is sharded over devices.
 """
 
 import re
@@ -37,12 +37,13 @@ from persona_jax.training.state import LossFn, StepFn, make_optimizer, make_step
 
 METHODS = ("dreambooth", "lora")
 TOWERS = ("unet", "text_encoder")
-"""What a person's weights may replace or update."""
+"""The parts of the base that fine-tuning may replace or update."""
 
 
 def insert_token(prompt: str, token: str, nouns: Sequence[str]) -> str:
-    """The prompt with the person's rare token before whichever of the nouns comes first: "a sks
-    person". One that has it already stays as it is.
+    """Inserts the rare token before the first of the nouns in the prompt: "a sks person".
+
+    A prompt that contains the token before a noun is returned unchanged.
 
     Raises:
       UserError: none of the nouns is in the prompt.
@@ -50,15 +51,15 @@ def insert_token(prompt: str, token: str, nouns: Sequence[str]) -> str:
     noun = f"({'|'.join(map(re.escape, nouns))})"
     if re.search(rf"\b{re.escape(token)} {noun}\b", prompt):
         return prompt
-    called, count = re.subn(rf"\b{noun}\b", rf"{token} \1", prompt, count=1)
+    renamed, count = re.subn(rf"\b{noun}\b", rf"{token} \1", prompt, count=1)
     if not count:
         known = " or ".join(map(repr, nouns))
-        raise UserError(f"prompt {prompt!r}: it has no {known} to call {token!r}; say one")
-    return called
+        raise UserError(f"prompt {prompt!r}: no {known} to put {token!r} before; add one")
+    return renamed
 
 
 def require_trained_on_base(person: Path, pipeline: Pipeline) -> None:
-    """Refuses a person's folder whose ``person.json`` names another base; raises UserError."""
+    """Raises UserError if a person's ``person.json`` names another base."""
     trained = folders.read_json(person / "person.json")
     for tower in TOWERS:
         now = getattr(pipeline, tower).hash
@@ -66,15 +67,20 @@ def require_trained_on_base(person: Path, pipeline: Pipeline) -> None:
 
 
 def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict:
-    """The trainable tree of Q people, float32, first axis Q, each at the base.
+    """Initialises the trainable trees of Q people from the base, or from ``config.init_from``.
 
-    dreambooth: ``{"unet": …}``, with ``"text_encoder"`` where ``config.train_text_encoder``; lora:
-    ``{"lora": …}``, of rank ``config.lora.rank``.
+    Args:
+      config: of the run.
+      pipeline: the base.
+      keys: one per person.
 
-    Where ``config.init_from`` is given, see :func:`init_from_weights`.
+    Returns:
+      A float32 tree whose arrays have first axis Q. dreambooth: ``{"unet": …}``, with
+      ``"text_encoder"`` if ``config.train_text_encoder``; lora: ``{"lora": …}``, of rank
+      ``config.lora.rank``.
 
     Raises:
-      UserError: a rank below 1.
+      UserError: a rank below 1, or weights that do not fit (:func:`init_from_weights`).
     """
     fresh = _fresh(config, pipeline, keys)
     return init_from_weights(config, pipeline, fresh) if config.init_from else fresh
@@ -97,24 +103,34 @@ def _fresh(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> di
 
 
 def init_from_weights(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) -> dict:
-    """`fresh`, of Q people, with what ``config.init_from`` names for each of them: a LoRA file for
-    lora, of the same rank and layers; a pipeline folder for dreambooth, of the base's shape.
+    """Initialises all Q people from the weights that ``config.init_from`` names.
+
+    For lora this is a LoRA file of the same rank and layers; for dreambooth, a pipeline folder with
+    the base's shapes.
+
+    Args:
+      config: of the run.
+      pipeline: the base.
+      fresh: the trainable tree that :func:`init` makes without ``init_from``, first axis Q.
+
+    Returns:
+      A float32 tree of the shapes of `fresh`.
 
     Raises:
-      UserError: it does not fit, or cannot be read.
+      UserError: the weights do not fit, or cannot be read.
     """
-    place = config.init_from
+    source = config.init_from
     if config.method == "lora":
         frozen = {name: getattr(pipeline, name).params for name in TOWERS}
-        found = load_lora(buckets.local(place), frozen)
-        scale = config.lora.alpha / config.lora.rank  # it is counted in, there
+        loaded = load_lora(buckets.local(source), frozen)
+        scale = config.lora.alpha / config.lora.rank  # load_lora has multiplied B by it
         learnt = {
             layer: {**update, "lora_B": {"kernel": update["lora_B"]["kernel"] / scale}}
-            for layer, update in found.pop("unet", {}).items()
+            for layer, update in loaded.pop("unet", {}).items()
         }
-        one = {"lora": learnt, **found}
+        one = {"lora": learnt, **loaded}
     else:
-        other = load(place, only=trained(config), dtype=jnp.float32, param_dtype=jnp.float32)
+        other = load(source, only=trained(config), dtype=jnp.float32, param_dtype=jnp.float32)
         one = {name: getattr(other, name).params for name in trained(config)}
 
     def shapes(tree: Mapping, first: int) -> dict:
@@ -123,28 +139,28 @@ def init_from_weights(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) ->
 
     have, want = shapes(one, 0), shapes(fresh, 1)
     if have != want:
-        wrong = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
-        told = ", ".join(f"{k}: {have.get(k)} there, {want.get(k)} here" for k in wrong[:6])
-        raise UserError(f"config.init_from={place}: it does not fit ({told})")
+        mismatches = sorted(k for k in have.keys() | want.keys() if have.get(k) != want.get(k))
+        listed = ", ".join(f"{k}: {have.get(k)} there, {want.get(k)} here" for k in mismatches[:6])
+        raise UserError(f"config.init_from={source}: it does not fit ({listed})")
     return jax.tree.map(
         lambda x, like: jnp.broadcast_to(jnp.asarray(x, jnp.float32), like.shape), one, dict(fresh)
     )
 
 
 def trained(config: ConfigDict) -> tuple[str, ...]:
-    """The towers that are trained whole, in place of the base's."""
+    """The towers whose full weights are trained; none for LoRA."""
     if config.method == "lora":
         return ()
     return ("unet", "text_encoder") if config.train_text_encoder else ("unet",)
 
 
 def apply(config: ConfigDict, frozen: Mapping, learnt: Mapping) -> dict:
-    """One person's towers, ``{"unet", "text_encoder"}``: what was learnt in place of the base's.
+    """One person's towers, ``{"unet", "text_encoder"}``: the base's with the trained weights.
 
     Args:
       config: of the run.
-      frozen: the base's towers; those that are trained whole may be left out.
-      learnt: one person's trainable tree (no axis of people).
+      frozen: the base's towers; those of :func:`trained` may be left out.
+      learnt: one person's trainable tree, without the axis Q.
     """
     if "lora" in learnt:
         scale = config.lora.alpha / config.lora.rank
@@ -153,19 +169,21 @@ def apply(config: ConfigDict, frozen: Mapping, learnt: Mapping) -> dict:
 
 
 def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
-    """E ‖ε − ε_θ(z_t, t, c)‖² + λ E ‖ε' − ε_θ(z'_t', t', c')‖², the mean over people.
+    """The loss E ‖ε − ε_θ(z_t, t, c)‖² + λ E ‖ε' − ε_θ(z'_t', t', c')‖², the mean over people.
 
-    The batch: "moments" ``[B, Q, h, w, 2C]`` and "tokens" ``[B, Q, T]`` of each person's photos,
-    "class_latents" ``[B, h, w, C]`` and "class_tokens" ``[B, T]`` of the class, and "index"
-    ``[B]``, the example's place in the global order. The frozen tree: those of the base's
-    :data:`TOWERS` that are not :func:`trained`.
+    The batch holds "moments" ``[B, Q, h, w, 2C]`` and "tokens" ``[B, Q, T]`` of each person's
+    photos, "class_latents" ``[B, h, w, C]`` and "class_tokens" ``[B, T]`` of the class, and "index"
+    ``[B]``, the example's position in the global order. The frozen tree is
+    :func:`person_frozen_params`; λ is ``config.prior.weight``.
+
+    Source: Ruiz et al. 2023, DreamBooth (prior preservation).
     """
     unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
     schedule = pipeline.schedule
     scaling, weight = pipeline.vae.module.config.scaling_factor, config.prior.weight
 
     def errors(towers: Mapping, latents: Array, ids: Array, keys: Array) -> Array:
-        """Of each example ``[B]``."""
+        """The denoising loss of each example ``[B]``."""
         noise_key, t_key = jax.vmap(jax.random.split)(keys).T
         hidden = text.apply({"params": towers["text_encoder"]}, ids).hidden
         kernels = text_kernels(towers["unet"], unet.config)
@@ -182,7 +200,7 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         keys = example_keys(config.seed, step, batch["index"])
         own_key, class_key, latent_key = jax.vmap(lambda k: jax.random.split(k, 3))(keys).T
         own = jax.vmap(lambda k, m: draw_latents(k, m, scaling))(latent_key, batch["moments"])
-        # Person and class go through the UNet as one batch.
+        # One UNet call for the person's photos and the class images.
         both = errors(
             towers,
             jnp.concatenate([own, batch["class_latents"]]),
@@ -204,13 +222,13 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
 
 
 def person_frozen_params(config: ConfigDict, pipeline: Pipeline) -> dict:
-    """The frozen tree of :func:`loss`."""
+    """The frozen tree of :func:`loss`: those of :data:`TOWERS` that are not :func:`trained`."""
     kept = set(TOWERS) - set(trained(config))
     return {name: getattr(pipeline, name).params for name in sorted(kept)}
 
 
 def make_people_optimizer(config: ConfigDict) -> optax.GradientTransformation:
-    """The optimiser of ``config.people.at_once`` people."""
+    """The optimizer of ``config.people.at_once`` people."""
     return for_each(make_optimizer(config.optimizer), config.people.at_once)
 
 
@@ -222,11 +240,12 @@ def people_step(
 
 
 def for_each(optimizer: optax.GradientTransformation, count: int) -> optax.GradientTransformation:
-    """The optimiser for `count` people side by side: each clipped and scaled by their own gradient.
+    """Applies an optimizer to each person separately, so that clipping and scaling are per person.
 
     Args:
       optimizer: of one person.
-      count: Q, the first axis of every array; :func:`loss` is a mean over them.
+      count: Q, the first axis of every array. :func:`loss` is a mean over Q, so gradients are
+        multiplied by it.
     """
 
     def update(updates, state, params=None):

@@ -1,4 +1,4 @@
-"""Trains the methods whose weights belong to one person, some people at a time."""
+"""Runs per-person fine-tuning, ``config.people.at_once`` people at a time."""
 
 import hashlib
 import itertools
@@ -43,17 +43,17 @@ LATENTS = "latents.npy"
 
 
 def finetune(config: ConfigDict, workdir: Path) -> None:
-    """One run at a time in a workdir (see :func:`finetune_people`)."""
+    """Runs :func:`finetune_people` with the workdir locked against a second run."""
     initialize_distributed()
     with locked(workdir):
         finetune_people(config, workdir)
 
 
 def finetune_people(config: ConfigDict, workdir: Path) -> None:
-    """Data, frozen towers, class pictures, then people, ``config.people.at_once`` in a program.
+    """Fine-tunes the config's people, ``config.people.at_once`` of them in one program.
 
-    Each finished person lies in ``WORKDIR/people/NAME`` and is not trained again; an interrupted
-    one goes on where it was.
+    A finished person is written to ``WORKDIR/people/NAME`` and is not trained again. Interrupted
+    training continues from its last checkpoint.
     """
     mesh = make_mesh(**config.mesh)
     refuse_another_run(workdir, config, ("method", "seed", "pipeline", "lora", "token", "nouns"))
@@ -79,17 +79,17 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
     placed = place(frozen, shard_params(mesh, frozen))
     data = {"moments": moments, "tokens": tokens, **prior}
     for start in range(0, len(people), at_once):
-        # The last ones are filled up: one shape, one compilation.
+        # Pads the last group with the last person, so that shapes match and nothing recompiles.
         chosen = np.minimum(np.arange(start, start + at_once), len(people) - 1)
         names = [people[i] for i in chosen]
         if all((person_folder(workdir, name) / "person.json").exists() for name in names):
             continue
         print(f"{start} of {len(people)} people done; now {', '.join(dict.fromkeys(names))}")
         rows = [np.arange(first[i], first[i + 1]) for i in chosen]
-        learnt = finetuning.init(config, pipeline, person_keys(config.seed, chosen))
+        trained = finetuning.init(config, pipeline, person_keys(config.seed, chosen))
         training = workdir / "training" / names[0]
         state = fit(
-            init_state(learnt, optimizer, mesh),
+            init_state(trained, optimizer, mesh),
             step_fn,
             placed,
             lambda step, rows=rows: person_batches(data, rows, config, step),
@@ -100,9 +100,9 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
             log_every=config.log_every,
             fingerprint={"method": config.method, "unet": pipeline.unet.hash, "people": names},
         )
-        learnt = to_host(state.params)
+        trained = to_host(state.params)
         for i, name in enumerate(names[: len(people) - start]):
-            one = jax.tree.map(lambda x, i=i: x[i], learnt)
+            one = jax.tree.map(lambda x, i=i: x[i], trained)
             first_process(
                 lambda one=one, name=name: save_person(workdir, name, one, pipeline, config)
             )
@@ -110,53 +110,54 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
         run, person, prompt = map(shlex.quote, (str(workdir), people[0], prompts[0]))
         print(
-            f"{len(people)} people are in {workdir / 'people'}. Paint one of them:\n"
+            f"{len(people)} people are in {workdir / 'people'}. Generate images of one:\n"
             f"  python -m persona_jax.sample --workdir {run} --person {person} "
             f"--prompt {prompt} --num 8 --out out"
         )
 
 
 def person_keys(seed: int, people: np.ndarray) -> Key[Array, " Q"]:
-    """A key for each person, by their number ``[Q]``."""
+    """One key per person, derived from the seed and the person's index ``[Q]``."""
     return jax.vmap(lambda i: jax.random.fold_in(jax.random.key(seed), i))(jnp.asarray(people))
 
 
 def chosen_people(config: ConfigDict, groups: People) -> list[str]:
-    """The people that the config names: the first ``people.count`` of a group.
+    """The first ``config.people.count`` people of the group ``config.people.group``.
 
     Raises:
-      UserError: no such group, or too few in it.
+      UserError: the group is unknown or has too few people.
     """
     group, count = config.people.group, config.people.count
-    found = getattr(groups, group, None)
-    if found is None:
+    people = getattr(groups, group, None)
+    if people is None:
         raise UserError(f"config.people.group={group!r}; known: train, validation, test, base")
-    if not 0 < count <= len(found):
-        raise UserError(f"config.people.count={count}: {group} has {len(found)} people")
-    return found[:count]
+    if not 0 < count <= len(people):
+        raise UserError(f"config.people.count={count}: {group} has {len(people)} people")
+    return people[:count]
 
 
 def training_rows(photos: Photos, people: Sequence[str], config: ConfigDict) -> list[np.ndarray]:
-    """Rows of the photos each person is learnt from: the ones that adapters are shown.
+    """Rows of the photos each person is trained on: those that adapters get as references.
 
-    The first n of them, less the last where ``training_rows.hold_out``.
+    These are the first ``config.references.n``, without the last of them if
+    ``config.references.hold_out``.
 
     Raises:
-      UserError: a person with no photo left.
+      UserError: a person has no photo left.
     """
     wanted, hold_out = config.references.n, config.references.hold_out
-    rows = [found[:wanted] for found in photos_of(photos.people, people)]
-    own = [found[: len(found) - 1] if hold_out else found for found in rows]
-    if poor := [name for name, found in zip(people, own, strict=True) if not len(found)]:
+    rows = [chosen[:wanted] for chosen in photos_of(photos.people, people)]
+    own = [chosen[: len(chosen) - 1] if hold_out else chosen for chosen in rows]
+    if empty := [name for name, chosen in zip(people, own, strict=True) if not len(chosen)]:
         raise UserError(
-            f"{poor[0]}: too few photos to learn from (config.references.n={wanted}, "
+            f"{empty[0]}: too few photos to train on (config.references.n={wanted}, "
             f"hold_out={hold_out})"
         )
     return own
 
 
 def captions(photos: Photos, own: Sequence[np.ndarray], config: ConfigDict) -> list[str]:
-    """What each photo is said to show: the caption it has, or ``config.prompt`` for all."""
+    """The caption of each photo, or ``config.prompt`` for all if ``config.captions`` is off."""
     rows = np.concatenate(own)
     return [photos.captions[row] if config.captions else config.prompt for row in rows]
 
@@ -164,7 +165,7 @@ def captions(photos: Photos, own: Sequence[np.ndarray], config: ConfigDict) -> l
 def encode_photos(
     photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigDict
 ) -> np.ndarray:
-    """Moments ``[P, h, w, 2C]`` of the latents of photos."""
+    """Latent moments ``[P, h, w, 2C]`` of photos, cached in ``config.data.data_dir``."""
     vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
     moments = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
 
@@ -187,10 +188,16 @@ def encode_photos(
 def class_images(
     photos: Photos, groups: People, pipeline: Pipeline, config: ConfigDict
 ) -> dict[str, np.ndarray]:
-    """Latents of ``config.prior.pictures`` pictures that the frozen base paints of the class, and
-    their prompts' tokens; kept, and painted once for all runs of the same settings.
+    """Class images for prior preservation: ``config.prior.pictures`` samples of the frozen base.
 
-    The prompt is ``config.prior.prompt``, or captions of people trained on.
+    Their prompt is ``config.prior.prompt``, or, if ``config.captions``, captions of people trained
+    on. They are cached on disk and reused by all runs with the same settings.
+
+    Returns:
+      "class_latents" ``[K, h, w, C]`` and the prompts' "class_tokens" ``[K, T]``.
+
+    Raises:
+      UserError: ``config.prior.pictures`` is below 1.
     """
     count, prior = config.prior.pictures, config.prior
     if count < 1:
@@ -208,27 +215,27 @@ def class_images(
     shape = (count, *pipeline.latent_shape)
     if reason := _fault(folder, shape):
         if folder.exists():
-            print(f"class pictures {folder}: {reason}, painting again", flush=True)
+            print(f"class images {folder}: {reason}, generating them again", flush=True)
         latents = _generate_class_images(pipeline, ids, config)
         first_process(lambda: _write_latents(folder, latents))
     return {"class_latents": np.load(folder / LATENTS, allow_pickle=False), "class_tokens": ids}
 
 
 def _fault(folder: Path, shape: tuple[int, ...]) -> str | None:
-    """What is wrong with kept latents, which must be of that shape; None where nothing is."""
+    """Why cached latents cannot be used (missing, damaged, other shape); None if they can."""
     if not (folder / LATENTS).exists():
         return "not there"
     try:
-        found = checksums.fault(folder) or np.load(folder / LATENTS, allow_pickle=False)
+        result = checksums.fault(folder) or np.load(folder / LATENTS, allow_pickle=False)
     except (ValueError, EOFError) as error:
         return f"damaged ({error})"
-    if isinstance(found, str):
-        return f"damaged ({found})"
-    return None if found.shape == shape else f"of shape {found.shape}, not {shape}"
+    if isinstance(result, str):
+        return f"damaged ({result})"
+    return None if result.shape == shape else f"of shape {result.shape}, not {shape}"
 
 
 def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDict) -> np.ndarray:
-    print(f"painting {len(ids)} pictures of the class, {config.nouns[0]}")
+    print(f"generating {len(ids)} images of the class, {config.nouns[0]}")
     sampler = generation.make_latent_sampler(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
     request = generation.make_request(
@@ -248,45 +255,49 @@ def _write_latents(folder: Path, latents: np.ndarray) -> None:
 def person_batches(
     data: Mapping[str, np.ndarray], rows: Sequence[np.ndarray], config: ConfigDict, start: int
 ) -> Iterator[dict[str, np.ndarray]]:
-    """Endless batches from step `start` on, as :func:`persona_jax.methods.finetuning.loss` takes
-    them.
+    """Endless batches from step `start` on, for :func:`persona_jax.methods.finetuning.loss`.
 
-    Each person's photos, and the class pictures, come shuffled, each once an epoch; who is trained
-    beside whom changes nothing.
+    Each person's photos, and the class images, are shuffled anew in each epoch. A person's order
+    depends on the seed and their number of photos alone, not on who is trained in the same program.
 
     Args:
       data: "moments" and "tokens" of all people's photos, "class_latents" and "class_tokens".
-      rows: which of them are each person's ``[Q][R]``.
+      rows: indices of each person's photos in `data` ``[Q][R]``.
+      config: ``batch_size`` and ``seed`` are read.
+      start: the first step.
+
+    Raises:
+      UserError: the batch size is not a multiple of the number of processes.
     """
     size, index, count = config.batch_size, jax.process_index(), jax.process_count()
     if size % count:
         raise UserError(f"config.batch_size={size}: expected a multiple of {count} processes")
     for step in itertools.count(start):
-        place_of = np.arange(step * size, (step + 1) * size)[index::count]
-        own = [found[_drawn(place_of, len(found), (config.seed, 0))] for found in rows]
-        prior = _drawn(place_of, len(data["class_latents"]), (config.seed, 1))
+        positions = np.arange(step * size, (step + 1) * size)[index::count]
+        own = [chosen[_drawn(positions, len(chosen), (config.seed, 0))] for chosen in rows]
+        prior = _drawn(positions, len(data["class_latents"]), (config.seed, 1))
         own = np.stack(own, axis=1)
         yield {
             "moments": data["moments"][own],
             "tokens": data["tokens"][own],
             "class_latents": data["class_latents"][prior],
             "class_tokens": data["class_tokens"][prior],
-            "index": (place_of % 2**31).astype(np.int32),
+            "index": (positions % 2**31).astype(np.int32),
         }
 
 
-def _drawn(place_of: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
-    """Which of `count` things stand at these places of an endless shuffled sequence."""
-    epochs, inside = np.divmod(place_of, count)
+def _drawn(positions: np.ndarray, count: int, seed: tuple[int, ...]) -> np.ndarray:
+    """Items at the given positions of an endless sequence that shuffles `count` items per epoch."""
+    epochs, offsets = np.divmod(positions, count)
     orders = {e: np.random.default_rng((*seed, int(e))).permutation(count) for e in set(epochs)}
-    return np.asarray([orders[e][i] for e, i in zip(epochs, inside, strict=True)])
+    return np.asarray([orders[e][i] for e, i in zip(epochs, offsets, strict=True)])
 
 
 def person_folder(workdir: Path, name: str) -> Path:
-    """Where a finished person's weights lie.
+    """The folder of a finished person's weights.
 
     Raises:
-      UserError: `name` is no name, and would lead elsewhere.
+      UserError: `name` is not a file name and would lead outside ``WORKDIR/people``.
     """
     return files.name_below(workdir / "people", name, "--person")
 
@@ -294,13 +305,13 @@ def person_folder(workdir: Path, name: str) -> Path:
 def save_person(
     workdir: Path, name: str, learnt: Mapping, pipeline: Pipeline, config: ConfigDict
 ) -> None:
-    """Writes one person: towers as stock diffusers reads them, or a LoRA file in PEFT's layout.
+    """Writes one person's weights: towers in diffusers' layout, or a LoRA file in PEFT's layout.
 
-    The folder gets its name when all is there, with checksums.
+    The write is atomic: the folder gets its name when it is complete, with checksums.
     """
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
     about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
-    files.remove(person_folder(workdir, name))  # an unfinished one
+    files.remove(person_folder(workdir, name))  # left unfinished by an interrupted run
     with files.whole_folder(person_folder(workdir, name)) as folder:
         for tower in learnt.keys() - {"lora"}:
             half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
@@ -312,11 +323,11 @@ def save_person(
 
 
 def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict) -> dict:
-    """A finished person's towers, ``{"unet", "text_encoder"}``.
+    """Loads a finished person's towers, ``{"unet", "text_encoder"}``.
 
     Raises:
-      UserError: nobody of that name is finished, files that do not fit, or another base than they
-        were trained on.
+      UserError: no finished person has that name, the files do not fit, or the base is not the one
+        that was trained on.
     """
     folder = person_folder(workdir, name)
     if not (folder / "person.json").exists():
@@ -338,10 +349,10 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
 def load_person_lora(
     workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
 ) -> lora.LoraTree:
-    """A finished person's low-rank update of the UNet; its α is the config's, and not counted in.
+    """Loads a finished person's low-rank update of the UNet, not scaled by ``config.lora.alpha``.
 
     Raises:
-      UserError: tensors that do not fit.
+      UserError: the tensors do not fit.
     """
     file = person_folder(workdir, name) / FILE
     abstract = jax.eval_shape(

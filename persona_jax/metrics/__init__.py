@@ -1,1 +1,1 @@
-"""How good a picture or an embedding is."""
+"""Metrics of generated images and of embeddings."""

@@ -1,6 +1,6 @@
-"""How far two sets of pictures are apart, by their features: FID, KID, IS, precision and recall.
+"""Distances between two sets of images by their features: FID, KID, IS, precision and recall.
 
-Features and logits come from one of the networks that score; nothing here knows which. All float64.
+Features and logits may come from any network. All computations are in float64.
 """
 
 import dataclasses
@@ -20,10 +20,10 @@ BLOCK = 4096
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Mean and scatter of pictures' features; those of parts merge in any order (:func:`merge`).
+    """Mean and scatter of features; the moments of parts can be merged (:func:`merge`).
 
     Attributes:
-      count: pictures.
+      count: number of images.
       mean: of their features ``[D]``.
       scatter: Σ (x − mean)(x − mean)ᵀ ``[D, D]``.
     """
@@ -47,11 +47,12 @@ class Moments:
 def moments(
     features: Float[np.ndarray, "P D"], rows: Int[np.ndarray, " R"] | None = None
 ) -> Moments:
-    """The moments of P pictures' features, or of some rows of them; :data:`BLOCK` rows at a time,
-    so that it takes little memory beside the features.
+    """The moments of the features of P images, or of some rows of them.
+
+    Only :data:`BLOCK` rows at a time are held in float64.
 
     Raises:
-      UserError: a feature that is not finite.
+      UserError: a feature is not finite.
     """
     count = len(features) if rows is None else len(rows)
 
@@ -68,9 +69,11 @@ def moments(
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of all parts' pictures together, by the parallel update of Chan, Golub & LeVeque
-    (1983): no sums of squares, whose rounding errors grow with the mean. One part is held at a
-    time."""
+    """The moments of the images of all parts together, one part at a time.
+
+    The parallel update of Chan, Golub & LeVeque (1983); unlike sums of squares, it does not lose
+    digits where the mean is large.
+    """
     return functools.reduce(_merged, parts)
 
 
@@ -94,8 +97,8 @@ class Statistics(Protocol):
 def frechet_distance(one: Statistics, other: Statistics) -> float:
     """FID (Heusel et al. 2017, eq. 6): ‖μ₁ − μ₂‖² + tr(Σ₁ + Σ₂ − 2 (Σ₁ Σ₂)^½).
 
-    The last trace is the sum of the singular values of Σ₁^½ Σ₂^½, which stay real and accurate for
-    covariances of any rank.
+    tr (Σ₁ Σ₂)^½ is computed as the sum of the singular values of Σ₁^½ Σ₂^½, which are real and
+    accurate for covariances of any rank.
     """
     first, second = one.covariance, other.covariance
     shared = np.linalg.svd(_root(first) @ _root(second), compute_uv=False).sum()
@@ -106,23 +109,28 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 def frechet_distance_infinity(
     features: Float[np.ndarray, "P D"], reference: Statistics, seed: int
 ) -> float:
-    """FID extrapolated to infinitely many pictures (Chong & Forsyth 2020).
+    """FID extrapolated to infinitely many images (Chong & Forsyth 2020).
 
-    FID is computed of random subsets, evenly spaced from a tenth of the pictures to all, and is
-    linear in 1/N: the line's value at 0. It takes all features; float32 ones will do.
+    FID is about linear in 1/N. It is computed on 15 random subsets, whose sizes N are evenly spaced
+    from a tenth of the images to all; the result is the value of the fitted line at 1/N = 0.
+
+    Args:
+      features: of all generated images; float32 is enough.
+      reference: statistics of the real images.
+      seed: of the subsets.
 
     Raises:
-      UserError: fewer than 20 pictures.
+      UserError: fewer than 20 images.
     """
     if len(features) < 20:
         raise UserError(f"FID infinity needs 20 pictures or more, got {len(features)}")
     rng = np.random.default_rng(seed)
     sizes = np.linspace(len(features) // 10, len(features), 15).astype(np.int64)
-    found = []
+    distances = []
     for size in sizes:
         chosen = rng.choice(len(features), size, replace=False)
-        found.append(frechet_distance(moments(features, chosen), reference))
-    _, at_zero = np.polyfit(1.0 / sizes, found, 1)
+        distances.append(frechet_distance(moments(features, chosen), reference))
+    _, at_zero = np.polyfit(1.0 / sizes, distances, 1)
     return float(at_zero)
 
 
@@ -138,27 +146,27 @@ def kernel_distance(
     in float64.
 
     Args:
-      one, other: features.
-      seed: which subsets are drawn.
-      subsets: how many.
-      subset_size: pictures in each; as many as the smaller set has, if that is fewer.
+      one, other: features of the two sets.
+      seed: of the subsets.
+      subsets: number of subsets.
+      subset_size: images in each; at most the size of the smaller set.
 
     Returns:
       (mean, standard deviation) over the subsets.
 
     Raises:
-      UserError: fewer than two pictures on a side.
+      UserError: a set has fewer than two images.
     """
     size = min(subset_size, len(one), len(other))
     if size < 2:
         raise UserError(f"KID needs 2 pictures or more on each side, got {size}")
     rng = np.random.default_rng(seed)
-    found = []
+    values = []
     for _ in range(subsets):
         x = one[rng.choice(len(one), size, replace=False)].astype(np.float64)
         y = other[rng.choice(len(other), size, replace=False)].astype(np.float64)
-        found.append(squared_mmd(x, y))
-    return float(np.mean(found)), float(np.std(found))
+        values.append(squared_mmd(x, y))
+    return float(np.mean(values)), float(np.std(values))
 
 
 def precision_recall(
@@ -166,14 +174,17 @@ def precision_recall(
 ) -> tuple[float, float]:
     """Improved precision and recall (Kynkäänniemi et al. 2019, eq. 1).
 
-    A set's manifold is the union of balls about its features that reach to each one's k-th nearest
-    neighbour in the set. Precision is the share of generated pictures within the real ones'
-    manifold, recall the share of real ones within the generated ones'. It takes all features
-    (float32 ones will do); distances are float64, of a block of rows at a time. The time grows with
-    P · R: the paper takes 50,000 of each.
+    The manifold of a set is the union of balls around its features, each with the distance to the
+    feature's k-th nearest neighbour in the set as radius. Precision is the share of generated
+    images within the manifold of the real ones; recall is the share of real images within the
+    manifold of the generated ones. It needs all features (float32 is enough); distances are
+    computed in float64, in blocks of rows. Time grows with P · R; the paper uses 50,000 of each.
+
+    Returns:
+      (precision, recall), each from 0 to 1.
 
     Raises:
-      UserError: no more than k pictures on a side, or features of different networks.
+      UserError: a set has k images or fewer, or the feature sizes differ.
     """
     if min(len(generated), len(real)) <= k or generated.shape[1] != real.shape[1]:
         raise UserError(
@@ -182,7 +193,7 @@ def precision_recall(
         )
 
     def within(points: np.ndarray, centres: np.ndarray) -> float:
-        # The nearest of a feature's neighbours in its own set is itself.
+        # Index k, not k − 1: the nearest neighbour of a feature in its own set is itself.
         own = _distance_blocks(centres, centres)
         radii = np.concatenate([np.partition(rows, k, axis=1)[:, k].copy() for rows in own])
         found = _distance_blocks(points, centres)
@@ -225,20 +236,20 @@ def inception_score(
 
     Args:
       logits: of the classes.
-      seed: of the shuffle, NumPy's legacy generator, as torch-fidelity does it.
-      splits: equal parts; the score grows with fewer, so it belongs beside the number.
-      uniform: take p(y) as 1 / C, which some papers write, instead of the marginal.
+      seed: of the shuffle by NumPy's legacy generator, as in torch-fidelity.
+      splits: number of equal parts. Fewer splits give a higher score, so report this number too.
+      uniform: use p(y) = 1 / C, as some papers define it, instead of the marginal.
 
     Returns:
       (mean, standard deviation) over the splits.
 
     Raises:
-      UserError: fewer pictures than splits.
+      UserError: fewer images than splits.
     """
     if splits < 1 or len(logits) < splits:
         raise UserError(f"Inception Score of {len(logits)} pictures in {splits} splits; use fewer")
     order = np.random.RandomState(seed).permutation(len(logits))
-    # The same cuts as torch-fidelity's, so that splits of unequal length agree.
+    # torch-fidelity's cuts, so that the scores agree when splits have unequal lengths.
     cuts = [len(logits) * i // splits for i in range(splits + 1)]
     scores = []
     for start, end in pairwise(cuts):
@@ -246,11 +257,11 @@ def inception_score(
         part -= np.logaddexp.reduce(part, axis=1, keepdims=True)
         p = np.exp(part)
         q = np.full_like(p[0], 1.0 / len(p[0])) if uniform else p.mean(axis=0)
-        there = np.broadcast_to(q > 0, p.shape)  # what no picture shows adds nothing
-        off = np.subtract(
-            part, np.log(q, where=q > 0, out=np.zeros_like(q)), where=there, out=0 * p
+        positive = np.broadcast_to(q > 0, p.shape)  # classes of probability 0 in all images add 0
+        log_ratio = np.subtract(
+            part, np.log(q, where=q > 0, out=np.zeros_like(q)), where=positive, out=0 * p
         )
-        scores.append(np.exp((p * off).sum(axis=1).mean()))
+        scores.append(np.exp((p * log_ratio).sum(axis=1).mean()))
     return float(np.mean(scores)), float(np.std(scores))
 
 

@@ -1,7 +1,7 @@
-"""What a network sees in pictures: features and class logits, the ground of FID, KID and IS.
+"""Features and class logits of images, the inputs of FID, KID and IS.
 
-The same numbers come out however many devices share the work: every device looks at pieces of a
-fixed size, so that each picture meets the same compiled program.
+The results do not depend on the number of devices: every device processes pieces of a fixed size,
+so that each image goes through the same compiled program.
 """
 
 import operator
@@ -29,12 +29,18 @@ def make_pass(
     mesh: Mesh,
     prepare: Callable[[np.ndarray], np.ndarray] = lambda pictures: pictures,
 ) -> Callable[[np.ndarray], Any]:
-    """A function from pictures ``[P, S, S, 3]`` to the tree of rows ``[P, …]`` that
-    ``apply(params, pictures)`` gives for each, as numpy arrays, whole in every process.
+    """Makes a function that applies a network to any number of images, over all devices.
 
-    prepare: done to the pictures on the host, a part at a time, before the devices see them.
+    Args:
+      apply: (params, images) → a tree of rows ``[P, …]``, one per image.
+      params: of the network.
+      mesh: of the devices that share the images.
+      prepare: preprocessing on the host, applied to a part of the images at a time.
 
-    The pictures are the same in every process, and all processes must ask together.
+    Returns:
+      A function from images ``[P, S, S, 3]`` to the tree of `apply` as numpy arrays, complete in
+      every process. All processes must call it together with the same images. It raises UserError
+      for zero images.
     """
     params = place(params, replicated(mesh))
     spec = batch_sharding(mesh).spec
@@ -44,19 +50,19 @@ def make_pass(
         rows = jax.lax.map(lambda piece: apply(params, piece), split)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), rows)
 
-    shared = jax.jit(
+    sharded_apply = jax.jit(
         jax.shard_map(pieces, mesh=mesh, in_specs=(PartitionSpec(), spec), out_specs=spec)
     )
 
     def look(pictures: np.ndarray) -> Any:
         if len(pictures) == 0:
-            raise UserError("no pictures to look at; paint some, or name a folder that has some")
-        whole, parts = PIECE * mesh.size, []
-        for start in range(0, len(pictures), whole * ROUND):
-            part = prepare(pictures[start : start + whole * ROUND])
-            missing = -len(part) % whole
-            filled = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
-            rows = to_host(shared(params, place(filled, batch_sharding(mesh))))
+            raise UserError("no images; generate some, or name a folder that contains some")
+        group_size, parts = PIECE * mesh.size, []
+        for start in range(0, len(pictures), group_size * ROUND):
+            part = prepare(pictures[start : start + group_size * ROUND])
+            missing = -len(part) % group_size
+            padded = np.concatenate([part, np.repeat(part[-1:], missing, axis=0)])
+            rows = to_host(sharded_apply(params, place(padded, batch_sharding(mesh))))
             parts.append(jax.tree.map(operator.itemgetter(slice(len(part))), rows))
         return jax.tree.map(lambda *rows: np.concatenate(rows), *parts)
 
@@ -68,11 +74,21 @@ def inception_pass(
 ) -> Callable[
     [UInt8[np.ndarray, "P S S 3"]], tuple[Float[np.ndarray, "P F"], Float[np.ndarray, "P K"]]
 ]:
-    """Inception v3's features ``[P, 2048]`` and logits without bias ``[P, 1008]`` of pictures.
+    """Makes a function for Inception v3's features and logits of images.
 
-    resize, to 299 pixels: "legacy", bilinear without antialiasing from corner to corner, as
-    TensorFlow 1 and torch-fidelity do; or "clean", Pillow's bicubic, antialiased, on floats, as
-    clean-fid does (Parmar et al. 2022). Figures of the two do not compare.
+    Args:
+      params: of :class:`persona_jax.models.inception.InceptionV3`.
+      mesh: of the devices that share the images.
+      resize: to 299 pixels. "legacy" is bilinear without antialiasing from corner to corner, as in
+        TensorFlow 1 and torch-fidelity; "clean" is Pillow's antialiased bicubic on floats, as in
+        clean-fid (Parmar et al. 2022). Metrics of the two are not comparable.
+
+    Returns:
+      A function from images ``[P, S, S, 3]`` to features ``[P, 2048]`` and logits without bias
+      ``[P, 1008]``; see :func:`make_pass`.
+
+    Raises:
+      UserError: `resize` is unknown.
     """
     if resize not in ("legacy", "clean"):
         raise UserError(f"resize={resize!r}; known: legacy, clean")
@@ -90,16 +106,16 @@ def inception_pass(
 
 
 def resize_legacy(pictures: Float[Array, "B h w 3"], side: int = SIDE) -> Float[Array, "B s s 3"]:
-    """Bilinear, output pixel i taken at i · (input size / output size), without antialiasing."""
+    """Bilinear without antialiasing: output pixel i is sampled at i · (input / output size)."""
 
     def weights(size: int) -> np.ndarray:
-        place = np.arange(side) * np.float32(size / side)
-        low = place.astype(np.int64)
-        share = (place - low).astype(np.float32)
-        out = np.zeros((side, size), np.float32)
-        np.add.at(out, (np.arange(side), low), 1 - share)
-        np.add.at(out, (np.arange(side), np.minimum(low + 1, size - 1)), share)
-        return out
+        positions = np.arange(side) * np.float32(size / side)
+        low = positions.astype(np.int64)
+        share = (positions - low).astype(np.float32)
+        matrix = np.zeros((side, size), np.float32)
+        np.add.at(matrix, (np.arange(side), low), 1 - share)
+        np.add.at(matrix, (np.arange(side), np.minimum(low + 1, size - 1)), share)
+        return matrix
 
     _, height, width, _ = pictures.shape
     return jnp.einsum(
@@ -112,7 +128,7 @@ def resize_legacy(pictures: Float[Array, "B h w 3"], side: int = SIDE) -> Float[
 
 
 def resize_clean(pictures: UInt8[np.ndarray, "P h w 3"], side: int = SIDE) -> np.ndarray:
-    """Pillow's bicubic on each channel as floats, 0 to 255 and a little beyond ``[P, s, s, 3]``."""
+    """Pillow's bicubic on each channel as floats ``[P, s, s, 3]``, 0 to 255 and slightly beyond."""
 
     def plane(values: np.ndarray) -> np.ndarray:
         image = Image.fromarray(values.astype(np.float32), mode="F")

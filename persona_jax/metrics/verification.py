@@ -1,7 +1,7 @@
-"""Face verification: how well an embedding tells "same person" from "two people".
+"""Face verification: how well embeddings distinguish pairs of one person from pairs of two.
 
-Labeled Faces in the Wild's protocol in spirit (`pairs.txt`: as many pairs of one person as of
-two), with pairs drawn by seed so that any set of people can be used.
+The protocol follows Labeled Faces in the Wild (`pairs.txt`: as many pairs of one person as of two),
+but pairs are drawn by seed, so that any set of people can be used.
 """
 
 from collections.abc import Sequence
@@ -17,10 +17,10 @@ BOOTSTRAPS = 1000
 def auc(scores_same: Float[np.ndarray, " S"], scores_different: Float[np.ndarray, " R"]) -> float:
     """Area under the ROC curve: P(same > different) + P(same = different) / 2.
 
-    Equal to the Mann–Whitney U statistic over the number of (same, different) couples.
+    This is the Mann–Whitney U statistic divided by the number of (same, different) combinations.
 
     Raises:
-        UserError: an empty side, or a score that is not finite.
+        UserError: one kind has no scores, or a score is not finite.
     """
     if not (len(scores_same) and len(scores_different)):
         raise UserError(
@@ -38,28 +38,28 @@ def auc(scores_same: Float[np.ndarray, " S"], scores_different: Float[np.ndarray
 def make_pairs(
     people: Sequence[str], count: int, seed: int
 ) -> tuple[Int[np.ndarray, "P 2"], Int[np.ndarray, "P 2"]]:
-    """Draw `count` pairs of one person's photos and `count` pairs of two people's.
+    """Draws `count` pairs of photos of one person, and `count` pairs of photos of two people.
 
-    People are drawn uniformly, then photos within them, so that nobody with hundreds of photos
-    dominates; a pair may come up twice.
+    A person is drawn uniformly, then a photo of that person, so that people with hundreds of photos
+    do not dominate. A pair may occur twice.
 
     Args:
-        people: the person on each photo.
-        count: pairs of each kind.
-        seed: the pairs are a function of (people, count, seed).
+        people: name of the person on each photo.
+        count: number of pairs of each kind.
+        seed: the pairs depend on (people, count, seed) alone.
 
     Returns:
         Indices into `people`: (same person, different people), each `[count, 2]`.
 
     Raises:
-        UserError: `count` below 1, fewer than two people, or nobody with two photos.
+        UserError: `count` is below 1, or there are fewer than two people, or none has two photos.
     """
     names, person = np.unique(np.asarray(people, dtype=str), return_inverse=True)
     photos = [np.flatnonzero(person == i) for i in range(len(names))]
     several = [ids for ids in photos if len(ids) >= 2]
     if count < 1 or len(photos) < 2 or not several:
         raise UserError(
-            f"verification pairs need count ≥ 1, two people and somebody with two photos; got "
+            f"verification pairs need count ≥ 1, two people and a person with two photos; got "
             f"count {count}, {len(photos)} people, {len(several)} of them with two photos"
         )
     rng = np.random.default_rng(seed)
@@ -80,24 +80,25 @@ def verification(
     seed: int = 0,
     centre: Float[np.ndarray, " D"] | None = None,
 ) -> dict[str, float]:
-    """Verify people by the cosine similarity of their photos' embeddings.
+    """Verifies people by the cosine similarity of embeddings of their photos.
 
     Args:
         embeddings: one per photo.
-        people: the person on each photo.
-        count: pairs of each kind (:func:`make_pairs`).
+        people: name of the person on each photo.
+        count: number of pairs of each kind (:func:`make_pairs`).
         seed: of the pairs and of the bootstrap.
-        centre: subtracted before the cosine; embeddings that share a large common part (CLIP's)
-            want the mean over *other* people's photos here.
+        centre: subtracted from the embeddings first. Embeddings with a large common component, such
+            as CLIP's, need the mean over photos of *other* people here.
 
     Returns:
         `auc`; `auc_low` and `auc_high`, its 95 % percentile bootstrap interval over *people*
-        (pairs that share a person are not independent, so resampling pairs would flatter it);
-        `accuracy`, balanced, at the `threshold` that is best for these very pairs.
+        (pairs that share a person are not independent, so resampling pairs would give an interval
+        that is too narrow); `accuracy`, the balanced accuracy at `threshold`, which is chosen to
+        maximise it on the same pairs.
 
     Raises:
-        UserError: lengths that differ, embeddings not finite or of no length, and whatever
-            :func:`make_pairs` raises.
+        UserError: the lengths differ, an embedding is zero or not finite, or
+            :func:`make_pairs` raises it.
     """
     if len(embeddings) != len(people):
         raise UserError(f"verification: {len(embeddings)} embeddings for {len(people)} photos")
@@ -126,19 +127,19 @@ def verification(
 
 
 def _levels(scores_same, scores_different) -> tuple[np.ndarray, np.ndarray, int]:
-    """Each score's rank among the distinct values of both kinds, and how many there are."""
+    """Ranks of the scores among the distinct values of both kinds, and the number of values."""
     values, ranks = np.unique(np.concatenate([scores_same, scores_different]), return_inverse=True)
     return ranks[: len(scores_same)], ranks[len(scores_same) :], len(values)
 
 
 def _weighted_auc(same, different) -> float:
-    """AUC from the weight of each kind at each distinct score, lowest first."""
+    """AUC from the total weight of each kind at each distinct score, lowest score first."""
     below = np.cumsum(different) - different / 2
     return float(np.sum(same * below) / (np.sum(same) * np.sum(different)))
 
 
 def _best_threshold(scores_same, scores_different) -> tuple[float, float]:
-    """Balanced accuracy, and the score at or above which a pair is called "same"."""
+    """The best balanced accuracy and its threshold: pairs at or above it count as one person."""
     ranks_same, ranks_different, levels = _levels(scores_same, scores_different)
     kept = np.cumsum(np.bincount(ranks_same, minlength=levels)[::-1])[::-1] / len(ranks_same)
     rejected = np.bincount(ranks_different, minlength=levels)
@@ -149,9 +150,9 @@ def _best_threshold(scores_same, scores_different) -> tuple[float, float]:
 
 
 def _auc_interval(scores_same, scores_different, same, different, people, seed):
-    """The 2.5 and 97.5 % points of the AUC when the people are drawn again with replacement.
+    """The 2.5 and 97.5 % quantiles of the AUC under resampling of people with replacement.
 
-    A person drawn k times counts k times: a pair of one person weighs k, of two k·k'.
+    A pair of one person who is drawn k times has weight k; a pair of two has weight k·k'.
     """
     names, person = np.unique(np.asarray(people, dtype=str), return_inverse=True)
     ranks_same, ranks_different, levels = _levels(scores_same, scores_different)
@@ -161,7 +162,7 @@ def _auc_interval(scores_same, scores_different, same, different, people, seed):
         weight = times[person]
         weight_same = np.bincount(ranks_same, weight[same[:, 0]], levels)
         weight_different = np.bincount(ranks_different, weight[different].prod(axis=1), levels)
-        if weight_same.any() and weight_different.any():  # few people may leave no pair
+        if weight_same.any() and weight_different.any():  # a sample of few people may lack pairs
             draws.append(_weighted_auc(weight_same, weight_different))
     low, high = np.percentile(draws, [2.5, 97.5])
     return float(low), float(high)

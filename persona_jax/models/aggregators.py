@@ -1,8 +1,7 @@
 """Aggregators: a set of reference embeddings [B, N, D] with weights [B, N] → one [B, D].
 
-A weight of 0 removes a photo everywhere, weight w counts it w times, and the empty set gives
-exactly the zero vector, which is the unconditional branch of stock IP-Adapter (docs/design.md,
-"Sets and masks").
+A weight of 0 removes a photo; weight w counts it w times. The empty set gives exactly the zero
+vector, which is IP-Adapter's unconditional branch (docs/design.md, "Sets and masks").
 """
 
 import dataclasses
@@ -20,7 +19,7 @@ from persona_jax.models.attention import merge_heads, split_heads
 
 
 def _zero_if_empty(x: Array, weights: Array) -> Array:
-    # Chosen, not multiplied: 0 · x would be −0 or NaN for some x.
+    # where, not a product: 0 · x is −0 or NaN for some x.
     return jnp.where((weights > 0).any(axis=1, keepdims=True), x, 0.0)
 
 
@@ -30,7 +29,7 @@ def _shares(weights: Array) -> Array:
 
 
 def first(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> Float[Array, "B D"]:
-    """The first photo whose weight is not 0: the plain IP-Adapter."""
+    """The embedding of the first photo whose weight is not 0, as in the plain IP-Adapter."""
     present = weights > 0
     index = jnp.argmax(present, axis=1)
     chosen = jnp.take_along_axis(embeddings, index[:, None, None], axis=1)[:, 0]
@@ -52,8 +51,11 @@ def average(embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]) -> 
 def weighted_softmax(
     logits: Float[Array, "B H Q N"], weights: Float[Array, "B N"]
 ) -> Float[Array, "B H Q N"]:
-    """softmax(logits + log w) over N, float32: weight 2 equals listing the key twice, weight 0
-    removes it, and when nothing is left the result is all zeros."""
+    """softmax(logits + log w) over N, float32.
+
+    Weight 2 equals listing the key twice; weight 0 removes it. If all are removed, the result is
+    zero.
+    """
     weights = weights[:, None, None, :]
     logits = jnp.where(weights > 0, logits.astype(jnp.float32), -jnp.inf)
     peak = logits.max(axis=-1, keepdims=True)
@@ -67,8 +69,10 @@ def _norm(name: str, dtype: jnp.dtype | None) -> nn.LayerNorm:
 
 
 class SetBlock(nn.Module):
-    """Pre-norm transformer block over a set, no positions. Both residual branches end in zero
-    kernels, so that it starts as the identity."""
+    """Pre-norm transformer block over a set, without positions.
+
+    The last kernel of both residual branches starts at zero, so the block starts as the identity.
+    """
 
     heads: int
     width: int
@@ -106,10 +110,11 @@ def _identity(key: Array, shape: tuple[int, int], dtype: DTypeLike = jnp.float32
 def agreement(
     embeddings: Float[Array, "B N D"], weights: Float[Array, "B N"]
 ) -> Float[Array, "B N"]:
-    """Mean cosine of each photo to all photos of its set, by their weights, in [−1, 1].
+    """Weighted mean cosine similarity of each photo to all photos of its set, in [−1, 1].
 
-    Itself included: of n photos of equal weight this is (1 + (n − 1) · mean over the others) / n,
-    which orders them alike; without itself, listing every photo twice would change the result.
+    The mean includes the photo itself; without it, listing every photo twice would change the
+    result. For n photos of equal weight it is (1 + (n − 1) · mean over the others) / n, which gives
+    the same order as the mean over the others.
     """
     squares = (embeddings.astype(jnp.float32) ** 2).sum(axis=-1, keepdims=True)
     unit = embeddings * jax.lax.rsqrt(jnp.maximum(squares, 1e-12))
@@ -117,18 +122,22 @@ def agreement(
 
 
 CONSENSUS = 20.0
-"""Unit of the pooling heads' trust in :func:`agreement`: at 1 a photo whose cosine to the rest is
-lower by 0.1 gets a seventh of the share."""
+"""Factor of :func:`agreement` in the pooling logits. At β = 1 (:class:`AttentionPooling`) a photo
+whose mean cosine is lower by 0.1 gets a seventh of the share (e⁻²)."""
 
 
 class AttentionPooling(nn.Module):
-    """A learned query per head reads the set; each head pools its own slice of a linear map of the
-    features, so that each attribute can trust its own photo.
+    """Attention pooling over a set with one learned query per head.
 
-    logits_h = q_h · k_h / √d + 20 β_h · agreement: photos that agree with the rest are trusted,
-    which outvotes a photo of somebody else. Queries and β start at zero (every photo counts the
-    same), the map as the identity: the average. Keys start at random (with queries and keys at zero
-    there would be no gradient).
+    Each head pools its own slice of a linear map of the features, so that different features may
+    be taken from different photos.
+
+    logits_h = q_h · k_h / √d + 20 β_h · agreement. The second term gives more weight to photos that
+    agree with the others, which suppresses a photo of another person.
+
+    Queries and β start at zero (all photos weigh the same) and the linear map as the identity, so
+    pooling starts as the average. Keys start at random: with queries and keys both at zero there
+    would be no gradient.
     """
 
     heads: int
@@ -141,17 +150,25 @@ class AttentionPooling(nn.Module):
         x: Float[Array, "B N D"],
         weights: Float[Array, "B N"],
     ) -> tuple[Float[Array, "B D"], Float[Array, "B H N"]]:
-        """`seen`, which decides, and `x`, what is pooled → pooled [B, D] and each head's share per
-        photo [B, H, N]."""
+        """Pools a set.
+
+        Args:
+          seen: features that the keys are computed from ``[B, N, D]``.
+          x: features that are pooled ``[B, N, D]``.
+          weights: of the photos ``[B, N]``.
+
+        Returns:
+          Pooled features ``[B, D]``, and the share of each photo in each head ``[B, H, N]``.
+        """
         dim = x.shape[-1]
         if dim % self.heads:
             raise UserError(f"aggregator: {self.heads} pooling heads do not divide D={dim}")
-        # No bias before the keys either: the same for every photo, the softmax would cancel it.
+        # No bias in the norm: it adds the same to every photo's logit, which the softmax cancels.
         norm = nn.LayerNorm(epsilon=1e-5, use_bias=False, dtype=self.dtype, name="norm")
         keys = nn.Dense(dim, use_bias=False, dtype=self.dtype, name="to_k")(norm(seen))
         query = self.param("query", nn.initializers.zeros, (self.heads, dim // self.heads))
         trust = self.param("consensus", nn.initializers.zeros, (self.heads,))
-        # Agreement is one more feature of each key, and trust in it one more of each query.
+        # Agreement is appended to each key as a feature, and 20 β to each query.
         shared = jnp.broadcast_to(
             agreement(x, weights)[:, :, None, None], (*keys.shape[:2], self.heads, 1)
         )
@@ -170,11 +187,11 @@ class AttentionPooling(nn.Module):
 
 
 class SelfAttentionAggregator(nn.Module):
-    """Transformer blocks over the set say which photo to trust for what; the photos' own embeddings
-    are pooled. It starts exactly as `average`.
+    """Self-attention over the set computes pooling weights for the photos' own embeddings.
 
-    What the blocks make of a photo is not pooled itself: free to rewrite embeddings, they learn
-    two thousand people by heart and read unseen ones no better than the average does.
+    It starts exactly as `average`. The outputs of the transformer blocks only set the weights and
+    are not pooled: when they were, the blocks overfitted to two thousand training people and were
+    no better than the average on unseen ones.
     """
 
     depth: int = 2
@@ -197,9 +214,12 @@ class SelfAttentionAggregator(nn.Module):
 
 
 class AverageMLP(nn.Module):
-    """The average, then residual blocks on it, with about as many parameters as a
-    :class:`SelfAttentionAggregator` of that depth and width: is it attention that helps, or only
-    parameters? It starts exactly as `average`."""
+    """The average, followed by residual MLP blocks: a control for the self-attention aggregator.
+
+    It has about as many parameters as a :class:`SelfAttentionAggregator` of the same depth and
+    width, to separate the effect of attention from that of parameters. It starts exactly as
+    `average`.
+    """
 
     depth: int = 2
     width: int = 512
@@ -211,7 +231,7 @@ class AverageMLP(nn.Module):
     ) -> tuple[Float[Array, "B D"], Float[Array, "B 1 N"]]:
         """[B, N, D], weights [B, N] → [B, D] and the share of each photo [B, 1, N]."""
         x, dim = average(embeddings, weights), embeddings.shape[-1]
-        # 12 D · width a block of attention, and 2 D² in the pool.
+        # As many parameters as attention: 12 D · width per block, and 2 D² in the pooling.
         hidden = 6 * self.width + dim // self.depth
         for i in range(self.depth):
             y = _norm(f"blocks.{i}.norm", self.dtype)(x)
@@ -227,17 +247,17 @@ class AverageMLP(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Kind:
-    """What the package knows of a kind of aggregator: one entry of :data:`KINDS`.
+    """One kind of aggregator: an entry of :data:`KINDS`.
 
     Attributes:
-      gives: what an adapter is given, for the README beside its exported files.
-      pool: embeddings ``[B, N, D]``, weights ``[B, N]`` → ``[B, D]``, where nothing is learned.
-      network: the module that learns to pool; its sizes are the settings of that name.
-      sizes: their names.
-      layout: of the exported file. In "Plus" nothing is pooled: what makes the image tokens, a
-        resampler, reads the set, or each photo's patches.
-      patches: it is given patches of each photo, in place of one embedding.
-      exported: whether it is more than a comparison.
+      gives: the adapter's input, for the README of exported files.
+      pool: embeddings ``[B, N, D]``, weights ``[B, N]`` → ``[B, D]``; None for other kinds.
+      network: the Flax module of a kind with parameters; None for other kinds.
+      sizes: the config's settings that the module takes.
+      layout: of the exported file. Kinds of the Plus layout do not pool: the resampler reads the
+        set, or the patches of each photo.
+      patches: whether the input is patches of each photo instead of one embedding.
+      exported: False for a control for comparisons.
       probed: whether :mod:`persona_jax.probe` measures it.
     """
 
@@ -309,7 +329,7 @@ def build(kind: str, settings: Mapping[str, Any]) -> "Aggregator":
 
 @dataclasses.dataclass(frozen=True)
 class Aggregator:
-    """An aggregator by name: what it learns (perhaps nothing) and how it is applied.
+    """An aggregator by name: its parameters, if any, and how it is applied.
 
     Attributes:
       kind: one of :data:`KINDS`.
@@ -320,12 +340,12 @@ class Aggregator:
     module: nn.Module | None = None
 
     def __post_init__(self):
-        """Refuses an unknown kind, and one that learns, without its network."""
+        """Raises UserError for an unknown kind, or for one with parameters without its module."""
         if known_kind(self.kind).network and self.module is None:
-            raise UserError(f"aggregator.kind={self.kind}: it has a network, and none was given")
+            raise UserError(f"aggregator.kind={self.kind}: its module is missing; use build")
 
     def init(self, key: Array, dim: int) -> dict:
-        """Its parameters for embeddings of `dim` features; empty where nothing is learned."""
+        """Initial parameters for embeddings of `dim` features; empty if it has none."""
         if self.module is None:
             return {}
         return self.module.init(key, jnp.zeros((1, 1, dim)), jnp.ones((1, 1)))["params"]
@@ -333,8 +353,7 @@ class Aggregator:
     def apply(
         self, params: dict, embeddings: Float[Array, "B N *D"], weights: Float[Array, "B N"]
     ) -> Float[Array, "B ..."]:
-        """[B, N, D], weights [B, N] → [B, D]; of :data:`UNPOOLED` kinds, the embeddings as they
-        are."""
+        """[B, N, D], weights [B, N] → [B, D]; :data:`UNPOOLED` kinds return `embeddings`."""
         entry = KINDS.get(self.kind)
         if entry and entry.pool:
             return entry.pool(embeddings, weights)
@@ -346,10 +365,10 @@ class Aggregator:
 
 @dataclasses.dataclass(frozen=True)
 class EveryPhoto(Aggregator):
-    """No aggregate at all: every photo makes image tokens of its own, n·4 under one softmax, which
-    is what diffusers does with several images. For sampling an adapter of one photo with sets."""
+    """No aggregation: n photos make 4·n image tokens under one softmax, as diffusers does with
+    several images. For sampling an adapter of one photo with sets."""
 
     kind: str = "every"
 
     def __post_init__(self):
-        """Is no kind that configs know."""
+        """Accepts any kind: configs cannot name this one."""

@@ -1,4 +1,4 @@
-"""Attention, and the sources that steer the UNet (docs/design.md, "Sources of keys and values")."""
+"""Attention, and the sources the UNet attends to (docs/design.md, "Sources of keys and values")."""
 
 import math
 from collections.abc import Mapping
@@ -18,14 +18,14 @@ LayerName = str
 """Torch path of a cross-attention layer: ``mid_block.attentions.0.transformer_blocks.0.attn2``."""
 
 KernelTree = Mapping[LayerName, Mapping[str, Mapping[str, Array]]]
-"""``{layer: {"to_k": {"kernel": [D, C]}, "to_v": {"kernel": [D, C]}}}``, one pair a layer."""
+"""``{layer: {"to_k": {"kernel": [D, C]}, "to_v": {"kernel": [D, C]}}}``, one pair per layer."""
 
 _LONG = 2**20
-"""Query–key products per head above which a CPU is better served in chunks."""
+"""Query–key products per head above which chunked attention is faster on a CPU."""
 
 
 class LayerSource(NamedTuple):
-    """What one cross-attention layer sees of a source: keys, values, key bias and scale."""
+    """One cross-attention layer's part of a source: keys, values, key bias and scale."""
 
     keys: Float[Array, "B L C"]
     values: Float[Array, "B L C"]
@@ -35,14 +35,14 @@ class LayerSource(NamedTuple):
 
 @struct.dataclass
 class Source:
-    """Keys and values for every cross-attention layer of a UNet, and how much they count.
+    """Keys and values for every cross-attention layer of a UNet, and their scale.
 
     Attributes:
       keys: per layer ``[B, L, C]``.
       values: per layer ``[B, L, C]``.
       bias: ``[B, L]`` added to every layer's attention logits (log weights; a large negative
         number hides a token), or None.
-      scale: λ, broadcast to ``[B, h·w]``: one number, an array, or one of those per layer.
+      scale: λ, broadcast to ``[B, h·w]``: a number or an array, or a mapping of layers to these.
     """
 
     keys: Mapping[LayerName, Array]
@@ -51,7 +51,7 @@ class Source:
     scale: Array | float | Mapping[LayerName, Array | float] = 1.0
 
     def at(self, layer: LayerName) -> LayerSource:
-        """The part of this source that `layer` reads."""
+        """The part of this source for `layer`."""
         scale = self.scale[layer] if isinstance(self.scale, Mapping) else self.scale
         return LayerSource(self.keys[layer], self.values[layer], self.bias, scale)
 
@@ -59,11 +59,11 @@ class Source:
 def project_keys_values(
     kernels: KernelTree, tokens: Float[Array, "B L D"]
 ) -> tuple[dict[LayerName, Array], dict[LayerName, Array]]:
-    """K = c W_k and V = c W_v of every layer; with W' it is the adapter's half of eq. (IP-Adapter).
+    """K = c W_k and V = c W_v of every layer, of the text (W) or of the adapter (W').
 
     Args:
       kernels: per layer the two projection kernels ``[D, C]``.
-      tokens: what is attended to, ``[B, L, D]``; sets the dtype of the result.
+      tokens: c, attended to, ``[B, L, D]``; its dtype is the result's.
 
     Returns:
       Keys and values, each ``{layer: [B, L, C]}``.
@@ -83,9 +83,12 @@ def _softmax_attention(q: Array, k: Array, v: Array, bias: Array | None = None) 
 
 
 def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
-    """The same result, one (example, head) and 1,024 queries at a time, so that the logits
-    stay in cache: several times faster on a CPU at 64×64 latents, and far smaller. A gradient
-    computes them again, as there is no room to keep them."""
+    """Attention for one (example, head) and 1,024 queries at a time.
+
+    The logits stay in cache: on a CPU this is several times faster at 64×64 latents, and takes far
+    less memory. The backward pass recomputes the logits, because storing them takes too much
+    memory.
+    """
     length = q.shape[1]
     chunk = 1024 if length % 1024 == 0 else length
 
@@ -108,17 +111,19 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
 
 
 _FLASH_HEADS = (40, 64, 80, 128)
-"""Sizes of a head that the TPU kernel is known to be compiled for."""
+"""Head sizes for which the TPU kernel is known to compile."""
 
 
 def _batch_axes() -> tuple[str, ...] | None:
-    """The axes of the mesh that a program is traced for, over all of which its batch lies; None
-    where there is no mesh and several devices: a kernel cannot be shared out then."""
+    """The mesh axes that the batch is split over: all axes of the mesh being traced for.
+
+    None if there are several devices and no mesh: the kernel cannot be split among them.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return () if jax.device_count() == 1 else None
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    # Within shard_map it is this device's share of the batch already.
+    # Inside shard_map (manual axes) the batch is this device's share already.
     return tuple(name for name, kind in kinds if kind != AxisType.Manual)
 
 
@@ -131,7 +136,7 @@ def _flash_takes(q: Array, k: Array) -> bool:
 
 
 def _flash_attention(q: Array, k: Array, v: Array) -> Array:
-    """JAX's Pallas kernel for TPUs: the logits never leave the chip's own memory."""
+    """JAX's Pallas kernel for TPUs, which keeps the logits in on-chip memory."""
     block = 512
     sizes = flash_attention.BlockSizes(
         block_b=1,
@@ -151,7 +156,7 @@ def _flash_attention(q: Array, k: Array, v: Array) -> Array:
     if not axes:
         return kernel(q, k, v)
     spec = PartitionSpec(axes)
-    # (the kernel's outputs do not say how they vary over the mesh)
+    # check_vma=False: the kernel does not annotate how its outputs vary over the mesh.
     shared = jax.shard_map(kernel, in_specs=(spec,) * 3, out_specs=spec, check_vma=False)
     return shared(q, k, v)
 
@@ -163,8 +168,8 @@ def _ampere_or_later() -> bool:
 
 
 def _cudnn_takes(q: Array, bias: Array | None) -> bool:
-    # Heads beyond 128 (SD 1.5's deepest have 160) are for Hopper alone, beyond 256 (the VAE's one
-    # head has 512) for none.
+    # cuDNN takes head sizes up to 128, and up to 256 on Hopper only. SD 1.5's deepest heads have
+    # 160; the VAE's single head has 512.
     return (
         q.dtype in (jnp.bfloat16, jnp.float16)
         and q.shape[-1] % 8 == 0
@@ -180,9 +185,18 @@ def attention(
     v: Float[Array, "B L H D"],
     bias: Float[Array, "B L"] | None = None,
 ) -> Float[Array, "B T H D"]:
-    """softmax(q kᵀ/√D + bias) v, by whichever kernel suits the backend (nothing else knows).
+    """softmax(q kᵀ/√D + bias) v, with the kernel that suits the backend.
 
-    Softmax statistics are float32. `bias` is per key and the same for every head and query.
+    This is the only place that chooses a kernel. Softmax statistics are float32.
+
+    Args:
+      q: queries ``[B, T, H, D]``.
+      k: keys ``[B, L, H, D]``.
+      v: values ``[B, L, H, D]``.
+      bias: per key ``[B, L]``, the same for every head and query; None adds nothing.
+
+    Returns:
+      ``[B, T, H, D]``.
     """
     if _cudnn_takes(q, bias):
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
@@ -208,7 +222,7 @@ def merge_heads(x: Float[Array, "B T H D"]) -> Float[Array, "B T C"]:
 
 
 class SelfAttention(nn.Module):
-    """Attention of tokens over themselves, in diffusers' names (``to_q … to_out.0``)."""
+    """Multi-head self-attention with diffusers' parameter names (``to_q … to_out.0``)."""
 
     heads: int
     qkv_bias: bool = False
@@ -229,7 +243,7 @@ class SelfAttention(nn.Module):
 
 
 class Kernel(nn.Module):
-    """A kernel that is held here and applied elsewhere (by :func:`project_keys_values`)."""
+    """A kernel that only declares its parameter; :func:`project_keys_values` applies it."""
 
     shape: tuple[int, int]
 
@@ -242,8 +256,8 @@ class Kernel(nn.Module):
 class CrossAttention(nn.Module):
     """Z = Σ_s λ_s Attn(Q, K_s, V_s): decoupled cross-attention over any number of sources.
 
-    The text's W_k and W_v belong to this layer's parameters, as in diffusers, but are applied
-    outside, once per prompt: sources do not depend on the diffusion step.
+    The text's W_k and W_v are parameters of this layer, as in diffusers. They are applied outside,
+    once per prompt, because sources do not depend on the diffusion step.
     """
 
     heads: int
@@ -254,7 +268,7 @@ class CrossAttention(nn.Module):
     def __call__(
         self, x: Float[Array, "B T C"], sources: tuple[LayerSource, ...]
     ) -> Float[Array, "B T C"]:
-        """[B, T, C] attending to this layer's part of every source → [B, T, C]."""
+        """[B, T, C] and this layer's part of every source → [B, T, C]."""
         channels = x.shape[-1]
         q = nn.Dense(channels, use_bias=False, dtype=self.dtype, name="to_q")(x)
         q = split_heads(q, self.heads)

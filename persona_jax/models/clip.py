@@ -1,4 +1,4 @@
-"""CLIP's two towers, in transformers' names."""
+"""CLIP's text and vision towers, with the parameter names of transformers."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,8 +18,8 @@ _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": lambda x: nn.gelu(x, approximate=False),
 }
 
-# Settings of training, of writing text and of bookkeeping: they do not change what the tower
-# computes. (Old files list all that transformers knows.)
+# Settings of training, of text generation and of bookkeeping. They do not change what the tower
+# computes. (Files saved by old versions of transformers list every setting it has.)
 _IGNORED = {
     "add_cross_attention",
     "architectures",
@@ -86,8 +86,8 @@ _IGNORED = {
 
 @dataclasses.dataclass(frozen=True)
 class CLIPTextConfig:
-    """The settings of ``text_encoder/config.json`` that matter; names and defaults are
-    transformers'."""
+    """The settings of ``text_encoder/config.json`` that change the result; names and defaults are
+    those of transformers."""
 
     vocab_size: int = 49408
     hidden_size: int = 512
@@ -102,14 +102,14 @@ class CLIPTextConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "CLIPTextConfig":
-        """From the content of ``config.json``; UserError names what is not supported."""
+        """From the content of ``config.json``. UserError names unsupported settings."""
         return _parse(cls, raw)
 
 
 @dataclasses.dataclass(frozen=True)
 class CLIPVisionConfig:
-    """The settings of ``image_encoder/config.json`` that matter; names and defaults are
-    transformers'."""
+    """The settings of ``image_encoder/config.json`` that change the result; names and defaults are
+    those of transformers."""
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -124,7 +124,7 @@ class CLIPVisionConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "CLIPVisionConfig":
-        """From the content of ``config.json``; UserError names what is not supported."""
+        """From the content of ``config.json``. UserError names unsupported settings."""
         return _parse(cls, raw)
 
 
@@ -181,12 +181,12 @@ def _norm(config: CLIPTextConfig | CLIPVisionConfig, dtype: jnp.dtype | None, na
 
 
 class TextOutput(NamedTuple):
-    """What the text tower gives."""
+    """Outputs of the text tower."""
 
     hidden: Float[Array, "B T D"]
-    """Final hidden states, normed: what the UNet attends to."""
+    """Hidden states after the last norm, which the UNet attends to."""
     pooled: Float[Array, "B D"]
-    """The hidden state at the end-of-text token: what the contrastive loss projects."""
+    """The hidden state at the end-of-text token, which the contrastive loss projects."""
 
 
 class CLIPTextModel(nn.Module):
@@ -216,13 +216,13 @@ class CLIPTextModel(nn.Module):
             name = f"text_model.encoder.layers.{i}"
             x = EncoderLayer(config, causal=True, dtype=self.dtype, name=name)(x)
         x = _norm(config, self.dtype, "text_model.final_layer_norm")(x)
-        # Old configs say eos_token_id 2 though the tokenizer ends with its highest id.
+        # Old configs have eos_token_id=2, though the tokenizer's end token is its highest id.
         ends = ids if config.eos_token_id == 2 else ids == config.eos_token_id
         return TextOutput(x, x[jnp.arange(len(ids)), jnp.argmax(ends, axis=-1)])
 
 
 class VisionOutput(NamedTuple):
-    """What the vision tower gives."""
+    """Outputs of the vision tower."""
 
     embedding: Float[Array, "B E"]
     """The projected class token (CLIP's image embedding)."""
@@ -262,7 +262,7 @@ class CLIPVisionModelWithProjection(nn.Module):
             (config.image_size // patch) ** 2 + 1,
             config.hidden_size,
             dtype=self.dtype,
-            # As large as patches are: a tower cannot look where it cannot tell places apart.
+            # As large as the patch embeddings, so that attention can distinguish positions.
             embedding_init=nn.initializers.normal(0.5),
             name=f"{prefix}.position_embedding",
         )(jnp.arange(x.shape[1]))

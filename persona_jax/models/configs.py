@@ -1,4 +1,4 @@
-"""Reading a tower's ``config.json``: what is supported is a dataclass, all else is refused."""
+"""Reads a tower's ``config.json`` into a dataclass of supported settings; refuses all others."""
 
 import dataclasses
 import types
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def _is_of(kind: Any, value: Any) -> bool:
-    """Whether a JSON value is of a field's type: plain, ``tuple[plain, ...]`` or one of several."""
+    """Whether a JSON value has a field's type: a plain type, ``tuple[plain, ...]`` or a union."""
     if isinstance(kind, types.UnionType):
         return any(_is_of(one, value) for one in get_args(kind))
     if get_origin(kind) is tuple:
@@ -28,11 +28,11 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
     Args:
       cls: frozen dataclass whose fields are the settings that may vary.
       raw: the file's content.
-      fixed: settings that are understood in these values only, ``{key: accepted values}``.
+      fixed: settings for which only some values are supported, ``{key: accepted values}``.
 
     Raises:
-      UserError: a setting has a value that is not supported. Unknown settings that are switched
-        off (None or False) are harmless and pass; keys with a leading underscore are notes.
+      UserError: a setting has an unsupported value. Unknown settings that are off (None or False)
+        are accepted, since they change nothing. Keys with a leading underscore are ignored.
     """
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
 
@@ -60,6 +60,6 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
 
 
 def divides(key: str, value: int, parts: int, what: str) -> None:
-    """Raises UserError where a setting does not divide into that many parts."""
+    """Raises UserError unless `value`, of setting `key`, divides by `parts`; `what` names these."""
     if value % parts:
         raise UserError(f"{key}={value} does not divide by {parts}, {what}")

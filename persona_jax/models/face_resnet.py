@@ -1,8 +1,8 @@
-"""dlib's face recognition ResNet: a real identity measure, and a second eye for the adapter.
+"""dlib's face recognition ResNet: an identity measure, and an image encoder for the adapter.
 
-The network of dlib's `dnn_face_recognition_ex`: 29 convolutions, each followed by a learned
-per-channel affine map (batch normalisation, folded), residual blocks without projections,
-trained with a metric loss on faces of 150×150 pixels. Blocks carry the names of face-api.js'
+The network of dlib's `dnn_face_recognition_ex`, trained with a metric loss on faces of 150×150
+pixels: 29 convolutions, each followed by a per-channel affine map (folded batch normalisation), in
+residual blocks without projections. Modules have the names of face-api.js'
 `face_recognition_model`, so a parameter's path is its name in that manifest.
 """
 
@@ -14,10 +14,10 @@ from jaxtyping import Array, Float
 SIDE = 150  # pixels, the only input size the weights were trained for
 DIM = 128
 
-# dlib's input_rgb_image_sized: channel means subtracted, then divided by 256.
+# As in dlib's input_rgb_image_sized: subtract the channel means, then divide by 256.
 MEAN_RGB = (122.782, 117.001, 104.298)
 
-# (name, channels, down) in the order of the forward pass.
+# (name, channels, whether it halves the map), in the order of the forward pass.
 BLOCKS = (
     *((f"conv32_{i}", 32, False) for i in (1, 2, 3)),
     ("conv64_down", 64, True),
@@ -42,7 +42,7 @@ class Scale(nn.Module):
 
 
 class ConvScale(nn.Module):
-    """A convolution and its affine map; dlib pads only where the stride is 1."""
+    """A convolution and its affine map. As in dlib, only stride 1 is padded."""
 
     features: int
     size: int = 3
@@ -56,14 +56,14 @@ class ConvScale(nn.Module):
             (self.size, self.size),
             strides=self.stride,
             padding="SAME" if self.stride == 1 else "VALID",
-            precision=jax.lax.Precision.HIGHEST,  # a measure must not change with the machine
+            precision=jax.lax.Precision.HIGHEST,  # the same result on every device
             name="conv",
         )(x)
         return Scale(name="scale")(x)
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a skip that is the input itself, or its 2×2 average when down."""
+    """Two convolutions and a skip: the input, or its 2×2 average where `down` halves the map."""
 
     features: int
     down: bool
@@ -80,10 +80,10 @@ class Residual(nn.Module):
 def add_padded(
     a: Float[Array, "B h1 w1 C1"], b: Float[Array, "B h2 w2 C2"]
 ) -> Float[Array, "B h w C"]:
-    """Add two maps, each first grown with zeros (below, right, last channels) to the larger.
+    """Add two maps after padding both with zeros (below, right, last channels) to one shape.
 
-    dlib's `add_prev` does so: going down, the skip has fewer channels, and the unpadded
-    strided convolution of an even-sized map is one row and column short.
+    As dlib's `add_prev`: in a halving block the skip has fewer channels, and the unpadded strided
+    convolution of an even-sized map is one row and one column short.
     """
     shape = [max(sizes) for sizes in zip(a.shape, b.shape, strict=True)]
 
@@ -94,11 +94,11 @@ def add_padded(
 
 
 class FaceResNet(nn.Module):
-    """Face chip → embedding.
+    """Aligned face crop → embedding.
 
-    Input: RGB, 0…255, `[B, 150, 150, 3]`: one face filling most of the picture. Output:
-    `[B, 128]`, not normalised; in dlib's own use two photos closer than 0.6 (Euclidean) show
-    the same person.
+    Input: RGB, 0…255, `[B, 150, 150, 3]`, one face that fills most of the image. Output:
+    `[B, 128]`, not normalised. dlib takes two photos closer than 0.6 (Euclidean) as the same
+    person.
 
     Source: D. King, dlib `dnn_face_recognition_ex.cpp`; He et al. 2016, ResNet-34 with fewer
     layers and half the filters.
@@ -106,7 +106,7 @@ class FaceResNet(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "B 150 150 3"]) -> Float[Array, "B 128"]:
-        """Embed face chips."""
+        """[B, 150, 150, 3] → [B, 128]."""
         x = (images - jnp.asarray(MEAN_RGB, images.dtype)) / 256.0
         x = nn.relu(ConvScale(32, size=7, stride=2, name="conv32_down")(x))
         x = nn.max_pool(x, (3, 3), (2, 2), "VALID")

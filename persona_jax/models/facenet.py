@@ -1,6 +1,6 @@
-"""FaceNet: Inception-ResNet-v1, face → 512 numbers on the unit sphere.
+"""FaceNet: Inception-ResNet-v1, from a face to a unit vector of 512 numbers.
 
-Modules carry facenet-pytorch's names, so that a parameter's path is its name in those weights.
+Modules have facenet-pytorch's names, so a parameter's path is its name in those weights.
 """
 
 import flax.linen as nn
@@ -15,7 +15,7 @@ DIM = 512
 
 
 class Residual(nn.Module):
-    """Branches of convolutions beside the input: relu(x + scale · W[branches])."""
+    """Parallel branches of convolutions with a skip: relu(x + scale · W[branches])."""
 
     branches: tuple[tuple[Layer, ...], ...]
     scale: float
@@ -23,7 +23,7 @@ class Residual(nn.Module):
 
     @nn.compact
     def __call__(self, x: Map) -> Map:
-        """Keeps the shape."""
+        """[B, h, w, C] → [B, h, w, C]."""
         parts = jnp.concatenate([chain(x, *layers) for layers in self.branches], axis=-1)
         back = nn.Conv(x.shape[-1], (1, 1), precision=jax.lax.Precision.HIGHEST, name="conv2d")(
             parts
@@ -77,8 +77,8 @@ class Mixed7a(nn.Module):
 class FaceNet(nn.Module):
     """Face → embedding.
 
-    Input: RGB, one face filling the picture, (level − 127.5) / 128. Output: unit vectors; two
-    photos of one person are close.
+    Input: RGB as (level − 127.5) / 128, `[B, 160, 160, 3]`, one face that fills the image. Output:
+    unit vectors `[B, 512]`; photos of the same person are close.
 
     Source: Schroff et al. 2015, "FaceNet"; Szegedy et al. 2017, "Inception-v4, Inception-ResNet";
     the layout of facenet-pytorch.
@@ -86,7 +86,7 @@ class FaceNet(nn.Module):
 
     @nn.compact
     def __call__(self, faces: Float[Array, "B 160 160 3"]) -> Float[Array, "B 512"]:
-        """Embed faces."""
+        """[B, 160, 160, 3] → [B, 512]."""
         x = halve(faces, "conv2d_1a", 32)
         x = ConvNorm(32, 3, padding="VALID", name="conv2d_2a")(x)
         x = max_pool(chain(x, ("conv2d_2b", 64, 3)))

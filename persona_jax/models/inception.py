@@ -1,8 +1,8 @@
-"""Inception v3 as FID and IS use it: the network of 2015, whose features they are defined on.
+"""Inception v3 of 2015, on whose features FID and IS are defined.
 
-It differs from torchvision's: average pools leave their padding out of the mean, the last block
-pools by maximum, and there are 1,008 classes. Modules carry the names of pytorch-fid's and
-torch-fidelity's weights, so that a parameter's path is its name there.
+It differs from torchvision's: average pools exclude padding from the mean, the last block uses a
+max pool, and there are 1,008 classes. Modules have the names of pytorch-fid's and torch-fidelity's
+weights, so a parameter's path is its name there.
 """
 
 import flax.linen as nn
@@ -14,14 +14,14 @@ SIDE = 299  # pixels
 FEATURES, CLASSES = 2048, 1008
 
 Map = Float[Array, "B _h _w _C"]
-# Name, channels, and kernel (height and width, or both), of a convolution that keeps the size.
+# A convolution that keeps the size: name, channels, kernel (one side for both, or height, width).
 Layer = tuple[str, int, int | tuple[int, int]]
 
 
 class FrozenNorm(nn.Module):
-    """Batch normalisation with the statistics it was trained on."""
+    """Batch normalisation with fixed statistics, those of its training."""
 
-    epsilon: float = 1e-3  # TensorFlow's
+    epsilon: float = 1e-3  # TensorFlow's default
 
     @nn.compact
     def __call__(self, x: Float[Array, "B *n C"]) -> Float[Array, "B *n C"]:
@@ -35,7 +35,7 @@ class FrozenNorm(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """Convolution, frozen normalisation, relu; padded to keep the size, or not at all."""
+    """Convolution, fixed batch normalisation, ReLU; padding is "SAME" or "VALID"."""
 
     features: int
     kernel: int | tuple[int, int] = 1
@@ -52,26 +52,26 @@ class ConvNorm(nn.Module):
             strides=self.stride,
             padding=self.padding,
             use_bias=False,
-            precision=jax.lax.Precision.HIGHEST,  # a measure must not change with the machine
+            precision=jax.lax.Precision.HIGHEST,  # the same result on every device
             name="conv",
         )(x)
         return nn.relu(FrozenNorm(name="bn")(x))
 
 
 def chain(x: Map, *layers: Layer) -> Map:
-    """One convolution after the other."""
+    """Applies the convolutions `layers` one after the other."""
     for name, features, kernel in layers:
         x = ConvNorm(features, kernel, name=name)(x)
     return x
 
 
 def halve(x: Map, name: str, features: int) -> Map:
-    """A 3×3 convolution of stride 2 without padding."""
+    """A 3×3 convolution of stride 2, without padding."""
     return ConvNorm(features, 3, stride=2, padding="VALID", name=name)(x)
 
 
 def max_pool(x: Map) -> Map:
-    """The greatest of 3×3, at every second place, without padding."""
+    """A 3×3 max pool of stride 2, without padding."""
     return nn.max_pool(x, (3, 3), (2, 2), "VALID")
 
 
@@ -80,7 +80,7 @@ def _mean_around(x: Map) -> Map:
 
 
 class InceptionA(nn.Module):
-    """35×35: 1×1, 5×5, two 3×3, and a pool of `pooled` channels."""
+    """At 35×35: branches of 1×1, 5×5, two 3×3, and a pool projected to `pooled` channels."""
 
     pooled: int
 
@@ -110,7 +110,7 @@ class InceptionB(nn.Module):
 
 
 class InceptionC(nn.Module):
-    """17×17: 7×7 split into rows and columns, `inner` channels on the way."""
+    """At 17×17: 7×7 factorised into 1×7 and 7×1, with `inner` channels between."""
 
     inner: int
 
@@ -161,7 +161,7 @@ class InceptionD(nn.Module):
 
 
 class InceptionE(nn.Module):
-    """8×8: 3×3 as a row beside a column; pooled by mean, in the last block by maximum."""
+    """At 8×8: 3×3 as parallel 1×3 and 3×1; an average pool, or a max pool in the last block."""
 
     last: bool
 
@@ -183,20 +183,20 @@ class InceptionE(nn.Module):
 
 
 class InceptionV3(nn.Module):
-    """Pictures → features for FID and KID, and logits for IS.
+    """Images → features for FID and KID, and logits for IS.
 
-    Input: 299 px, in [−1, 1] ((level − 128) / 128). Output: the last pool's 2,048 means, and 1,008
-    logits without the bias, which is how IS takes them.
+    Input: 299 px, (level − 128) / 128, so in [−1, 1]. Output: 2,048 features of the last average
+    pool, and 1,008 logits without bias, as IS uses them.
 
     Source: Szegedy et al. 2016, "Rethinking the Inception Architecture"; the graph
-    inception-2015-12-05 as torch-fidelity states it.
+    inception-2015-12-05 as implemented in torch-fidelity.
     """
 
     @nn.compact
     def __call__(
         self, pictures: Float[Array, "B 299 299 3"]
     ) -> tuple[Float[Array, "B 2048"], Float[Array, "B 1008"]]:
-        """Features and logits."""
+        """[B, 299, 299, 3] → features [B, 2048] and logits [B, 1008]."""
         x = ConvNorm(32, 3, stride=2, padding="VALID", name="Conv2d_1a_3x3")(pictures)
         x = ConvNorm(32, 3, padding="VALID", name="Conv2d_2a_3x3")(x)
         x = max_pool(chain(x, ("Conv2d_2b_3x3", 64, 3)))

@@ -1,4 +1,4 @@
-"""Blocks that the UNet and the VAE share, in diffusers' names. Images are [B, h, w, C]."""
+"""Layers that the UNet and the VAE share, with diffusers' names. Feature maps are [B, h, w, C]."""
 
 import math
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def group_norm(groups: int, epsilon: float, dtype: jnp.dtype | None, name: str) 
 def normed(
     norm: nn.Module, x: Float[Array, "..."], then: Callable[[Array], Array] = lambda x: x
 ) -> Float[Array, "..."]:
-    """then(norm(x)), which a gradient computes again: only x is kept for it."""
+    """then(norm(x)), recomputed in the backward pass so that only x is stored."""
     return nn.remat(lambda norm, x: then(norm(x)))(norm, x)
 
 
@@ -41,7 +41,7 @@ def conv3(
     stride: int = 1,
     padding: int | tuple[tuple[int, int], tuple[int, int]] = 1,
 ) -> nn.Conv:
-    """3×3 convolution, padding 1 on every side if not said otherwise."""
+    """3×3 convolution; `padding` is in pixels, of all sides or ((top, bottom), (left, right))."""
     return nn.Conv(
         channels,
         (3, 3),
@@ -54,7 +54,7 @@ def conv3(
 
 
 LARGE = 2**22
-"""Numbers in a kernel, from which on reading it is what takes time."""
+"""Kernel size (in numbers) above which reading the weights from memory dominates."""
 
 
 def convolve(
@@ -62,10 +62,11 @@ def convolve(
 ) -> Float[Array, "B H W K"]:
     """``jax.lax.conv_general_dilated`` as :class:`flax.linen.Conv` calls it.
 
-    On a CPU small maps of many channels are one product of patches with the kernel: there
-    convolutions read, and their gradients turn round, kernels far larger than the pictures, and
-    take two to ten times as long. And a gradient turns a kernel round when its turn has come
-    (``jax.checkpoint``), not all of them before it begins.
+    On a CPU, small maps with many channels are computed as one product of patches with the kernel.
+    Kernels are far larger than the maps there, and a convolution that reads them, or transposes
+    them for its gradient, takes two to ten times as long. ``jax.checkpoint`` delays each kernel's
+    transpose to its own backward step; otherwise all are transposed before the backward pass
+    begins.
     """
 
     def direct(x: Array, kernel: Array) -> Array:
@@ -91,7 +92,7 @@ def convolve(
 
 
 class ResnetBlock2D(nn.Module):
-    """norm–silu–conv twice around an optional time embedding, plus the shortcut."""
+    """(norm, SiLU, conv) twice, a time embedding added between them if given, and a shortcut."""
 
     channels: int
     groups: int
@@ -106,7 +107,7 @@ class ResnetBlock2D(nn.Module):
         shortcut = x
         if x.shape[-1] != self.channels:
             shortcut = conv1(self.channels, self.dtype, "conv_shortcut")(x)
-            if platform() == "cpu":  # at once, so that x need not be kept until the end
+            if platform() == "cpu":  # computed first, so that x can be freed
                 x, shortcut = jax.lax.optimization_barrier((x, shortcut))
         h = normed(group_norm(self.groups, self.epsilon, self.dtype, "norm1"), x, nn.silu)
         h = conv3(self.channels, self.dtype, "conv1")(h)
@@ -131,7 +132,7 @@ class Upsample2D(nn.Module):
 
 
 class Downsample2D(nn.Module):
-    """3×3 convolution of stride 2; the VAE pads right and bottom only, the UNet all round."""
+    """3×3 convolution of stride 2. The UNet pads all sides (1), the VAE right and bottom (0)."""
 
     padding: int = 1
     dtype: jnp.dtype | None = None

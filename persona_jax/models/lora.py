@@ -1,4 +1,4 @@
-"""Low-rank updates of the attention projections (LoRA, Hu et al. 2021), in a tree of their own."""
+"""Low-rank updates of the attention projections (LoRA, Hu et al. 2021), as a separate tree."""
 
 from collections.abc import Mapping
 
@@ -8,15 +8,15 @@ from flax import traverse_util
 from jaxtyping import Array, PRNGKeyArray
 
 PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
-"""What is updated in every attention, self and cross; diffusers' and PEFT's usual targets."""
+"""Projections updated in every self- and cross-attention: the usual ones of diffusers and PEFT."""
 
 LoraTree = Mapping[str, Mapping[str, Mapping[str, Array]]]
 """``{torch path of a projection: {"lora_A": {"kernel": [C_in, r]}, "lora_B": {"kernel": [r,
-C_out]}}}``; PEFT's names, so that saving a tree gives the file that diffusers reads."""
+C_out]}}}``; The names are PEFT's, so that a saved tree is a file that diffusers reads."""
 
 
 def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
-    """Fresh updates of rank r for every attention projection of a tower: all exactly zero.
+    """Initial updates A · B of rank r, exactly zero, for every attention projection of a tower.
 
     A is drawn from N(0, 1/r²), B is zero (PEFT's "gaussian").
 
@@ -26,7 +26,7 @@ def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
       rank: r.
 
     Raises:
-      ValueError: a rank below 1, or a tower without attention.
+      ValueError: the rank is below 1, or the tower has no attention.
     """
     kernels = _kernels(params)
     if rank < 1 or not kernels:
@@ -42,15 +42,15 @@ def init(key: PRNGKeyArray, params: Mapping, rank: int) -> dict:
 
 
 def merge(params: Mapping, lora: LoraTree, scale: Array | float = 1.0) -> dict:
-    """The tower with W + scale · A · B in place of each updated W, as a new tree.
+    """The tower's parameters as a new tree, with W + scale · A · B for each updated W.
 
     Args:
       params: the tower's parameters.
       lora: as from :func:`init`.
-      scale: α/r of the paper; 0 gives the tower back.
+      scale: α/r of the paper; 0 leaves the tower unchanged.
 
     Raises:
-      KeyError: an update for a projection that the tower lacks.
+      KeyError: an update names a projection that the tower does not have.
     """
     flat = traverse_util.flatten_dict(params)
     paths = {".".join(path[:-1]): path for path in flat if path[-1] == "kernel"}

@@ -10,12 +10,12 @@ from persona_jax.models.aggregators import weighted_softmax
 from persona_jax.models.attention import merge_heads, split_heads
 
 DEPTH, TOKENS, HEAD = 4, 16, 64
-"""Blocks, tokens M and numbers per head of the published layout; stock diffusers takes no other
-depth and no other size of head."""
+"""Blocks, tokens M and head size of the published layout. diffusers supports no other depth and no
+other head size."""
 
 
 class PerceiverAttention(nn.Module):
-    """Latents attend to the sequence and to themselves; in the published names."""
+    """Latents attend to the sequence and to themselves; parameters have the published names."""
 
     inner: int
     dtype: jnp.dtype | None = None
@@ -27,11 +27,11 @@ class PerceiverAttention(nn.Module):
         latents: Float[Array, "B M E"],
         weights: Float[Array, "B N"],
     ) -> Float[Array, "B M E"]:
-        """[B, N, E] and latents [B, M, E] → [B, M, E]."""
+        """[B, N, E], latents [B, M, E] and weights [B, N] → [B, M, E]."""
         x, latents = _norm("norm1", self.dtype)(x), _norm("norm2", self.dtype)(latents)
-        heads, seen = self.inner // HEAD, jnp.concatenate([x, latents], axis=1)
+        heads, sequence = self.inner // HEAD, jnp.concatenate([x, latents], axis=1)
         q = split_heads(_dense(self.inner, "to_q", self.dtype)(latents), heads)
-        k, v = jnp.split(_dense(2 * self.inner, "to_kv", self.dtype)(seen), 2, axis=-1)
+        k, v = jnp.split(_dense(2 * self.inner, "to_kv", self.dtype)(sequence), 2, axis=-1)
         k, v = split_heads(k, heads), split_heads(v, heads)
         logits = jnp.einsum("bqhd,bnhd->bhqn", q, k) * HEAD**-0.5
         counts = jnp.concatenate([weights, jnp.ones(latents.shape[:2], weights.dtype)], axis=1)
@@ -40,7 +40,7 @@ class PerceiverAttention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """LayerNorm, linear, GELU, linear; parts are numbered as in the published layout."""
+    """LayerNorm, linear, GELU, linear; the layers are numbered as in the published layout."""
 
     dtype: jnp.dtype | None = None
 
@@ -53,11 +53,10 @@ class FeedForward(nn.Module):
 
 
 class Resampler(nn.Module):
-    """M learnt latents read a sequence ``[B, N, D]``, of which a weight of 0 hides a member and
-    weight w counts it w times.
+    """M learned latents attend to a sequence ``[B, N, D]``.
 
-    IP-Adapter-Plus reads the patches of one photo with it; here the sequence may also be a set of
-    photos' embeddings.
+    A weight of 0 hides a member of the sequence; weight w counts it w times. In IP-Adapter-Plus the
+    sequence is the patches of one photo; here it may also be the embeddings of a set of photos.
     """
 
     token_dim: int
@@ -85,13 +84,13 @@ class Resampler(nn.Module):
 
 
 def for_tokens(token_dim: int) -> Resampler:
-    """A fresh one for a UNet's cross-attention dimension: as wide, as the published ones for
-    Stable Diffusion 1.5 are."""
+    """A resampler for a UNet of this cross-attention dimension. Its width is the same dimension, as
+    in the published ones for Stable Diffusion 1.5."""
     return Resampler(token_dim, width=token_dim, inner=HEAD * max(1, token_dim // HEAD))
 
 
 def of_params(params: Mapping, dtype: jnp.dtype | None = None) -> Resampler:
-    """The one whose parameters these are."""
+    """The resampler that these parameters belong to."""
     _, tokens, width = params["latents"].shape
     return Resampler(
         token_dim=params["norm_out"]["scale"].shape[0],

@@ -1,4 +1,4 @@
-"""The four towers by the name of their folder in a pipeline."""
+"""The four towers of a pipeline, by the name of their folder."""
 
 import functools
 from collections.abc import Mapping
@@ -22,7 +22,16 @@ TOWERS = ("unet", "vae", "text_encoder", "image_encoder")
 
 
 def build(tower: str, config: Mapping[str, Any], dtype: DTypeLike | None = None) -> nn.Module:
-    """The Flax module of a tower from the content of its ``config.json``."""
+    """The Flax module of a tower.
+
+    Args:
+      tower: one of :data:`TOWERS`.
+      config: the content of its ``config.json``.
+      dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
+
+    Raises:
+      UserError: settings that are not supported.
+    """
     dtype = None if dtype is None else jnp.dtype(dtype)
     match tower:
         case "unet":
@@ -37,7 +46,7 @@ def build(tower: str, config: Mapping[str, Any], dtype: DTypeLike | None = None)
 
 
 def initialise(module: nn.Module, key: jax.Array) -> dict:
-    """Random float32 parameters of a tower; under ``jax.eval_shape`` its abstract tree."""
+    """Random float32 parameters of a tower. Under ``jax.eval_shape``, their shapes."""
     config = module.config
     match config:
         case UNetConfig():
@@ -53,7 +62,7 @@ def initialise(module: nn.Module, key: jax.Array) -> dict:
     return module.init(key, *inputs)["params"]
 
 
-@functools.lru_cache(maxsize=16)  # every start asks several times, and it takes a while
+@functools.lru_cache(maxsize=16)  # slow to trace, and used several times per run
 def abstract_params(module: nn.Module) -> Mapping:
-    """The tree of shapes that a tower's parameters must have."""
+    """The shapes and dtypes of a tower's parameters, as a tree."""
     return jax.eval_shape(lambda key: initialise(module, key), jax.random.key(0))

@@ -1,4 +1,4 @@
-"""UNet2DConditionModel of the Stable Diffusion 1.x/2.x family, steered by sources."""
+"""UNet2DConditionModel of the Stable Diffusion 1.x/2.x family, conditioned on sources."""
 
 import dataclasses
 import math
@@ -27,7 +27,7 @@ from persona_jax.models.layers import (
     normed,
 )
 
-_ATTENTION_EPS = 1e-6  # GroupNorm in front of the transformer; the resnets use config.norm_eps
+_ATTENTION_EPS = 1e-6  # of the GroupNorm before a transformer; resnets use config.norm_eps
 
 _FIXED = {
     "act_fn": ("silu", "swish"),
@@ -41,7 +41,7 @@ _FIXED = {
     "resnet_time_scale_shift": ("default",),
     "time_embedding_type": ("positional",),
     "transformer_layers_per_block": (1,),
-    # Softmax statistics are float32 here in any case.
+    # Any value: softmax statistics are always float32 here.
     "upcast_attention": (True, False, None),
     "attention_type": ("default",),
     "dropout": (0, 0.0),
@@ -52,7 +52,8 @@ _FIXED = {
 class UNetConfig:
     """The settings of ``unet/config.json`` that may vary; names and defaults are diffusers'.
 
-    `attention_head_dim` is, by diffusers' history, the *number* of heads (one, or per block).
+    `attention_head_dim` is the *number* of heads, for all blocks or one per block: diffusers keeps
+    the wrong name for compatibility.
     """
 
     sample_size: int = 64
@@ -72,7 +73,7 @@ class UNetConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "UNetConfig":
-        """From the content of ``config.json``; UserError names what is not supported."""
+        """From the content of ``config.json``. UserError names unsupported settings."""
         config = configs.parse(cls, raw, _FIXED)
         known = {"DownBlock2D", "CrossAttnDownBlock2D", "UpBlock2D", "CrossAttnUpBlock2D"}
         strange = set(config.down_block_types + config.up_block_types) - known
@@ -85,17 +86,17 @@ class UNetConfig:
             kind = f" ({kinds[config.in_channels]})" if config.in_channels in kinds else ""
             raise UserError(
                 f"UNetConfig: in_channels={config.in_channels}, out_channels="
-                f"{config.out_channels}{kind}; read are UNets that predict noise from latents "
-                "alone, of as many channels: text to image"
+                f"{config.out_channels}{kind}; supported are text-to-image UNets, which predict "
+                "noise of as many channels as their latents"
             )
         per_level = ("block_out_channels", "down_block_types", "up_block_types", "heads")
         if len({len(getattr(config, name)) for name in per_level}) > 1:
-            found = ", ".join(f"{len(getattr(config, name))} {name}" for name in per_level)
-            raise UserError(f"UNetConfig: as many blocks down as up and as widths; found {found}")
+            lengths = ", ".join(f"{len(getattr(config, name))} {name}" for name in per_level)
+            raise UserError(f"UNetConfig: lists of one entry per level differ: {lengths}")
         if len(config.block_out_channels) > 8 or not config.block_out_channels:
-            raise UserError(f"UNetConfig: {len(config.block_out_channels)} blocks; 1 to 8 are read")
+            raise UserError(f"UNetConfig: {len(config.block_out_channels)} blocks; expected 1 to 8")
         halved = 2 ** (len(config.block_out_channels) - 1)
-        configs.divides("sample_size", config.sample_size, halved, "what its blocks halve")
+        configs.divides("sample_size", config.sample_size, halved, "a factor of 2 per downsampling")
         for width, heads in zip(config.block_out_channels, config.heads, strict=True):
             configs.divides("block_out_channels", width, config.norm_num_groups, "norm_num_groups")
             configs.divides("block_out_channels", width, heads, "heads")
@@ -120,7 +121,7 @@ def timestep_embedding(
 
 
 class TimestepEmbedding(nn.Module):
-    """Two-layer perceptron over the sinusoids."""
+    """Two-layer MLP over the sinusoids."""
 
     channels: int
     dtype: jnp.dtype | None = None
@@ -169,7 +170,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class Transformer2DModel(nn.Module):
-    """A transformer block over the pixels of a feature map."""
+    """A transformer block over the positions of a feature map."""
 
     heads: int
     config: UNetConfig
@@ -202,15 +203,20 @@ class Transformer2DModel(nn.Module):
 
 
 REMAT = ("none", "transformers", "blocks")
-"""What a backward pass computes again from its input, where memory is short: nothing, every
-transformer (nearly all of what is kept), or every transformer and resnet."""
+"""What the backward pass recomputes from its input to save memory: nothing, every transformer
+(which hold nearly all stored activations), or every transformer and resnet."""
 
 
 class UNet2DConditionModel(nn.Module):
     """ε_θ(z_t, t, sources): predicts the noise (or v) in the latents.
 
-    Parameter names are exactly diffusers'. The keys and values of the text are made outside, by
-    ``project_keys_values(text_kernels(params), tokens)``. `remat` is one of :data:`REMAT`.
+    Parameter names are exactly those of diffusers. The text's keys and values are computed outside,
+    by ``project_keys_values(text_kernels(params, config), tokens)``.
+
+    Attributes:
+      config: sizes.
+      dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
+      remat: one of :data:`REMAT`.
     """
 
     config: UNetConfig
@@ -233,9 +239,18 @@ class UNet2DConditionModel(nn.Module):
         t: Int[Array, " B"] | Float[Array, " B"],
         sources: Sequence[Source],
     ) -> Float[Array, "B h w K"]:
-        """Latents ``[B, h, w, C]`` at steps `t` ``[B]``, steered by `sources` → ``[B, h, w, K]``.
+        """Predicts the noise (or v), float32.
 
-        h and w must be divisible by 2 to the number of downsamplings. The result is float32.
+        Args:
+          latents: z_t ``[B, h, w, C]``; h and w divide by 2 to the number of downsamplings.
+          t: diffusion step of each example ``[B]``.
+          sources: keys and values that the cross-attention layers attend to.
+
+        Returns:
+          ``[B, h, w, K]``.
+
+        Raises:
+          ValueError: h or w does not divide.
         """
         config, channels = self.config, self.config.block_out_channels
         sources = tuple(sources)
@@ -284,8 +299,10 @@ class UNet2DConditionModel(nn.Module):
 
 
 def cross_attention_layers(config: UNetConfig) -> tuple[str, ...]:
-    """Names of the cross-attention layers, in the order in which diffusers numbers them
-    (down, up, mid: the order of ``attn_processors``, and so of IP-Adapter files)."""
+    """Names of the cross-attention layers in diffusers' order: down, up, mid.
+
+    This is the order of ``attn_processors``, and so of the numbers in IP-Adapter files.
+    """
     levels = [
         *(("down_blocks", i, kind, 0) for i, kind in enumerate(config.down_block_types)),
         *(("up_blocks", i, kind, 1) for i, kind in enumerate(config.up_block_types)),

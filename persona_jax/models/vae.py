@@ -23,7 +23,7 @@ _EPS = 1e-6
 
 _FIXED = {
     "act_fn": ("silu",),
-    "force_upcast": (True, False),  # what to do in float16, which is not used here
+    "force_upcast": (True, False),  # only applies to float16, which is not used here
     "mid_block_add_attention": (True,),
     "use_quant_conv": (True,),
     "use_post_quant_conv": (True,),
@@ -47,7 +47,7 @@ class VAEConfig:
 
     @classmethod
     def from_json(cls, raw: Mapping) -> "VAEConfig":
-        """From the content of ``config.json``; UserError names what is not supported."""
+        """From the content of ``config.json``. UserError names unsupported settings."""
         config = configs.parse(cls, raw, _FIXED)
         known = {"DownEncoderBlock2D", "UpDecoderBlock2D"}
         strange = {*config.down_block_types, *config.up_block_types} - known
@@ -57,9 +57,12 @@ class VAEConfig:
             )
         blocks = len(config.block_out_channels)
         if len({blocks, len(config.down_block_types), len(config.up_block_types)}) > 1:
-            raise UserError("VAEConfig: expected as many blocks down as up and as widths")
+            raise UserError(
+                "VAEConfig: down_block_types, up_block_types and block_out_channels must be "
+                "equally long"
+            )
         if not 1 <= blocks <= 8:
-            raise UserError(f"VAEConfig: {blocks} blocks; 1 to 8 are read")
+            raise UserError(f"VAEConfig: {blocks} blocks; expected 1 to 8")
         for width in config.block_out_channels:
             configs.divides("block_out_channels", width, config.norm_num_groups, "norm_num_groups")
         return config
@@ -71,7 +74,7 @@ class VAEConfig:
 
 
 class _Attention(nn.Module):
-    """One-head self-attention over the pixels, with its own norm."""
+    """Single-head self-attention over the positions, with its own norm."""
 
     groups: int
     dtype: jnp.dtype | None = None
@@ -80,14 +83,14 @@ class _Attention(nn.Module):
     def __call__(self, x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
         y = group_norm(self.groups, _EPS, self.dtype, "group_norm")(x)
         y = y.reshape(y.shape[0], -1, y.shape[-1])
-        # Its parameters live in this module's scope: diffusers has no level between.
+        # Parameters go into this module's scope, since diffusers' names have no level between.
         attention = SelfAttention(1, qkv_bias=True, dtype=self.dtype)
         nn.share_scope(self, attention)
         return x + attention(y).reshape(x.shape)
 
 
 class _Tower(nn.Module):
-    """What encoder and decoder share."""
+    """Layers that encoder and decoder share."""
 
     config: VAEConfig
     dtype: jnp.dtype | None = None
@@ -110,7 +113,7 @@ class _Tower(nn.Module):
 
 
 class Encoder(_Tower):
-    """Image → features of the moments."""
+    """Image → features from which the moments are computed."""
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W 3"]) -> Float[Array, "B h w K"]:
@@ -143,13 +146,16 @@ class Decoder(_Tower):
 
 
 class AutoencoderKL(nn.Module):
-    """The VAE, in diffusers' names; apply with ``method=AutoencoderKL.encode`` or ``decode``."""
+    """The VAE, with diffusers' parameter names.
+
+    Apply it with ``method=AutoencoderKL.encode`` or ``AutoencoderKL.decode``.
+    """
 
     config: VAEConfig
     dtype: jnp.dtype | None = None
 
     def setup(self):
-        """Encoder, decoder and the 1×1 convolutions beside the latents."""
+        """Encoder, decoder and the 1×1 convolutions before and after the latents."""
         config, dtype = self.config, self.dtype
         self.encoder = Encoder(config, dtype)
         self.decoder = Decoder(config, dtype)
@@ -157,19 +163,19 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv(config.latent_channels, (1, 1), dtype=dtype)
 
     def encode(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B h w K"]:
-        """Image in [−1, 1] → moments: mean and log-variance side by side ``[B, h, w, 2·C]``.
+        """Image in [−1, 1] → moments ``[B, h, w, 2·C]``: mean, then log-variance.
 
-        The latents' scale (`scaling_factor`) is not applied; see :func:`sample_moments`.
+        `scaling_factor` is not applied; :func:`sample_moments` does.
         """
         return self.quant_conv(self.encoder(image)).astype(jnp.float32)
 
     def decode(self, latents: Float[Array, "B h w C"]) -> Float[Array, "B H W 3"]:
-        """Scaled latents, as the UNet sees them → image, nominally in [−1, 1]."""
+        """Scaled latents, as the UNet reads them → image, nominally in [−1, 1]."""
         z = latents / self.config.scaling_factor
         return self.decoder(self.post_quant_conv(z)).astype(jnp.float32)
 
     def __call__(self, image: Float[Array, "B H W 3"]) -> Float[Array, "B H W 3"]:
-        """Reconstruction from the mean of the latents; touches every parameter."""
+        """Reconstruction from the mean latents. It uses every parameter, as ``init`` needs."""
         mean, _ = jnp.split(self.encode(image), 2, axis=-1)
         return self.decode(mean * self.config.scaling_factor)
 
@@ -179,9 +185,14 @@ def sample_moments(
     noise: Float[Array, "*B h w C"] | float,
     scaling_factor: float,
 ) -> Float[Array, "*B h w C"]:
-    """Scaled latents z_0 = s·(mean + std·noise); `noise` 0 gives the mean (Kingma & Welling).
+    """Scaled latents z_0 = s·(mean + std·noise) (Kingma & Welling).
 
     The log-variance is clipped to [−30, 20], as in the original autoencoder.
+
+    Args:
+      moments: from :meth:`AutoencoderKL.encode`, ``[…, h, w, 2·C]``.
+      noise: standard normal ``[…, h, w, C]``; 0 gives the mean.
+      scaling_factor: s, of the VAE's config.
     """
     mean, log_variance = jnp.split(moments, 2, axis=-1)
     std = jnp.exp(0.5 * jnp.clip(log_variance, -30.0, 20.0))
@@ -199,6 +210,6 @@ def kl_divergence(moments: Float[Array, "B h w K"]) -> Float[Array, " B"]:
 def draw_latents(
     key: PRNGKeyArray, moments: Float[Array, "h w K"], scaling_factor: float
 ) -> Float[Array, "h w C"]:
-    """One example's scaled latents, its noise drawn from `key`."""
+    """One example's scaled latents ``[h, w, C]``, with noise drawn from `key`."""
     shape = (*moments.shape[:-1], moments.shape[-1] // 2)
     return sample_moments(moments, jax.random.normal(key, shape), scaling_factor)

@@ -1,1 +1,1 @@
-"""An opened pipeline folder: towers, image encoders, and generation from noise to pixels."""
+"""Loading of pipeline folders, image encoders, and generation from noise to pixels."""

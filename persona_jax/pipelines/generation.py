@@ -1,4 +1,4 @@
-"""From noise to pixels: prompts, references and knobs in, pictures out, one compiled program."""
+"""Image generation from noise to pixels, as one compiled program of prompts and references."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -24,23 +24,24 @@ from persona_jax.runtime.compilation import compiler_options
 from persona_jax.runtime.mesh import gathered, local_sharding, replicated, traced_for
 
 LARGE = 2**30
-"""Bytes of weights."""
+"""Bytes of weights, above which CPU cores generate together and not each with a copy."""
 USUAL = 1e4
-"""Magnitude up to which latents, whose standard deviation is 1, can come of a picture."""
+"""Maximal magnitude of valid latents, whose standard deviation is 1."""
 
 
 @struct.dataclass
 class References:
-    """Photos of the person of each picture, and how much they count.
+    """Reference photos of the person on each image, and their weights.
 
     Attributes:
-      embeddings: Γ_image of the photos ``[B, N, D]``, or their patches ``[B, N, L, D]``.
+      embeddings: Γ_image of the photos ``[B, N, D]``, or of their patches ``[B, N, L, D]``.
       weights: ``[B, N]``; 0 removes a photo, 2 counts it twice.
-      scale: λ of the adapter's attention; one number, ``[B, 1]`` for one per picture, or a region
-        mask per layer, ``{layer: [B, h·w]}`` (:mod:`persona_jax.models.scales`).
-      negative: photos to move away from, embeddings and weights as above, as many slots; None: no
-        photo at all.
-      window: λ counts from this share of the steps on, and up to that one; None: in all.
+      scale: λ of the adapter's attention: one number, ``[B, 1]`` for one per image, or a region
+        mask per layer, ``{layer: [B, h·w]}`` (:mod:`persona_jax.pipelines.scales`).
+      negative: photos for the unconditional half of classifier-free guidance, embeddings and
+        weights as above, with as many slots; None: the adapter's unconditional embedding.
+      window: (start, end), shares of the steps: λ is 0 before start and from end on; None: λ counts
+        in all steps.
     """
 
     embeddings: Float[Array, "B N *D"]
@@ -52,17 +53,18 @@ class References:
 
 @struct.dataclass
 class Request:
-    """What to paint; every field may change from call to call without recompilation.
+    """The inputs of a sampler; values of all fields may change without recompilation.
 
     Attributes:
-      keys: one key per picture ``[B]``: a picture depends on its own key alone.
+      keys: one key per image ``[B]``; an image depends on no other key.
       ids: token ids of the prompts ``[B, T]``.
-      negative_ids: what to move away from, ``[B, T]``; the empty prompt by default practice.
-      references: for each adapter, whom it shows; none for text alone.
+      negative_ids: token ids of the negative prompts ``[B, T]``, usually of the empty prompt.
+      references: one for each adapter; empty for text alone.
       guidance: g of classifier-free guidance.
       eta: η of DDIM.
-      noise: z_T ``[B, h, w, C]`` in place of the keys' own; None draws it, of the pipeline's size.
-      step: only this step of the trajectory, 0 the first, from the latents in `noise`; None: all.
+      noise: z_T ``[B, h, w, C]``; None: drawn from the keys, of the pipeline's size.
+      step: computes this step of the trajectory alone, counted from 0, from the latents in
+        `noise`; None: all steps.
     """
 
     keys: Key[Array, " B"]
@@ -101,43 +103,43 @@ def make_request(
 def text_source(
     text_encoder: Any, params: Mapping, unet_kernels: Mapping, ids: Int[Array, "B T"]
 ) -> Source:
-    """The text's keys and values, projected once for the whole walk."""
+    """The text's keys and values, projected once for the whole sampling trajectory."""
     hidden = text_encoder.apply({"params": params}, ids).hidden
     return Source(*project_keys_values(unet_kernels, hidden))
 
 
 def per_picture(scale: Float[Array, "..."] | float) -> bool:
-    """Whether a λ is one of each picture ``[B, …]``, and not one for all."""
+    """Whether λ has a row for each image ``[B, …]``, rather than one value for all images."""
     return jnp.ndim(scale) == 2 and len(scale) > 1
 
 
 def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] | float:
-    """A λ of ``[B, …]`` for the unconditional half too; one for all pictures stays as it is."""
+    """Repeats a λ of ``[B, …]`` for the unconditional half; one for all images is unchanged."""
     return jnp.concatenate([scale, scale]) if per_picture(scale) else scale
 
 
-def image_source(learnt: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
-    """The source ``[2B, …]`` of an adapter's references, the unconditional half first."""
+def image_source(loaded: Adapter, references: References, dtype: jnp.dtype | None) -> Source:
+    """The attention source ``[2B, …]`` of an adapter's references, the unconditional half first."""
 
     def aggregate(embeddings: Array, weights: Array) -> Array:
-        return adapter.aggregate(learnt.params, learnt.aggregator, embeddings, weights)
+        return adapter.aggregate(loaded.params, loaded.aggregator, embeddings, weights)
 
     image, weights = aggregate(references.embeddings, references.weights), references.weights
     if references.negative is None:
-        away, away_weights = adapter.unconditional(image, learnt.blank), weights
+        negative, negative_weights = adapter.unconditional(image, loaded.blank), weights
     else:
-        away, away_weights = aggregate(*references.negative), references.negative[1]
+        negative, negative_weights = aggregate(*references.negative), references.negative[1]
     return adapter.source(
-        learnt.params,
-        jnp.concatenate([away, image]),
+        loaded.params,
+        jnp.concatenate([negative, image]),
         jax.tree.map(for_both_halves, references.scale),
         dtype,
-        weights=jnp.concatenate([away_weights, weights]),
+        weights=jnp.concatenate([negative_weights, weights]),
     )
 
 
 def in_window(source: Source, window: tuple | None, done: Array) -> Source:
-    """The source with λ = 0 outside the window, after a share `done` of the steps."""
+    """The source with λ set to 0 if `done`, the share of completed steps, is outside the window."""
     if window is None:
         return source
     start, end = window
@@ -146,14 +148,19 @@ def in_window(source: Source, window: tuple | None, done: Array) -> Source:
 
 
 Sampler = Callable[[Mapping, Sequence[Adapter], Request], Array]
-"""(frozen params, adapters, request) → pictures or latents; ``request.references`` has one entry
+"""(frozen params, adapters, request) → images or latents; ``request.references`` has one entry
 for each adapter."""
 
 
 def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
-    """Paints scaled latents ``[B, h, w, C]``; not jitted.
+    """Makes a sampler of scaled latents ``[B, h, w, C]``; not jitted.
 
-    The unconditional half sees the negative prompt and the zero embedding, as stock IP-Adapter's.
+    The unconditional half gets the negative prompt and the zero embedding, as in the original
+    IP-Adapter.
+
+    Args:
+      pipeline: the base.
+      steps: of DDIM.
     """
     unet, text_encoder = pipeline.unet.module, pipeline.text_encoder.module
     schedule: Schedule = pipeline.schedule
@@ -164,14 +171,14 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
         kernels = text_kernels(frozen["unet"], unet.config)
         ids = jnp.concatenate([request.negative_ids, request.ids])
         text = text_source(text_encoder, frozen["text_encoder"], kernels, ids)
-        shown = [
-            (image_source(learnt, references, unet.dtype), references.window)
-            for learnt, references in zip(adapters, request.references, strict=True)
+        image_sources = [
+            (image_source(loaded, references, unet.dtype), references.window)
+            for loaded, references in zip(adapters, request.references, strict=True)
         ]
 
         def denoise_both(latents: Array, t: Array) -> Array:
             done = (all_steps > t).mean()
-            sources = [text, *(in_window(source, window, done) for source, window in shown)]
+            sources = [text, *(in_window(source, window, done) for source, window in image_sources)]
             t = jnp.broadcast_to(t, (len(latents),))
             return unet.apply({"params": frozen["unet"]}, latents, t, sources)
 
@@ -193,42 +200,52 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
 
 
 def split_among_devices(sampler: Sampler, mesh: Mesh | None = None) -> Sampler:
-    """The sampler whose pictures are shared out among the devices of a mesh, or of this process
-    (:func:`sampling_mesh`); each device paints its own and sends nothing."""
+    """Shards a sampler's batch over devices, which generate without communication.
+
+    Args:
+      sampler: for one device.
+      mesh: of the devices; None: of this process (:func:`sampling_mesh`).
+    """
 
     def sample(frozen: Mapping, adapters: Sequence[Adapter], request: Request) -> Array:
-        where = mesh or sampling_mesh(frozen, len(request.keys))
-        if where.size == 1:
-            with traced_for(where):
+        devices = mesh or sampling_mesh(frozen, len(request.keys))
+        if devices.size == 1:
+            with traced_for(devices):
                 return sampler(frozen, adapters, request)
-        whole, share = PartitionSpec(), PartitionSpec(where.axis_names)
-        parts, structure = jax.tree.flatten(request)
+        replicated_spec, sharded_spec = PartitionSpec(), PartitionSpec(devices.axis_names)
+        leaves, structure = jax.tree.flatten(request)
 
-        def sample_share(frozen: Mapping, adapters: Sequence[Adapter], parts: list) -> Array:
-            return sampler(frozen, adapters, jax.tree.unflatten(structure, parts))
+        def sample_share(frozen: Mapping, adapters: Sequence[Adapter], leaves: list) -> Array:
+            return sampler(frozen, adapters, jax.tree.unflatten(structure, leaves))
 
         return jax.shard_map(
             sample_share,
-            mesh=where,
-            in_specs=(whole, whole, [share if x else whole for x in of_each_picture(request)]),
-            out_specs=share,
-            check_vma=False,  # kernels do not say how what they give varies
-        )(frozen, adapters, parts)
+            mesh=devices,
+            in_specs=(
+                replicated_spec,
+                replicated_spec,
+                [sharded_spec if x else replicated_spec for x in of_each_picture(request)],
+            ),
+            out_specs=sharded_spec,
+            check_vma=False,  # kernels do not declare over which axes their outputs vary
+        )(frozen, adapters, leaves)
 
     return sample
 
 
 def sampling_mesh(frozen: Mapping, count: int) -> Mesh:
-    """As many devices of this process as divide `count` pictures. One, where they are cores of a
-    CPU and the weights are large: each would have its own copy, and large products keep all cores
-    busy as it is."""
+    """The local devices for a batch of `count` images: the largest number that divides it.
+
+    With large weights (:data:`LARGE`) on CPU cores this is one device: each would hold a copy of
+    the weights, and large matrix products use all cores anyway.
+    """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
     alone = jax.local_devices()[0].platform == "cpu" and size > LARGE
     return local_sharding(1 if alone else count).mesh
 
 
 def of_each_picture(request: Request) -> list[bool]:
-    """Which of the request's arrays have a row for each picture, in the order of its leaves."""
+    """Which of the request's arrays have a row for each image, in the order of its leaves."""
 
     def each(path: Any, leaf: Array | float) -> bool:
         fields = {getattr(step, "name", None) for step in path}
@@ -240,10 +257,10 @@ def of_each_picture(request: Request) -> list[bool]:
 
 
 def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
-    """Paints pictures ``[B, H, W, 3]`` in [−1, 1]; not jitted. Those of latents that are no
-    picture's (:data:`USUAL`) are nan.
+    """Makes a sampler of images ``[B, H, W, 3]`` in [−1, 1]; not jitted.
 
-    `frozen` has ``unet``, ``text_encoder`` and ``vae``.
+    An image is NaN if its latents exceed :data:`USUAL`. The sampler's frozen params are ``unet``,
+    ``text_encoder`` and ``vae``.
     """
     sample_latents = make_latent_sampler(pipeline, steps=steps)
 
@@ -257,8 +274,13 @@ def make_pixel_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
 def decode(
     pipeline: Pipeline, params: Mapping, latents: Float[Array, "B h w C"]
 ) -> Float[Array, "B H W 3"]:
-    """Pictures in [−1, 1] of scaled latents, NaN where a picture's latents are beyond
-    :data:`USUAL`; `params` are the VAE's."""
+    """Decodes scaled latents to images in [−1, 1].
+
+    Args:
+      pipeline: its VAE module is used.
+      params: of the VAE.
+      latents: scaled. An image is NaN if its latents exceed :data:`USUAL`.
+    """
     vae = pipeline.vae.module
     pixels = vae.apply({"params": params}, latents, method=AutoencoderKL.decode)
     sound = (jnp.abs(latents) <= USUAL).all(axis=(1, 2, 3), keepdims=True)
@@ -266,11 +288,10 @@ def decode(
 
 
 def make_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
-    """Paints pictures (:func:`make_pixel_sampler`); jitted, and shared out
-    (:func:`split_among_devices`).
+    """Makes a jitted sampler of images (:func:`make_pixel_sampler`), sharded over local devices.
 
-    New prompts, seeds, photos, scale, guidance or η do not recompile; another number of pictures,
-    of reference slots or of `steps` does, and so does another kind of adapter.
+    Changes of prompts, seeds, photos, scale, guidance or η do not recompile it. Another number of
+    images, of reference slots or of `steps` does, and so does another kind of adapter.
     """
     sampler = split_among_devices(make_pixel_sampler(pipeline, steps=steps))
     return jax.jit(sampler, compiler_options=compiler_options())
@@ -283,7 +304,9 @@ def in_batches(
     request: Request,
     size: int = 32,
 ) -> Float[np.ndarray, "P H W C"]:
-    """A request for any number of pictures, or of latents, `size` at a time: one compilation.
+    """Samples a request for any number of images or latents, `size` at a time.
+
+    The last batch is padded, so that one compiled program serves all batches.
 
     Raises:
       UserError: see :func:`each_batch`.
@@ -303,28 +326,28 @@ def each_batch(
     requests: Iterable[Request],
     size: int,
 ) -> Iterator[Float[np.ndarray, "{size} H W C"]]:
-    """What a sampler makes of one request after the other, each for `size` pictures.
+    """Samples requests one after the other, each for `size` images, and yields each batch.
 
     Raises:
-      UserError: what was painted is not finite; names the likely cause.
+      UserError: a result is not finite; the likely cause is named.
     """
-    # Once, not for every batch.
+    # Transferred once, not with every batch.
     everywhere = replicated(sampling_mesh(frozen, size))
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     for request in requests:
-        painted = np.asarray(sampler(frozen, adapters, request))
-        refuse_not_finite(painted, frozen, adapters, request)
-        yield painted
+        batch = np.asarray(sampler(frozen, adapters, request))
+        refuse_not_finite(batch, frozen, adapters, request)
+        yield batch
 
 
 def refuse_not_finite(
-    painted: np.ndarray, frozen: Mapping, adapters: Sequence[Adapter], request: Request
+    sampled: np.ndarray, frozen: Mapping, adapters: Sequence[Adapter], request: Request
 ) -> None:
-    """Raises UserError, naming the likely cause, where pictures or latents are not finite."""
-    if np.isfinite(painted).all():
+    """Raises UserError, with the likely cause, if images or latents are not finite."""
+    if np.isfinite(sampled).all():
         return
-    learnt = {str(i): adapter.params for i, adapter in enumerate(adapters)}
-    weights = {**frozen, "adapter": learnt}
+    adapter_params = {str(i): adapter.params for i, adapter in enumerate(adapters)}
+    weights = {**frozen, "adapter": adapter_params}
     inputs = {"references": request.references, "settings": (request.guidance, request.eta)}
     cause = finite.beyond(weights) or finite.beyond(jax.tree.map(jnp.asarray, inputs))
     remedy = "fetch, train or export that again"
@@ -339,7 +362,7 @@ def refuse_not_finite(
 def each_step(
     sampler: Sampler, frozen: Mapping, adapters: Sequence[Adapter], request: Request, steps: int
 ) -> Iterator[Float[Array, "B h w C"]]:
-    """The latents after each step of a trajectory, one program run a step.
+    """Yields the latents after each step of a sampling trajectory; each step is one program run.
 
     Args:
       sampler: of latents, for `steps` steps.
@@ -357,21 +380,21 @@ def each_step(
 
 
 def some_of(request: Request, rows: np.ndarray) -> Request:
-    """The request for some of its pictures; what is not per picture stays."""
-    parts, structure = jax.tree.flatten(request)
+    """The request for some of its images; arrays that are not per image are unchanged."""
+    leaves, structure = jax.tree.flatten(request)
     flags = of_each_picture(request)
-    some = [x[rows] if each else x for x, each in zip(parts, flags, strict=True)]
-    return jax.tree.unflatten(structure, some)
+    selected = [x[rows] if each else x for x, each in zip(leaves, flags, strict=True)]
+    return jax.tree.unflatten(structure, selected)
 
 
 def sampler_params(pipeline: Pipeline) -> dict:
-    """The frozen tree that a sampler takes; towers that are split among devices are gathered
+    """The frozen tree that a sampler takes; sharded towers are gathered
     (:func:`persona_jax.runtime.mesh.gathered`)."""
     names = ("unet", "text_encoder", "vae")
     return {name: gathered(getattr(pipeline, name).params) for name in names}
 
 
 def picture_keys(seed: int, count: int, first: int = 0) -> Key[Array, " B"]:
-    """Keys ``[count]`` of the pictures `first`, `first` + 1, … of a seed."""
+    """Keys ``[count]`` of the images `first`, `first` + 1, … of a seed."""
     key = jax.random.key(seed)
     return jax.vmap(lambda i: jax.random.fold_in(key, i))(jnp.arange(first, first + count))

@@ -1,7 +1,7 @@
-"""Γ_image: the frozen encoder that turns a photo into an embedding.
+"""Γ_image: the frozen image encoder, from a photo to an embedding.
 
 ``clip`` is the pipeline's own image encoder; ``dlib`` and ``facenet`` are face recognition
-networks, which know faces and nothing else.
+networks, trained on face crops alone.
 """
 
 import dataclasses
@@ -29,15 +29,16 @@ KINDS = ("clip", "dlib", "facenet")
 
 @dataclasses.dataclass(frozen=True)
 class ImageEncoder:
-    """An image encoder with everything from the photo to the embedding.
+    """An image encoder with its preprocessing.
 
     Attributes:
       dim: D of its embeddings.
       preprocess: a photo → pixels, on the host.
       embed: (params, pixels [B, S, S, 3]) → embeddings [B, D], or patches [B, L, D].
       params: frozen parameters.
-      hash: names the weights in caches and checkpoints.
-      blank: what it makes of no picture ``[L, D]``, where it gives a photo's patches; else None.
+      hash: identifies weights and preprocessing in caches and checkpoints.
+      blank: patches ``[L, D]`` of an all-zero input, for an encoder that returns patches: its
+        unconditional embedding. Else None.
     """
 
     dim: int
@@ -48,19 +49,26 @@ class ImageEncoder:
     blank: Float[Array, "L D"] | None = None
 
     def encode(self, photos: Iterable[Image.Image]) -> Float[np.ndarray, "P ..."]:
-        """Embeddings of photos, float32 ``[P, D]``, or their patches ``[P, L, D]``; not for many at
-        a time. One photo after the other is taken, and none is kept."""
+        """Encodes photos in one batch, so their number must be small.
+
+        Args:
+          photos: may be a generator; only the preprocessed pixels are kept in memory.
+
+        Returns:
+          Embeddings, float32 ``[P, D]``, or patches ``[P, L, D]``.
+        """
         pixels = np.stack([self.preprocess(photo) for photo in photos])
         return np.asarray(jax.jit(self.embed)(self.params, pixels), np.float32)
 
 
 def open_image_encoder(config: ConfigDict, pipeline: Pipeline) -> ImageEncoder:
-    """The encoder that a config's ``image_encoder`` names; for an IP-Adapter-Plus
-    (``aggregator.kind=plus``) it gives each photo's patches, as the tower has them before its last
-    layer.
+    """Opens the image encoder of a config's ``image_encoder`` section.
+
+    For an IP-Adapter-Plus (``aggregator.kind=plus``) it returns each photo's patches, the hidden
+    states of the tower's penultimate layer.
 
     Raises:
-      UserError: unknown kind, or weights that are missing or do not fit.
+      UserError: the kind is unknown, or weights are missing or do not fit.
     """
     kind, crop = config.image_encoder.kind, config.data.crop
     reader = config.get("aggregator", {}).get("kind")
@@ -87,18 +95,18 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
             argument="image_encoder",
         )
     side = tower.module.config.image_size
-    # Where nobody says, as CLIP's: transformers' defaults at the tower's size.
+    # Without a preprocessor_config.json: transformers' defaults for CLIP, at the tower's size.
     settings = pipeline.feature_extractor or {"size": side, "crop_size": side}
 
     def preprocess(photo: Image.Image) -> np.ndarray:
         return _prepared(images.centre_crop(photo, crop), settings, side)
 
     def embed(params: Mapping, pixels: Array) -> Array:
-        found = tower.module.apply({"params": params}, pixels)
-        return (found.penultimate if patches else found.embedding).astype(jnp.float32)
+        outputs = tower.module.apply({"params": params}, pixels)
+        return (outputs.penultimate if patches else outputs.embedding).astype(jnp.float32)
 
     sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"
-    preprocess(Image.new("RGB", (side, side)))  # settings that do not fit are refused now
+    preprocess(Image.new("RGB", (side, side)))  # raises now if the settings do not fit
     if not patches:
         return ImageEncoder(sizes.projection_dim, preprocess, embed, tower.params, digest)
     nothing = jnp.zeros((1, sizes.image_size, sizes.image_size, 3))
@@ -108,20 +116,24 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
 
 
 def _prepared(photo: Image.Image, settings: Mapping, side: int) -> Float[np.ndarray, "S S 3"]:
-    """CLIP's pixels of a photo. Raises UserError where `settings` do not make what the encoder
-    reads (places beyond its table would be NaN)."""
+    """Preprocesses a photo for CLIP.
+
+    Raises:
+      UserError: `settings` cannot be applied, or give another size than the encoder's `side`, whose
+        position embeddings would be out of range and NaN.
+    """
     file = "feature_extractor/preprocessor_config.json"
     try:
-        found = images.clip_preprocess(photo, settings)
+        pixels = images.clip_preprocess(photo, settings)
     except (ArithmeticError, LookupError, TypeError, ValueError, AttributeError) as error:
         raise UserError(f"{file}: cannot prepare photos by it ({error!r:.200})") from error
-    if found.shape != (side, side, 3) or not np.isfinite(found).all():
+    if pixels.shape != (side, side, 3) or not np.isfinite(pixels).all():
         raise UserError(
-            f"{file}: makes pixels of {found.shape} of a photo, but the image encoder "
-            f"reads {side}×{side}, finite ones; set size and crop_size to {side}, or take the "
-            "extractor that belongs to it"
+            f"{file}: makes pixels of {pixels.shape} of a photo, but the image encoder "
+            f"expects {side}×{side}, all finite; set size and crop_size to {side}, or use the "
+            "feature extractor that belongs to it"
         )
-    return found
+    return pixels
 
 
 def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
@@ -173,10 +185,10 @@ def _facenet_encoder(config: ConfigDict, folder: Path) -> ImageEncoder:
 
 
 def _embed_by(network: nn.Module, dim: int) -> Callable[[Mapping, Array], Array]:
-    """Embeddings at the scale of other encoders: of mean square 1, since only direction carries."""
+    """Embeddings of mean square 1, the scale of other encoders: only their direction is trained."""
 
     def embed(params: Mapping, pixels: Array) -> Array:
-        # Eight at a time: the early layers' features of more do not stay in a CPU's cache.
+        # Eight at a time: with more, the features of early layers do not fit in a CPU's cache.
         whole = jax.lax.map(
             lambda one: network.apply({"params": params}, one[None])[0], pixels, batch_size=8
         )

@@ -1,7 +1,7 @@
-"""The assembled system: towers, schedule and tokenizer of a diffusers-layout folder.
+"""Pipelines: towers, noise schedule and tokenizer of a folder in diffusers' layout.
 
-Stable Diffusion 1.5 and a base of our own are the same kind of folder and go through the same
-code; stock diffusers opens what :func:`save` writes.
+Stable Diffusion 1.5 and the bases trained by this package are folders of the same layout, read by
+the same code. diffusers opens what :func:`save` writes.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from persona_jax.runtime.mesh import shard_params
 
 @dataclasses.dataclass(frozen=True)
 class Pipeline:
-    """Everything that a pipeline folder holds; towers that were not asked for are None."""
+    """The contents of a pipeline folder; towers that were not requested are None."""
 
     unet: Tower | None
     vae: Tower | None
@@ -44,17 +44,17 @@ class Pipeline:
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
-        """(h, w, C) of one picture's latents at the size the UNet was made for."""
+        """(h, w, C) of one image's latents at the UNet's ``sample_size``."""
         config = self.unet.module.config
         return (config.sample_size, config.sample_size, config.in_channels)
 
     @property
     def image_size(self) -> int:
-        """Side of a picture in pixels."""
+        """Side of an image in pixels."""
         return self.unet.module.config.sample_size * self.vae.module.config.downscale
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
-        """Token ids padded to the text tower's length, and warnings for prompts cut short."""
+        """Token ids padded to the text encoder's length, and warnings for truncated prompts."""
         tower = self.text_encoder
         return tokenize(self.tokenizer, prompts, tower and tower.module.config.vocab_size)
 
@@ -62,15 +62,18 @@ class Pipeline:
 def tokenize(
     tokenizer: Any, prompts: Sequence[str], rows: int | None = None
 ) -> tuple[Int[np.ndarray, "B T"], list[str]]:
-    """Token ids ``[B, model_max_length]``; and a warning for each prompt that had to be cut.
+    """Tokenizes prompts.
 
     Args:
       tokenizer: as from :func:`load_tokenizer`.
       prompts: texts.
-      rows: of the text tower's embedding table; None: not known.
+      rows: number of rows of the text encoder's embedding table; None: not known.
+
+    Returns:
+      Token ids ``[B, model_max_length]``, and a warning for each truncated prompt.
 
     Raises:
-      UserError: a token whose id the table does not have.
+      UserError: a token id is outside the embedding table.
     """
     length = tokenizer.model_max_length
     warnings = [
@@ -78,8 +81,8 @@ def tokenize(
         for prompt in prompts
         if (count := len(tokenizer(prompt, verbose=False)["input_ids"])) > length
     ]
-    told = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-    ids = np.asarray(told["input_ids"], np.int32)
+    encoded = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+    ids = np.asarray(encoded["input_ids"], np.int32)
     if rows is not None and ids.size and not 0 <= ids.max() < rows:
         token = tokenizer.convert_ids_to_tokens(int(ids.max()))
         raise UserError(
@@ -98,26 +101,26 @@ def load(
     param_dtype: DTypeLike | None = None,
     mesh: Mesh | None = None,
 ) -> Pipeline:
-    """A pipeline from a diffusers-layout folder or a hub id.
+    """Loads a pipeline from a folder in diffusers' layout or a hub id.
 
     Args:
       path_or_id: local folder, or ``owner/name`` on the hub.
       only: which towers to load; the others are None.
-      image_encoder: folder or hub id of the image encoder, where the pipeline has none of its
-        own (Stable Diffusion 1.5's repository does not).
+      image_encoder: folder or hub id of the image encoder, if the pipeline has none (as Stable
+        Diffusion 1.5's repository).
       dtype, param_dtype: see :func:`persona_jax.interop.folders.load_tower`.
-      mesh: over which the UNet and the text tower lie from the start, as training has them
+      mesh: over which the UNet and the text encoder are sharded as they are loaded, as in training
         (:func:`persona_jax.runtime.mesh.shard_params`); None: all on the default device.
 
     Raises:
-      UserError: what is missing or does not fit, by name.
+      UserError: files are missing or do not fit; they are named.
     """
     folder = folders.find(path_or_id)
     folders.refuse_other_families(folder)
     parts = [*only, "scheduler", "tokenizer", "feature_extractor"]
     checksums.verify(folder, parts, "fetch or make it again")
 
-    def place(tower: str) -> Path:
+    def folder_of(tower: str) -> Path:
         if tower != "image_encoder" or (not image_encoder and (folder / tower).is_dir()):
             return folder / tower
         if not image_encoder:
@@ -132,11 +135,11 @@ def load(
     sharding = None if mesh is None else functools.partial(shard_params, mesh)
     loaded = {
         tower: folders.load_tower(
-            place(tower),
+            folder_of(tower),
             tower,
             dtype=dtype,
             param_dtype=param_dtype,
-            # The others are run by each process for itself.
+            # Each process runs the other towers on its own devices.
             sharding=sharding if tower in ("unet", "text_encoder") else None,
         )
         if tower in only
@@ -154,7 +157,7 @@ def load(
         scheduler_config=scheduler,
         tokenizer=load_tokenizer(folder / "tokenizer", positions),
         feature_extractor=_feature_extractor(
-            folder, place("image_encoder") if loaded["image_encoder"] else None
+            folder, folder_of("image_encoder") if loaded["image_encoder"] else None
         ),
         source=path_or_id,
     )
@@ -163,16 +166,16 @@ def load(
 def require_trained_on(
     run: Path, base: str, now: str, trained: str | None, what: str = "base"
 ) -> None:
-    """Refuses what a run has learnt on another base, or with another image encoder, than this one.
+    """Raises an error if a run was trained on another base, or with another image encoder.
 
     Args:
       run: its workdir.
-      base: where this base lies: a folder or hub id.
-      now, trained: the hash of what lies there, and of what the run was trained on.
+      base: folder or hub id.
+      now, trained: hash of what is at `base`, and of what the run was trained on.
       what: "base" or "image encoder".
 
     Raises:
-      UserError: names both hashes.
+      UserError: the hashes differ; both are named.
     """
     if trained != now:
         raise UserError(
@@ -182,50 +185,51 @@ def require_trained_on(
 
 
 def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None]) -> None:
-    """Refuses towers of different pipelines in one folder.
+    """Raises an error if a folder has towers of different pipelines.
 
     Raises:
-      UserError: names both settings.
+      UserError: two settings do not match; both are named.
     """
-    for one, key, other, theirs in (
+    for one, key, other, other_key in (
         ("unet", "in_channels", "vae", "latent_channels"),
         ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
     ):
         if loaded[one] is None or loaded[other] is None:
             continue
-        have, want = (getattr(loaded[x].module.config, k) for x, k in ((one, key), (other, theirs)))
+        have, want = (
+            getattr(loaded[x].module.config, k) for x, k in ((one, key), (other, other_key))
+        )
         if have != want:
             raise UserError(
                 f"{folder}: {one}/config.json has {key}={have}, but {other}/config.json "
-                f"{theirs}={want}; take both from one pipeline"
+                f"{other_key}={want}; take both from one pipeline"
             )
 
 
 def _feature_extractor(folder: Path, encoder: Path | None) -> dict[str, Any] | None:
-    """A pipeline's own, or what lies beside the image encoder; None: nowhere."""
+    """The preprocessor_config.json of the pipeline, or beside the image encoder; None: neither."""
     beside = [encoder, encoder.parent / "feature_extractor"] if encoder else []
-    for place in (folder / "feature_extractor", *beside):
-        file = place / "preprocessor_config.json"
+    for parent in (folder / "feature_extractor", *beside):
+        file = parent / "preprocessor_config.json"
         if file.exists():
             return folders.read_json(file)
     return None
 
 
 CLIP_LENGTH = 77
-"""Tokens of a prompt where neither tokenizer nor text tower says."""
+"""Maximal tokens of a prompt if neither tokenizer nor text encoder specifies it."""
 
 
 def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
-    """transformers' CLIPTokenizer from a folder with ``vocab.json`` and ``merges.txt``, or
-    ``tokenizer.json``.
+    """Loads transformers' CLIPTokenizer.
 
     Args:
-      folder: of the tokenizer.
-      positions: of the text tower, which a prompt's tokens must not exceed; None: not known. A
-        tokenizer without ``model_max_length`` gets it from there.
+      folder: with ``vocab.json`` and ``merges.txt``, or ``tokenizer.json``.
+      positions: number of position embeddings of the text encoder, the maximal length of a prompt
+        and the default of ``model_max_length``; None: not known.
 
     Raises:
-      UserError: files that are missing or cannot be read.
+      UserError: files are missing or cannot be read.
     """
     from transformers import CLIPTokenizer
 
@@ -235,12 +239,12 @@ def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
     try:
         tokenizer = CLIPTokenizer.from_pretrained(str(folder))
         length = int(tokenizer.model_max_length)
-    except Exception as error:  # transformers' and tokenizers' own kinds, bare ones among them
-        told = " ".join(str(error).split())
+    except Exception as error:  # transformers and tokenizers also raise plain Exception
+        message = " ".join(str(error).split())
         raise UserError(
-            f"{folder}: not a readable CLIP tokenizer ({told:.200}); fetch it again"
+            f"{folder}: not a readable CLIP tokenizer ({message:.200}); fetch it again"
         ) from error
-    if length > 10**6:  # transformers' 1e30: nobody said
+    if length > 10**6:  # transformers' 1e30 means: not specified
         length = positions or CLIP_LENGTH
     length = min(length, positions or length)
     if length < 2:
@@ -250,10 +254,11 @@ def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
 
 
 def embed_captions(folder: Path, captions: Sequence[str]) -> Float[np.ndarray, "P D"]:
-    """Captions in the space of the pipeline's image embeddings ``[P, D]``.
+    """Embeds captions in the space of the pipeline's image embeddings ``[P, D]``.
 
     Raises:
-      UserError: a pipeline without ``text_projection.safetensors``; those trained here have it.
+      UserError: the pipeline has no ``text_projection.safetensors``; pipelines trained by this
+        package have it.
     """
     text = folders.load_tower(folder / "text_encoder", "text_encoder")
     config = text.module.config
@@ -272,13 +277,13 @@ def embed_captions(folder: Path, captions: Sequence[str]) -> Float[np.ndarray, "
 
 
 def save(pipeline: Pipeline, folder: Path) -> None:
-    """Writes a pipeline folder that stock diffusers opens (``StableDiffusionPipeline``)."""
+    """Writes a pipeline folder that diffusers opens (``StableDiffusionPipeline``)."""
     for name in TOWERS:
         tower = getattr(pipeline, name)
         if tower:
             folders.save_tower(folder / name, name, tower.config, tower.params)
     pipeline.tokenizer.save_pretrained(str(folder / "tokenizer"))
-    # vocab.json and merges.txt too: all that readers before transformers 5 know.
+    # Also vocab.json and merges.txt: transformers before 5 reads no other files.
     pipeline.tokenizer.backend_tokenizer.model.save(str(folder / "tokenizer"))
     folders.write_json(folder / "scheduler/scheduler_config.json", pipeline.scheduler_config)
     if pipeline.feature_extractor:
@@ -293,11 +298,14 @@ def save(pipeline: Pipeline, folder: Path) -> None:
 
 
 def dtype_on(dtype: str, platform: str) -> DTypeLike:
-    """What a config's ``dtype`` stands for: "auto" is bfloat16 on accelerators, float32 where
-    `platform` is "cpu".
+    """The dtype of computations; "auto" is float32 on CPU, bfloat16 elsewhere.
+
+    Args:
+      dtype: as in ``config.dtype``.
+      platform: of the devices, as JAX names it.
 
     Raises:
-      UserError: an unknown dtype.
+      UserError: the dtype is unknown.
     """
     dtypes = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16}
     dtypes |= {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
@@ -307,9 +315,11 @@ def dtype_on(dtype: str, platform: str) -> DTypeLike:
 
 
 def open_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> Pipeline:
-    """The pipeline that a method's config names, its frozen weights cast once (see
-    :func:`dtype_on`); the image encoder only where the method reads with it. On a `mesh` that
-    splits weights (fsdp > 1), no device ever holds the UNet or the text tower whole."""
+    """Opens the pipeline of a method's config, with weights cast to :func:`dtype_on`.
+
+    The image encoder is loaded only if the method uses it (``image_encoder.kind=clip``). With a
+    `mesh` whose "fsdp" axis is above 1, no device holds the UNet or the text encoder whole.
+    """
     dtype = dtype_on(config.dtype, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
     pipeline = load(
@@ -326,7 +336,7 @@ def open_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> Pipeline:
 
 
 def sampler_note(pipeline: Pipeline) -> str:
-    """What is said of a folder whose sampler is not DDIM; empty where it is."""
+    """A note for a folder whose scheduler is not DDIM; empty if it is."""
     name = sampler_of(pipeline.scheduler_config)
     if name == "DDIMScheduler":
         return ""

@@ -1,1 +1,1 @@
-"""What a program needs of a machine that is not there: shapes, compilation, estimates."""
+"""Estimates of the memory and time a program takes on devices that need not be present."""

@@ -1,4 +1,4 @@
-"""A training run or a sampler without its weights: every array is a shape, a dtype and a place."""
+"""A training step or a sampler without weights: arrays are shapes, dtypes and shardings."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -35,16 +35,15 @@ Program = tuple[Any, tuple]
 
 
 def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
-    """The step that :mod:`persona_jax.train` compiles, and its (state, frozen, batch).
+    """The training step of :mod:`persona_jax.train`, and its arguments (state, frozen, batch).
 
     Args:
-      config: ``batch_size`` is global.
-      mesh: of the devices to plan for; they need not exist.
+      config: of a run; ``batch_size`` is global.
+      mesh: of the devices to plan for, which need not be present.
       dtype: of the frozen weights and of the computation.
 
     Raises:
-      UserError: a pipeline whose sizes are not known, or a batch that does not divide among the
-        devices.
+      UserError: the pipeline's sizes are not known, or the batch does not divide among the devices.
     """
     if config.batch_size % (config.accumulate * mesh.size):
         raise UserError(
@@ -69,23 +68,23 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
 
 def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
-    """The step that :mod:`persona_jax.methods.finetuning_loop` compiles, of
-    ``config.people.at_once`` people."""
+    """The step of :mod:`persona_jax.methods.finetuning_loop` for ``config.people.at_once`` people,
+    and its arguments, as for :func:`training_step`."""
     pipeline, at_once = open_abstract(config, dtype), config.people.at_once
     fresh = without_start(config)
 
     def make(towers: Any, key: Any) -> Any:
-        filled = {
+        traced = {
             name: dataclasses.replace(getattr(pipeline, name), params=params)
             for name, params in towers.items()
         }
         keys = jax.random.split(key, at_once)
-        return finetuning.init(fresh, dataclasses.replace(pipeline, **filled), keys)
+        return finetuning.init(fresh, dataclasses.replace(pipeline, **traced), keys)
 
     towers = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
-    learnt = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
+    trainable = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
     optimizer = finetuning.make_people_optimizer(config)
-    state = jax.eval_shape(lambda params: fresh_state(params, optimizer), learnt)
+    state = jax.eval_shape(lambda params: fresh_state(params, optimizer), trainable)
     frozen = shapes(finetuning.person_frozen_params(config, pipeline))
     count, (h, w, channels) = config.batch_size, pipeline.latent_shape
     length, of = pipeline.tokenizer.model_max_length, jax.ShapeDtypeStruct
@@ -104,11 +103,18 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
 
 def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
-    """The sampler of :mod:`persona_jax.pipelines.generation` for ``config.batch_size`` pictures of
-    ``n - 1`` references each, shared out among the devices, and its arguments.
+    """The sampler of :mod:`persona_jax.pipelines.generation`, and its arguments.
+
+    It generates ``config.batch_size`` images with ``n - 1`` references each, split among the
+    devices.
+
+    Args:
+      config: as in :func:`training_step`.
+      mesh: as in :func:`training_step`.
+      dtype: as in :func:`training_step`.
 
     Raises:
-      UserError: as :func:`training_step`; a config without an adapter.
+      UserError: as in :func:`training_step`; the config is not of an adapter.
     """
     if config.method != "adapter":
         raise UserError(
@@ -118,7 +124,7 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     pipeline, encoder = open_abstract(config, dtype), abstract_image_encoder(config)
     if config.batch_size % mesh.size:
         raise UserError(
-            f"config.batch_size={config.batch_size} pictures: must be a multiple of the "
+            f"config.batch_size={config.batch_size} images: must be a multiple of the "
             f"{mesh.size} chips; or give another batch_per_chip",
             argument="batch_per_chip",
         )
@@ -126,7 +132,9 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     sampler = generation.split_among_devices(sampler, mesh)
     aggregator = adapter_training.make_aggregator(config.aggregator)
 
-    def paint_batch(frozen: Any, learnt: Any, blank: Any, batch: Any, settings: Any) -> jax.Array:
+    def generate_batch(
+        frozen: Any, learnt: Any, blank: Any, batch: Any, settings: Any
+    ) -> jax.Array:
         references = generation.References(batch["embeddings"], batch["mask"], settings["scale"])
         request = generation.Request(
             keys=jax.vmap(jax.random.key)(batch["index"]),
@@ -140,7 +148,7 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
     frozen, learnt = generation.sampler_params(pipeline), adapter_shapes(config, pipeline, encoder)
     number = jax.ShapeDtypeStruct((), jnp.float32)
-    return jax.jit(paint_batch, compiler_options=compiler_options(mesh)), (
+    return jax.jit(generate_batch, compiler_options=compiler_options(mesh)), (
         at(frozen, shard_params(mesh, frozen)),
         at(learnt, shard_params(mesh, learnt)),
         at(encoder.blank, replicated(mesh)),
@@ -150,10 +158,10 @@ def sampler(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
 
 
 def open_abstract(config: ConfigDict, dtype: DTypeLike) -> Pipeline:
-    """What ``open_pipeline`` gives, with shapes in place of weights.
+    """The pipeline of a config as by ``open_pipeline``, with shapes in place of weights.
 
     Raises:
-      UserError: sizes that are neither in a local folder nor known (:mod:`.published`).
+      UserError: its sizes are neither in a local folder nor in :mod:`.published`.
     """
     towers = {
         name: abstract_tower(name, tower_config(config.pipeline, name), dtype)
@@ -172,7 +180,7 @@ def open_abstract(config: ConfigDict, dtype: DTypeLike) -> Pipeline:
 
 
 class _Tokenizer(SimpleNamespace):
-    """Makes captions of the right length out of anything."""
+    """Turns any prompts into zeros of the right length."""
 
     def __init__(self, length: int):
         super().__init__(model_max_length=length)
@@ -190,10 +198,10 @@ def abstract_tower(name: str, config: Mapping[str, Any], dtype: DTypeLike) -> To
 
 
 def abstract_image_encoder(config: ConfigDict) -> ImageEncoder:
-    """The encoder of a config as far as training sees it: the shape of what it gives.
+    """The image encoder of a config without weights: only its output shapes are right.
 
     Raises:
-      UserError: an unknown kind, or a tower whose sizes are not known.
+      UserError: the kind is unknown, or the tower's sizes are not known.
     """
     kind, blank = config.image_encoder.kind, None
     if kind not in KINDS:
@@ -209,7 +217,7 @@ def abstract_image_encoder(config: ConfigDict) -> ImageEncoder:
 
 
 def image_encoder_config(config: ConfigDict) -> Mapping[str, Any]:
-    """``config.json`` of the image encoder: the pipeline's own, or the one that is named."""
+    """``config.json`` of the image encoder: of ``image_encoder.path``, or else the pipeline's."""
     path = config.image_encoder.path
     if not path:
         return tower_config(config.pipeline, "image_encoder")
@@ -223,10 +231,14 @@ def image_encoder_config(config: ConfigDict) -> Mapping[str, Any]:
 
 
 def tower_config(pipeline: str, part: str) -> Mapping[str, Any]:
-    """The JSON of one part of a pipeline: a local folder's, a shipped base's, or a known hub id's.
+    """The JSON config of one part of a pipeline.
+
+    Args:
+      pipeline: a local folder, a shipped base, or a hub id in :mod:`.published`.
+      part: a tower's folder, or "scheduler".
 
     Raises:
-      UserError: neither a folder nor known, or the file is missing.
+      UserError: the pipeline is none of these, or the file is missing.
     """
     folder = local_folder(pipeline)
     if folder is not None:
@@ -247,14 +259,14 @@ def _not_known(path: str, known: Mapping) -> UserError:
 
 
 def local_folder(path: str) -> Path | None:
-    """The folder of a shipped base or of that name; None for anything that is not here."""
+    """The folder of a shipped base, or a local folder; None if `path` is neither."""
     if path in folders.SHIPPED or buckets.local(path).is_dir():
         return folders.find(path)
     return None
 
 
 def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> Any:
-    """The trainable tree as shapes; where it starts from makes no difference to them."""
+    """The trainable tree as shapes, which do not depend on ``init_from``."""
     fresh = without_start(config)
 
     def make(params: Any) -> Any:
@@ -267,7 +279,7 @@ def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder
 
 
 def without_start(config: ConfigDict) -> ConfigDict:
-    """The config of the same shapes that starts afresh."""
+    """A copy of the config with ``init_from`` cleared, so that no file is read."""
     fresh = config.copy_and_resolve_references()
     with fresh.unlocked():
         fresh.init_from = ""
@@ -275,7 +287,7 @@ def without_start(config: ConfigDict) -> ConfigDict:
 
 
 def batch_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> dict:
-    """The batch that :func:`persona_jax.data.loader.batches` gives, as shapes."""
+    """Shapes of a batch from :func:`persona_jax.data.loader.batches`."""
     count, slots = config.batch_size, config.references.n - 1
     h, w, channels = pipeline.latent_shape
     patches = () if encoder.blank is None else encoder.blank.shape[:1]
@@ -290,12 +302,12 @@ def batch_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) 
 
 
 def shapes(tree: Any) -> Any:
-    """The tree of shapes and dtypes of a tree of arrays or shapes."""
+    """Shapes and dtypes of a tree of arrays or shapes."""
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
 
 
 def at(tree: Any, shardings: Any) -> Any:
-    """Shapes that know where they lie; `shardings` is a tree, or one for all."""
+    """Adds shardings to a tree of shapes; `shardings` is a tree, or one for all leaves."""
 
     def put(leaf: Any, sharding: Any) -> Any:
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

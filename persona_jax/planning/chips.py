@@ -1,4 +1,4 @@
-"""Accelerators in numbers, and the time that a program takes at least on them."""
+"""Data of accelerators, and lower bounds of the time a program takes on them (roofline)."""
 
 import dataclasses
 import math
@@ -13,15 +13,15 @@ GIB = 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What one chip does at best.
+    """Peak figures of one chip.
 
     Attributes:
-      name: as in topologies.
-      hbm: bytes that programs can use.
-      flops: of bfloat16 products, per second.
-      bandwidth: of its memory, bytes per second.
-      link: bytes per second that one link sends in one direction.
-      links: links of a chip with all its neighbours.
+      name: as in topologies ("v5e:2x4").
+      hbm: bytes of memory that programs can use.
+      flops: bfloat16 FLOP/s.
+      bandwidth: of its memory, bytes/s.
+      link: bytes/s that one link sends in one direction.
+      links: number of links to other chips.
     """
 
     name: str
@@ -42,22 +42,24 @@ CHIPS = {
         Chip("H100", 79.0 * GIB, 989e12, 3350e9, 25e9, 18),
     )
 }
-"""FLOPs, bandwidths and ports: Google Cloud's pages of each TPU (cloud.google.com/tpu/docs/v4, v5e,
-v5p, v6e; the interconnect there is both directions of all ports, here one of one) and NVIDIA's H100
-SXM data sheet (dense bfloat16, NVLink's 18 links of 50 GB/s both ways). Memory of TPUs: what libtpu
-0.0.42's compiler says is available; of the H100, about what its driver leaves of 80 GB."""
+"""Sources of FLOP/s, bandwidths and links: for TPUs, Google Cloud's page of each
+(cloud.google.com/tpu/docs/v4, v5e, v5p, v6e), whose interconnect figure is the sum over both
+directions of all links, here of one direction of one link; for the H100, NVIDIA's SXM data sheet
+(dense bfloat16; NVLink has 18 links of 50 GB/s, both directions together). Usable memory: for TPUs,
+as reported by the compiler of libtpu 0.0.42; for the H100, about what the driver leaves of 80 GB.
+"""
 
 _KINDS = {"TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e"}
 
 
 def chip_of(device: Any) -> Chip | None:
-    """The facts of a device; None where there are none (CPUs, other GPUs)."""
+    """The chip of a JAX device; None if it is not in :data:`CHIPS` (CPUs, other GPUs)."""
     kind = device.device_kind
     return CHIPS.get("H100" if "H100" in kind else _KINDS.get(kind, ""))
 
 
 def per_device(chip: Chip, devices: int, chips: int) -> Chip:
-    """A chip's share for each of its cores, where JAX counts cores as devices."""
+    """A device's share of a chip: JAX counts the cores of some chips as devices."""
     cores = max(devices // chips, 1)
     return dataclasses.replace(
         chip,
@@ -76,8 +78,8 @@ def dimensions(topology: str) -> tuple[int, ...]:
 def links_used(name: str, shape: Sequence[int]) -> int:
     """Links of a chip that a ring over all chips of a topology can use.
 
-    An axis that closes to a ring has two, an open one counts as one. Axes close where a v5e or v6e
-    slice is 16 long, and in v4 and v5p slices made of whole 4×4×4 cubes.
+    An axis with wrap-around links counts two, any other axis of several chips counts one. Axes wrap
+    around where a v5e or v6e slice is 16 long, and in v4 and v5p slices of whole 4×4×4 cubes.
     """
     closed = 16 if name in ("v5e", "v6e") else 4
     cubes = name in ("v5e", "v6e") or all(n % 4 == 0 for n in shape)
@@ -85,13 +87,13 @@ def links_used(name: str, shape: Sequence[int]) -> int:
 
 
 class Roofline(NamedTuple):
-    """Seconds that a program takes at least, by what limits it.
+    """Seconds that a program takes at peak rates, by resource.
 
     Attributes:
-      compute: FLOPs at the peak.
-      memory: bytes that operations read and write, at the memory's bandwidth; an upper bound, as
-        what stays on the chip is counted too.
-      interconnect: bytes sent at the links' bandwidth.
+      compute: FLOPs at the peak rate.
+      memory: bytes that operations read and write, at the memory's bandwidth. Too high, because
+        data that stays in on-chip memory is counted as well.
+      interconnect: bytes sent, at the links' bandwidth.
     """
 
     compute: float
@@ -100,21 +102,28 @@ class Roofline(NamedTuple):
 
     @property
     def step(self) -> float:
-        """Compute and memory side by side, the interconnect after them: nothing of it hidden."""
+        """Seconds of one step: compute and memory overlap, the interconnect overlaps neither."""
         return max(self.compute, self.memory) + self.interconnect
 
     @property
     def share(self) -> float:
-        """The interconnect's share of the step."""
+        """The interconnect's share of the step, 0 to 1."""
         return self.interconnect / self.step if self.step else 0.0
 
 
 def roofline(
     chip: Chip, links: int, flops: float, accessed: float, collectives: Sequence[Collective]
 ) -> Roofline:
-    """The roofline of a program's FLOPs, bytes and collectives per device.
+    """The roofline of a program.
 
-    Latencies are not in it: thousands of small collectives take longer.
+    Latencies are not included: thousands of small collectives take longer.
+
+    Args:
+      chip: a device's share of a chip, from :func:`per_device`.
+      links: from :func:`links_used`.
+      flops: of one device.
+      accessed: bytes that the operations of one device read and write.
+      collectives: of the program.
     """
     sent = sum(collective.sent for collective in collectives)
     network = sent / (max(links, 1) * chip.link)
@@ -122,8 +131,16 @@ def roofline(
 
 
 def largest_batch(small: tuple[int, float], large: tuple[int, float], limit: float) -> int:
-    """The largest batch within `limit` bytes on the line through two (batch, bytes); 0 where not
-    even one example fits."""
+    """The largest batch that takes at most `limit` bytes, by linear extrapolation.
+
+    Args:
+      small: (batch, bytes) of one compiled program.
+      large: (batch, bytes) of another, with a larger batch.
+      limit: bytes available.
+
+    Returns:
+      The batch; 0 if not even one example fits. If memory does not grow, the batch of `large`.
+    """
     (few, less), (many, more) = small, large
     slope = (more - less) / (many - few)
     if slope <= 0:

@@ -1,4 +1,4 @@
-"""Compiling a program for devices that need not exist, and what the compiler says of it."""
+"""Compiles programs for devices that need not be present, and reads the compiler's analysis."""
 
 import contextlib
 import dataclasses
@@ -21,22 +21,22 @@ from persona_jax.planning import hlo
 from persona_jax.planning.hlo import Collective
 
 MEMORY = ("arguments", "outputs", "temporaries", "aliased", "generated code")
-"""Kinds of memory, by the names of :attr:`Compiled.memory`; aliased outputs lie in arguments."""
+"""Keys of :attr:`Compiled.memory`. Aliased outputs share the memory of arguments."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of a program, per device.
+    """The compiler's analysis of a program, per device.
 
     Attributes:
-      memory: bytes by kind (:data:`MEMORY`); empty where it did not fit.
-      flops: floating point operations, loops counted as often as they turn, and what kernels do
-        whose cost the compiler is not told.
-      accessed: bytes that operations read and write; in a program with loops, scaled as its FLOPs.
-      optimal_seconds: the compiler's own estimate; None where it gives none or a nonsense one.
+      memory: bytes by kind (:data:`MEMORY`); empty if the program does not fit.
+      flops: floating point operations. Loop bodies count once per iteration; kernels whose cost
+        the compiler does not know are included.
+      accessed: bytes that operations read and write; with loops, scaled like the FLOPs.
+      optimal_seconds: the compiler's own estimate; None if it gives none or loops make it wrong.
       collectives: see :mod:`persona_jax.planning.hlo`.
-      seconds: what compilation took.
-      shortage: (bytes used, bytes there are) of a program that did not fit; else None.
+      seconds: time that compilation took.
+      shortage: (bytes needed, bytes available) if the program does not fit; else None.
     """
 
     memory: dict[str, int]
@@ -49,7 +49,7 @@ class Compiled:
 
     @property
     def total(self) -> float:
-        """Bytes of memory in use at once."""
+        """Peak memory, bytes."""
         if self.shortage:
             return self.shortage[0]
         return float(sum(self.memory.values()) - 2 * self.memory["aliased"])
@@ -66,15 +66,17 @@ class Compiled:
 def lower(
     function: Any, arguments: tuple, device: Any, devices: int, say: str = ""
 ) -> tuple[str, Callable[[], Compiled]]:
-    """Lowers a jitted function; gives the program's key and what compiles it, for
-    :func:`remembered`.
+    """Lowers a jitted function.
 
     Args:
       function: from ``jax.jit``.
       arguments: abstract, with shardings over the devices.
-      device: one of them.
-      devices: how many there are.
-      say: what is compiled, for the progress line.
+      device: one of the devices.
+      devices: number of devices.
+      say: name of the program in progress lines; "" prints none.
+
+    Returns:
+      The program's key and a function that compiles it, for :func:`remembered`.
     """
     traced = function.trace(*arguments)
     lowered = traced.lower()
@@ -83,16 +85,18 @@ def lower(
     kernels = hlo.kernel_flops(jaxpr, device.platform)
 
     def find() -> Compiled:
-        found = measure(lowered, factor, devices, say)
-        return dataclasses.replace(found, flops=found.flops + kernels)
+        compiled = measure(lowered, factor, devices, say)
+        return dataclasses.replace(compiled, flops=compiled.flops + kernels)
 
     return program_key(lowered.as_text(), device), find
 
 
 def program_key(text: str, device: Any) -> str:
-    """Names a compiled program: by what is lowered (which configuration, sources and number of
-    devices make), the kind of device, the compilers and their flags, and the code that reads what
-    they say."""
+    """Cache key of a compiled program, sha256 in hex.
+
+    It covers the lowered program (and so the configuration, the sources and the number of devices),
+    the kind of device, the compilers and their flags, and the code that reads their analysis.
+    """
     sources = [Path(__file__), Path(hlo.__file__)]
     parts = [
         text,
@@ -116,13 +120,16 @@ def _version(package: str) -> str:
 
 
 def measure(lowered: Any, loop_factor: float, devices: int, say: str = "") -> Compiled:
-    """Compiles a lowered program; one that does not fit gives a :class:`Compiled` with a shortage.
+    """Compiles a lowered program. If it does not fit into memory, the result has a shortage.
 
     Args:
       lowered: from ``jax.jit(…).lower``.
       loop_factor: see :func:`persona_jax.planning.hlo.loop_factor`.
-      devices: of the program.
-      say: what is compiled, for the progress line; "" says nothing.
+      devices: number of devices of the program.
+      say: name of the program in progress lines; "" prints none.
+
+    Raises:
+      JaxRuntimeError: compilation fails for another reason.
     """
     start = time.perf_counter()
     try:
@@ -150,8 +157,8 @@ def measure(lowered: Any, loop_factor: float, devices: int, say: str = "") -> Co
 
 @contextlib.contextmanager
 def not_kept() -> Iterator[None]:
-    """Without JAX's cache of compiled programs: those for absent devices cannot be read back, and
-    what is read back has no analysis."""
+    """Disables JAX's cache of compiled programs: programs for absent devices cannot be read from
+    it, and programs read from it have no analysis."""
     before = jax.config.jax_enable_compilation_cache
     jax.config.update("jax_enable_compilation_cache", False)
     try:
@@ -168,30 +175,29 @@ _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 def shortage_in(message: str) -> tuple[float, float] | None:
-    """(bytes used, bytes there are) from what a compiler says when memory is short; None for any
-    other message."""
+    """(bytes needed, bytes available) from a compiler's out-of-memory message; None for others."""
     size = r"([\d.]+)([KMGT]?)"
     for pattern in (rf"\({size}\) exceeds available \w+ \({size}\)", rf"Used {size} of {size} hbm"):
-        if found := re.search(pattern, message):
-            used, unit, there, other = found.groups()
-            return float(used) * _UNITS[unit], float(there) * _UNITS[other]
+        if match := re.search(pattern, message):
+            used, used_unit, available, available_unit = match.groups()
+            return float(used) * _UNITS[used_unit], float(available) * _UNITS[available_unit]
     return None
 
 
 @contextlib.contextmanager
 def progress(what: str) -> Iterator[None]:
-    """Says every half minute that `what` is still being compiled, and for how long; nothing where
-    it is empty."""
+    """Prints to stderr, every 30 seconds, for how long `what` has been compiling; prints nothing if
+    `what` is empty."""
     done, start = threading.Event(), time.monotonic()
 
-    def tell() -> None:
+    def report() -> None:
         while not done.wait(30.0):
             elapsed = time.monotonic() - start
             print(f"compiling {what}: {elapsed:.0f} s", file=sys.stderr, flush=True)
 
     if what:
         print(f"compiling {what} …", file=sys.stderr, flush=True)
-        threading.Thread(target=tell, daemon=True).start()
+        threading.Thread(target=report, daemon=True).start()
     try:
         yield
     finally:
@@ -199,7 +205,7 @@ def progress(what: str) -> Iterator[None]:
 
 
 def remembered(folder: Path, key: str, find: Callable[[], Compiled]) -> Compiled:
-    """What `find` gives, kept in ``folder/KEY.json``.
+    """The result of `find`, cached in ``folder/KEY.json``.
 
     Raises:
       UserError: the folder cannot be written.
@@ -207,7 +213,7 @@ def remembered(folder: Path, key: str, find: Callable[[], Compiled]) -> Compiled
     file = folder / f"{key}.json"
     if file.exists():
         return Compiled.from_json(file.read_text())
-    try:  # before minutes of compilation, not after
+    try:  # fails before minutes of compilation, not after
         folder.mkdir(parents=True, exist_ok=True)
         beside = folder / f"{key}.new"
         beside.touch()
@@ -215,7 +221,7 @@ def remembered(folder: Path, key: str, find: Callable[[], Compiled]) -> Compiled
         raise UserError(
             f"cache {folder}: {error.strerror}; choose another folder", argument="cache"
         ) from error
-    found = find()
-    beside.write_text(json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+    result = find()
+    beside.write_text(json.dumps(dataclasses.asdict(result), indent=1) + "\n")
     os.replace(beside, file)
-    return found
+    return result

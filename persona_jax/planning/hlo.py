@@ -1,4 +1,4 @@
-"""Reading compiled programs: collectives in HLO text, and how often loops turn."""
+"""Reads compiled programs: collectives in HLO text, iterations of loops, FLOPs of a jaxpr."""
 
 import math
 import re
@@ -17,13 +17,14 @@ KINDS = (
 
 
 class Collective(NamedTuple):
-    """Collectives of one kind among as many devices.
+    """All collectives of one kind and group size in a program.
 
     Attributes:
       kind: one of :data:`KINDS`.
-      group: devices that take part in each.
-      count: how often one runs in a call of the program.
-      bytes: of the arrays, whole (what a gather gives, what a reduction is of), over all of them.
+      group: number of devices that take part in each.
+      count: number of executions per call of the program.
+      bytes: size of the full arrays (the output of a gather, the input of a reduction), summed over
+        all executions.
     """
 
     kind: str
@@ -33,8 +34,11 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that each chip sends, by the ring algorithms: an array is reduced in n − 1 steps of
-        1/n of it and gathered in as many."""
+        """Bytes that each chip sends with ring algorithms.
+
+        A reduce-scatter or an all-gather takes n − 1 steps that each send 1/n of the array; an
+        all-reduce is one after the other.
+        """
         share = (self.group - 1) / self.group
         times = {"all-reduce": 2 * share, "collective-permute": 1.0, "collective-broadcast": 1.0}
         return self.bytes * times.get(self.kind, share)
@@ -49,13 +53,15 @@ _HEADER = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$")
 
 
 def collectives(text: str, devices: int) -> list[Collective]:
-    """The collectives of a compiled program, summed by kind and group.
+    """The collectives of a compiled program, summed by kind and group size.
 
-    Those inside a loop count as often as it turns; asynchronous ones (``-start``, ``-done``) once.
+    Those in a loop count once per iteration. An asynchronous pair (``-start``, ``-done``) counts
+    once.
 
     Args:
-      text: of the optimised HLO module (``compiled.as_text()``).
-      devices: of the program: a collective without groups is of all of them.
+      text: the optimised HLO module (``compiled.as_text()``).
+      devices: number of devices of the program, all of which take part in a collective that names
+        no groups.
     """
     bodies = computations(text)
     times = calls(bodies)
@@ -63,12 +69,12 @@ def collectives(text: str, devices: int) -> list[Collective]:
     sizes: Counter = Counter()
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
-            found = _OPERATION.search(line)
-            if not found:
+            operation = _OPERATION.search(line)
+            if not operation:
                 continue
-            kind, group = found[1], group_size(line, devices)
-            size = whole_size(kind, bool(found[2]), line[: found.start()], group)
-            if name.startswith("all-reduce-scatter"):  # how TPU programs write a reduce-scatter
+            kind, group = operation[1], group_size(line, devices)
+            size = whole_size(kind, bool(operation[2]), line[: operation.start()], group)
+            if name.startswith("all-reduce-scatter"):  # a reduce-scatter in TPU programs
                 kind = "reduce-scatter"
             if group > 1:
                 counts[kind, group] += times[name]
@@ -77,20 +83,20 @@ def collectives(text: str, devices: int) -> list[Collective]:
 
 
 def computations(text: str) -> dict[str, list[str]]:
-    """The instructions of each computation, by its name; the entry's is ``""``."""
-    found: dict[str, list[str]] = {}
+    """The instructions of each computation, by its name; ``""`` is the entry computation."""
+    bodies: dict[str, list[str]] = {}
     name = None
     for line in text.splitlines():
         if header := _HEADER.match(line):
             name = "" if line.startswith("ENTRY") else header[1]
-            found[name] = []
+            bodies[name] = []
         elif name is not None and " = " in line:
-            found[name].append(line)
-    return found
+            bodies[name].append(line)
+    return bodies
 
 
 def calls(bodies: Mapping[str, list[str]]) -> dict[str, int]:
-    """How often each computation runs, the entry once."""
+    """Number of executions of each computation per call of the program."""
     callers = defaultdict(list)
     for name, lines in bodies.items():
         for line in lines:
@@ -111,8 +117,11 @@ def calls(bodies: Mapping[str, list[str]]) -> dict[str, int]:
 
 
 def trip_count(line: str, bodies: Mapping[str, list[str]]) -> int:
-    """Turns of a while loop: as the compiler notes them, or the number its condition compares with;
-    1 where neither is there."""
+    """Iterations of a while loop.
+
+    Read from the compiler's annotation, or else the constant in the loop's condition; 1 if there is
+    neither.
+    """
     if noted := re.search(r'"known_trip_count":\{"n":"(\d+)"', line):
         return int(noted[1])
     condition = re.search(r"condition=%?([\w.\-]+)", line)
@@ -121,7 +130,7 @@ def trip_count(line: str, bodies: Mapping[str, list[str]]) -> int:
 
 
 def group_size(line: str, devices: int) -> int:
-    """Devices in each group of a collective, in any of the ways HLO writes groups."""
+    """Number of devices in each group of a collective, in any of HLO's notations."""
     if mesh := re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", line):
         sizes = dict(re.findall(r"'(\w+)'=(\d+)", mesh[1]))
         parts = re.findall(r"'(\w+)'(?::\(\d+\)(\d+))?", mesh[2])
@@ -134,7 +143,14 @@ def group_size(line: str, devices: int) -> int:
 
 
 def whole_size(kind: str, started: bool, shape: str, group: int) -> int:
-    """Bytes of a collective's whole arrays from the shape of its result."""
+    """Bytes of a collective's full arrays, from the shape of its result.
+
+    Args:
+      kind: one of :data:`KINDS`.
+      started: whether it is the ``-start`` of an asynchronous pair, whose result is a tuple.
+      shape: the instruction's text up to the operation's name.
+      group: number of devices in each group.
+    """
     sizes = [array_size(*array) for array in _ARRAY.findall(shape.split(" = ", 1)[1])]
     if kind == "reduce-scatter":
         return group * (sizes[-1] if started else sum(sizes))
@@ -146,22 +162,26 @@ def whole_size(kind: str, started: bool, shape: str, group: int) -> int:
 
 
 def array_size(dtype: str, dimensions: str) -> int:
-    """Bytes of one array, from HLO's ``bf16`` and ``4,128``."""
+    """Bytes of an array, from HLO's notation of dtype and dimensions: ``bf16``, ``4,128``."""
     bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
     return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
 
 
 def loop_factor(jaxpr: Any, platform: str) -> float:
-    """FLOPs of a program over those with each loop's body counted once, which is how compilers
-    count. 1.0 where there are no loops."""
-    found = list(products(jaxpr, platform, 1))
-    once = sum(flops for flops, _ in found)
-    return sum(flops * turns for flops, turns in found) / once if once else 1.0
+    """Factor that corrects a compiler's FLOPs, which count the body of each loop once.
+
+    It is the FLOPs of the program over those with each loop body counted once; 1.0 without loops.
+    """
+    counts = list(products(jaxpr, platform, 1))
+    once = sum(flops for flops, _ in counts)
+    return sum(flops * turns for flops, turns in counts) / once if once else 1.0
 
 
 def kernel_flops(jaxpr: Any, platform: str) -> float:
-    """FLOPs of the matrix products in Pallas kernels that do not say what they cost: compilers
-    count nothing there. Per device, as kernels are written for one."""
+    """FLOPs of the matrix products in Pallas kernels without a cost estimate, per device.
+
+    Compilers count these kernels as zero.
+    """
     total = 0.0
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "pallas_call":
@@ -177,7 +197,13 @@ def kernel_flops(jaxpr: Any, platform: str) -> float:
 
 
 def products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, int]]:
-    """(FLOPs, how often it runs) of each matrix product and convolution."""
+    """(FLOPs, number of executions) of each matrix product and convolution.
+
+    Args:
+      jaxpr: the program.
+      platform: as in :func:`inner_programs`.
+      turns: number of executions of `jaxpr` itself.
+    """
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "dot_general":
             (contracted, _), _ = eqn.params["dimension_numbers"]
@@ -193,7 +219,7 @@ def products(jaxpr: Any, platform: str, turns: int) -> Iterator[tuple[float, int
 
 
 def inner_programs(eqn: Any, platform: str) -> Iterator[Any]:
-    """The programs within an equation; of those for several platforms, the one that applies."""
+    """The jaxprs inside an equation; of alternatives by platform, the one for `platform`."""
     branches = eqn.params.get("branches_platforms")
     if branches:
         chosen = next(i for i, names in enumerate(branches) if names is None or platform in names)

@@ -1,5 +1,4 @@
-"""Numbers of published ``config.json`` files: shapes can be planned with where weights cannot be
-fetched."""
+"""Settings of published ``config.json`` files, for planning without the pipeline's files."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -64,10 +63,10 @@ PIPELINES = {
     "stable-diffusion-v1-5/stable-diffusion-v1-5": STABLE_DIFFUSION_1_5,
     "runwayml/stable-diffusion-v1-5": STABLE_DIFFUSION_1_5,
 }
-"""Hub ids of pipelines, and what their folders' ``config.json`` say, by folder."""
+"""``config.json`` of each part of a pipeline, by hub id and folder."""
 
 IMAGE_ENCODERS = {
     "h94/IP-Adapter/models/image_encoder": CLIP_VIT_H_14,
     "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": CLIP_VIT_H_14,
 }
-"""Hub ids of image encoders, and what their ``config.json`` says."""
+"""``config.json`` of image encoders, by hub id."""

@@ -1,1 +1,1 @@
-"""A finished run opened to generate with, reference sets, attribution, diffusers as reference."""
+"""Opening of finished runs, reference sets, attribution, and comparison with diffusers."""

@@ -1,4 +1,4 @@
-"""What each reference photo contributed to an adapter's pictures."""
+"""Attribution: how much each reference photo contributed to an adapter's images."""
 
 import dataclasses
 import itertools
@@ -16,20 +16,21 @@ from persona_jax.pipelines.generation import References
 from persona_jax.pipelines.image_encoders import ImageEncoder
 
 Batch = UInt8[np.ndarray, "_ S S 3"]
-"""Pictures."""
+"""A batch of images."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Attribution:
-    """For N photos.
+    """The contributions of N photos.
 
     Attributes:
-      shares: how much of the pooled embedding each gives, over heads; sums to 1 ``[N]``.
+      shares: attention weight of each photo in the pooled embedding, mean over heads; sums to 1
+        ``[N]``.
       heads: the same for each pooling head ``[H, N]``.
-      influence: how far the pictures move, in the image encoder's view, when it is left out: 1 −
-        cosine between what the image encoder sees of both, mean over pictures ``[N]``. NaN for a
-        photo left out anyway.
-      without: the first picture, painted without that photo; None where it is NaN.
+      influence: how much the images change without the photo: 1 − cosine between the image
+        encoder's embeddings with and without it, mean over images ``[N]``. NaN for a photo of
+        weight 0.
+      without: the first image, generated without that photo; None where `influence` is NaN.
     """
 
     shares: Float[np.ndarray, " N"]
@@ -38,7 +39,7 @@ class Attribution:
     without: list[np.ndarray | None]
 
     def record(self) -> dict:
-        """As plain numbers, for JSON; None where nothing was measured."""
+        """The numbers for JSON, rounded; None where `influence` is NaN."""
         moved = [None if np.isnan(x) else round(float(x), 4) for x in self.influence]
         return {
             "shares": [round(float(x), 4) for x in self.shares],
@@ -48,8 +49,16 @@ class Attribution:
 
 
 def check(adapter: Adapter, weights: Float[np.ndarray, " N"], name: str) -> None:
-    """Raises UserError where there is nothing to attribute: another aggregator, which attends to
-    nothing, or fewer than two photos that count. `name` is the adapter's."""
+    """Checks that attribution is possible.
+
+    Args:
+      adapter: must have a self-attention aggregator.
+      weights: of the photos; at least two must be above 0.
+      name: of the adapter, for the error.
+
+    Raises:
+      UserError: the aggregator has no attention, or fewer than two photos have a weight.
+    """
     if not isinstance(adapter.aggregator.module, SelfAttentionAggregator):
         raise UserError(
             f"attribution: {name} does not attend to photos; it is for self-attention",
@@ -68,14 +77,14 @@ def attribute(
     generated: Iterable[Batch],
     resample: Callable[[Sequence[References]], Iterable[Batch]],
 ) -> Attribution:
-    """Shares of attention, and leave-one-out influence.
+    """Computes shares of attention, and leave-one-out influence.
 
     Args:
-      adapter: one with self-attention.
+      adapter: with a self-attention aggregator.
       encoder: its image encoder.
-      references: its references, the same for all pictures.
-      generated: its pictures from all of them, some at a time.
-      resample: other references → the same pictures again.
+      references: its references, the same for all images.
+      generated: the images from all references, in batches.
+      resample: generates the same images from other references.
     """
     weights = np.asarray(references.weights[0])
     assert adapter.aggregator.module is not None
@@ -99,16 +108,16 @@ def attribute(
     return Attribution(heads.mean(axis=0), heads, np.asarray(influence), without)
 
 
-def draw(found: Attribution, photos: Sequence[Image.Image], size: int) -> Image.Image:
-    """The photos with their shares and influences above; below each, a picture without it."""
+def draw(result: Attribution, photos: Sequence[Image.Image], size: int) -> Image.Image:
+    """Draws each photo with its share and influence, and below it an image without that photo."""
     titles = [
         f"{share:.0%}" + ("" if np.isnan(moved) else f", moves {moved:.3f}")
-        for share, moved in zip(found.shares, found.influence, strict=True)
+        for share, moved in zip(result.shares, result.influence, strict=True)
     ]
-    return images.grid([list(photos), found.without], size=max(size, 96), titles=titles)
+    return images.grid([list(photos), result.without], size=max(size, 96), titles=titles)
 
 
 def _unit_embeddings(encoder: ImageEncoder, batches: Iterable[Batch]) -> Float[np.ndarray, "P D"]:
-    """Unit embeddings of pictures."""
-    seen = np.concatenate([encoder.encode(map(Image.fromarray, some)) for some in batches])
-    return seen / np.linalg.norm(seen, axis=1, keepdims=True)
+    """Unit embeddings of images."""
+    embeddings = np.concatenate([encoder.encode(map(Image.fromarray, some)) for some in batches])
+    return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True)

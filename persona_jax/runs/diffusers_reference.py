@@ -1,7 +1,7 @@
-"""Paints with stock diffusers, from exported files, what we paint, and says how far it is apart.
+"""Verification of exported files: diffusers samples from them, and the latents are compared.
 
-Needs the extra ``torch``. Float32, ten DDIM steps from the same noise; what is compared are the
-last latents, relative to their norm.
+Needs the extra ``torch``. Both sample in float32, ten DDIM steps from the same noise. The measure
+is the norm of the difference of the final latents, relative to their norm.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -23,17 +23,23 @@ from persona_jax.runs import finished_run
 
 PROMPT, STEPS, GUIDANCE = "a photo of a person", 10, 3.0
 SETS = (1, 3, 9)
-"""Numbers of references that an adapter is tried with."""
+"""Numbers of references that an adapter is verified with."""
 MOST = 1e-3
-"""What latents may differ by."""
+"""Maximal relative difference of the latents."""
 
 
 def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float:
-    """Of an exported adapter, the largest over sets of random references; by the files alone: what
-    pools them is the PyTorch aggregator.
+    """The difference for an exported adapter, the largest over sets of random references.
+
+    The reference uses the exported files alone, with the PyTorch aggregator.
+
+    Args:
+      run: that was exported.
+      folder: of the exported files.
+      base: folder of the base.
 
     Raises:
-      UserError: diffusers is missing, or paints something else.
+      UserError: diffusers is missing, or the latents differ too much.
     """
     reference = open_diffusers(base)
     import torch
@@ -47,7 +53,7 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
     blank, kind = run.adapter.blank, run.adapter.aggregator.kind
 
     def their_embeds(seen: torch.Tensor) -> torch.Tensor:
-        """Of [1, n, D] or [1, n, L, D]."""
+        """diffusers' embeddings of [1, n, D] or [1, n, L, D], the unconditional ones first."""
         if KINDS[kind].patches:
             nothing = torch.from_numpy(np.array(blank)).expand(seen.shape)
             return torch.cat([nothing, seen])
@@ -63,14 +69,24 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
     for count in SETS:
         both = their_embeds(torch.from_numpy(seen[:, :count]))
         weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
-        found = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
+        latents = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
         theirs = diffusers_latents(reference, run.pipeline, ip_adapter_image_embeds=[both])
-        worst = max(worst, apart(found, theirs))
+        worst = max(worst, apart(latents, theirs))
     return accepted(worst, run.pipeline)
 
 
 def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: Path) -> float:
-    """Of a LoRA file that stock diffusers loads on the base; `towers` are ours with it merged."""
+    """The difference for a LoRA file that diffusers loads on the base.
+
+    Args:
+      run: that was exported.
+      towers: this package's, with the LoRA merged.
+      folder: of the exported file.
+      base: folder of the base.
+
+    Raises:
+      UserError: diffusers or PEFT is missing, or the latents differ too much.
+    """
     reference = open_diffusers(base)
     try:
         reference.load_lora_weights(str(folder), weight_name=lora_files.FILE)
@@ -83,7 +99,7 @@ def lora_difference(run: finished_run.Run, towers: Mapping, folder: Path, base: 
 
 
 def base_difference(folder: Path) -> float:
-    """Of a pipeline folder, opened by both."""
+    """The difference for a pipeline folder. Raises as :func:`adapter_difference`."""
     towers = [tower for tower in pipeline.TOWERS if tower != "image_encoder"]
     parts = pipeline.load(str(folder), only=towers, dtype=jnp.float32, param_dtype=jnp.float32)
     ours = our_sampler(parts)()
@@ -97,7 +113,7 @@ def open_diffusers(folder: Path) -> Any:
         import torch
     except ImportError as error:
         raise UserError(
-            "verify: takes diffusers and torch; pip install 'persona-jax[torch]'",
+            "verify: needs diffusers and torch; pip install 'persona-jax[torch]'",
             argument="verify",
         ) from error
     reference = diffusers.StableDiffusionPipeline.from_pretrained(
@@ -110,16 +126,21 @@ def open_diffusers(folder: Path) -> Any:
 
 
 def noise_for(parts: Pipeline) -> Float[np.ndarray, "1 h w C"]:
-    """The same for both."""
+    """The initial noise of both samplers."""
     return np.random.default_rng(0).standard_normal((1, *parts.latent_shape), np.float32)
 
 
 def our_sampler(
     parts: Pipeline, towers: Mapping | None = None
 ) -> Callable[..., Float[np.ndarray, "1 h w C"]]:
-    """(adapters, references of each) → the last latents; compiled once.
+    """Makes this package's sampler, compiled once.
 
-    towers: in the place of the pipeline's.
+    Args:
+      parts: the pipeline.
+      towers: parameters that replace the pipeline's, by name.
+
+    Returns:
+      (adapters, references of each) → the final latents.
     """
     sampler = jax.jit(generation.make_latent_sampler(parts, steps=STEPS))
     frozen = generation.sampler_params(parts) | dict(towers or {})
@@ -143,11 +164,11 @@ def our_sampler(
 
 
 def diffusers_latents(reference: Any, parts: Pipeline, **more: Any) -> Float[np.ndarray, "1 h w C"]:
-    """The same, from diffusers."""
+    """The final latents of diffusers."""
     import torch
 
     noise = torch.from_numpy(np.ascontiguousarray(noise_for(parts).transpose(0, 3, 1, 2)))
-    found = reference(
+    latents = reference(
         PROMPT,
         latents=noise,
         num_inference_steps=STEPS,
@@ -157,25 +178,25 @@ def diffusers_latents(reference: Any, parts: Pipeline, **more: Any) -> Float[np.
         output_type="latent",
         **more,
     ).images
-    return found.numpy().transpose(0, 2, 3, 1)
+    return latents.numpy().transpose(0, 2, 3, 1)
 
 
 def apart(ours: np.ndarray, theirs: np.ndarray) -> float:
     """‖ours − theirs‖ / ‖theirs‖."""
-    wide = theirs.astype(np.float64)
-    return float(np.linalg.norm(ours - wide) / np.linalg.norm(wide))
+    reference = theirs.astype(np.float64)
+    return float(np.linalg.norm(ours - reference) / np.linalg.norm(reference))
 
 
 def accepted(difference: float, parts: Pipeline) -> float:
-    """The difference of what was painted on a pipeline.
+    """Returns the difference of latents of a pipeline if it is small enough.
 
     Raises:
-      UserError: above :data:`MOST`.
+      UserError: it is above :data:`MOST`.
     """
     if difference <= MOST:
         return difference
     half = parts.unet.module.dtype not in (None, jnp.float32)
-    cause = f"; it was painted in {parts.unet.module.dtype}, use float32 (config.dtype)"
+    cause = f"; it was sampled in {parts.unet.module.dtype}, use float32 (config.dtype)"
     raise UserError(
         f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
         f"{MOST:.0e}; nothing was written{cause if half else ''}",

@@ -1,4 +1,4 @@
-"""A finished run, opened to paint with: people and prompts in, pictures out, for every method."""
+"""Opening of a finished run, of any method, an adapter file or a base for generation."""
 
 import dataclasses
 from pathlib import Path
@@ -21,13 +21,13 @@ from persona_jax.runtime.run_folder import read_run
 
 @dataclasses.dataclass(frozen=True)
 class SamplingSettings:
-    """How to sample.
+    """Sampling settings.
 
     Attributes:
       steps: of DDIM.
       guidance: g of classifier-free guidance.
       eta: η of DDIM.
-      scale: λ of an adapter; of no account elsewhere.
+      scale: λ of an adapter; ignored by other methods.
     """
 
     steps: int
@@ -38,15 +38,15 @@ class SamplingSettings:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a workdir holds.
+    """A finished run, or an adapter file or base opened like one.
 
     Attributes:
-      workdir: of the run.
-      config: as it was run.
+      workdir: of the run, or path of the file or base.
+      config: of the run.
       pipeline: the frozen base.
-      encoder: what the adapter looks at photos with; None where there is none.
-      adapter: None where weights belong to people.
-      step: of the checkpoint that was read, the newest whole one; None where none was.
+      encoder: image encoder of the adapter; None without an adapter.
+      adapter: None for per-person fine-tuning, and for a base.
+      step: of the checkpoint that was read, the newest complete one; None without a checkpoint.
     """
 
     workdir: Path
@@ -58,11 +58,11 @@ class Run:
 
     @property
     def personal(self) -> bool:
-        """Whether the weights belong to people."""
+        """Whether the method is per-person fine-tuning."""
         return self.config.method in finetuning.METHODS
 
     def sampling_settings(self, **changes: float | int | None) -> SamplingSettings:
-        """The config's, but for those of `changes` that are not None."""
+        """The config's sampling settings, replaced by those of `changes` that are not None."""
         sampling = self.config.sampling
         chosen = {
             "steps": sampling.steps,
@@ -74,7 +74,7 @@ class Run:
         return SamplingSettings(**(chosen | given))
 
     def prompt(self, prompt: str) -> str:
-        """The prompt as the method wants it: with the rare token, where it has one."""
+        """The prompt for the method: with the rare token for per-person fine-tuning."""
         if not self.personal:
             return prompt
         return finetuning.insert_token(prompt, self.config.token, self.config.nouns)
@@ -86,17 +86,17 @@ def open_run(
     weights: str | None = None,
     pipeline: Pipeline | None = None,
 ) -> Run:
-    """Reads what `workdir` holds.
+    """Opens a finished run.
 
     Args:
       workdir: of a run of persona_jax.train.
-      crop: central part of a photo that the image encoder looks at; None: as in training.
-      weights: of an adapter, "ema" or "params"; None: the running average, where there is one.
-      pipeline: the run's base, where it is open already, with the run's image encoder.
+      crop: central part of a photo that the image encoder gets; None: as in training.
+      weights: of an adapter, "ema" or "params"; None: the running average, if there is one.
+      pipeline: the run's base with the run's image encoder; None: it is opened.
 
     Raises:
-      UserError: no run there, files that do not fit, or another base or image encoder than the run
-        was trained with.
+      UserError: there is no run, files do not fit, or the base or image encoder is not the one that
+        the run was trained with.
     """
     config = read_run(workdir)
     if crop is not None:
@@ -113,23 +113,23 @@ def open_run(
     trained, base = read_fingerprint(workdir / "checkpoints"), pipeline.source
     require_trained_on(workdir, base, pipeline.unet.hash, trained.get("unet"))
     encoder = open_image_encoder(config, pipeline)
-    if crop is None:  # which the encoder's hash counts in
+    if crop is None:  # the encoder's hash includes the crop
         place = config.image_encoder.get("path") or base
         require_trained_on(workdir, place, encoder.hash, trained.get("eye"), "image encoder")
     step, params = load_newest(workdir / "checkpoints", which)
-    learnt = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
-    return Run(workdir, config, pipeline, encoder, learnt, step)
+    adapter = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
+    return Run(workdir, config, pipeline, encoder, adapter, step)
 
 
 def open_base(base: str) -> Run:
-    """A base alone, to generate from text; of :func:`open_adapter`'s settings."""
+    """Opens a base alone, to generate from text, with :func:`outside_settings`."""
     config = outside_settings(base)
     config.image_encoder.kind = "none"
     return Run(Path(base), config, open_pipeline(config))
 
 
 def outside_settings(base: str, crop: float = 1.0) -> ConfigDict:
-    """Settings of what was not trained here."""
+    """The configuration of a base or an adapter that has none of its own."""
     return ConfigDict(
         {
             "method": "adapter",
@@ -148,16 +148,16 @@ def open_adapter(
     crop: float = 1.0,
     pipeline: Pipeline | None = None,
 ) -> Run:
-    """An adapter from a file in IP-Adapter's plain or Plus layout, or from a folder that
-    :mod:`persona_jax.export` wrote.
+    """Opens an adapter file in IP-Adapter's plain or Plus layout, or an exported folder.
 
-    A file has no aggregator: each photo makes tokens of its own, as stock diffusers has it; unless
-    it is a resampler of whole embeddings, which reads them as a set.
+    Exported folders are written by :mod:`persona_jax.export`. A file has no aggregator: each photo
+    gives tokens of its own, as in diffusers, unless the file is a resampler of whole embeddings,
+    which reads them as a set.
 
     Args:
       path: the file or folder.
       base: what it is for, as in ``config.pipeline``.
-      crop: central part of a photo that the image encoder looks at.
+      crop: central part of a photo that the image encoder gets.
       pipeline: the base, where it is open already, with its image encoder.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Sets of reference photos: as a caller or a command line gives them, and as the sampler does."""
+"""Reference sets: from a caller or a command line to the arrays that the sampler takes."""
 
 import argparse
 import dataclasses
@@ -23,19 +23,19 @@ from persona_jax.runtime.settings import number
 
 @dataclasses.dataclass(frozen=True)
 class ReferenceSet:
-    """Photos of one person, and how they count.
+    """Reference photos of one person, with weights and conditions.
 
     Attributes:
-      photos, negative: of the person, and of what to move away from; paths, pictures or arrays
+      photos, negative: of the person, and negative photos; paths, images or arrays
         (:func:`persona_jax.data.photo_files.open_photo`).
-      weights: one a photo: 0 leaves it out, 2 counts it twice; None: all 1.
+      weights: one for each photo: 0 leaves it out, 2 counts it twice; None: all 1.
       scale: λ, one number or numbers by block
         (:func:`persona_jax.pipelines.scales.parse_scale`), or either as JSON; None: the adapter's.
-      mask: a picture, white where the person is to be; None: everywhere.
-      window: from which share of the steps on, and up to which; None: in all.
+      mask: an image, white where the person is to be; None: everywhere.
+      window: (start, end), shares of the steps between which the photos count; None: all steps.
 
     Raises:
-      UserError: no photos, weights that are not one a photo, or a window that is none.
+      UserError: there are no photos, not one weight for each photo, or the window is invalid.
     """
 
     photos: Sequence[Photo]
@@ -46,7 +46,7 @@ class ReferenceSet:
     negative: Sequence[Photo] = ()
 
     def __post_init__(self) -> None:
-        """Checks what can be checked without a pipeline."""
+        """Checks all that needs no pipeline."""
         for name in ("photos", "negative"):
             if isinstance(getattr(self, name), str | bytes | PurePath | Image.Image):
                 raise UserError(f"{name}: one photo; give a list of them", argument=name)
@@ -64,23 +64,24 @@ class ReferenceSet:
             start, end = self.window
             if not 0 <= start < end <= 1:
                 raise UserError(
-                    f"window {start:g} {end:g}: shares of the steps, 0 to 1, in this order",
+                    f"window {start:g} {end:g}: expected shares of the steps, 0 to 1, start first",
                     argument="window",
                 )
 
     @property
     def counts(self) -> Float[np.ndarray, " N"]:
-        """The weights, float32."""
+        """The weights as float32, 1 where none are given."""
         weights = [1.0] * len(self.photos) if self.weights is None else self.weights
         return np.asarray(weights, np.float32)
 
 
 def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
-    """One for each ``--photos``. Of the other flags (:func:`add_flags`) there is one for all or one
-    for each.
+    """Reads one set for each ``--photos`` of a command line.
+
+    Each of the other flags of :func:`add_flags` is given once for all sets, or once for each.
 
     Raises:
-      UserError: another number of them, or values that cannot be.
+      UserError: a flag is given another number of times, or a value is invalid.
     """
     count = len(arguments.photos)
     masks = _spread("--mask", arguments.mask, count)
@@ -98,7 +99,7 @@ def read_reference_sets(arguments: argparse.Namespace) -> list[ReferenceSet]:
         raise UserError(f"--weights: {len(weights)} lists for {count} --photos; one each")
     return [
         ReferenceSet(
-            arguments.photos[i], weights[i], **{name: found[i] for name, found in parts.items()}
+            arguments.photos[i], weights[i], **{name: values[i] for name, values in parts.items()}
         )
         for i in range(count)
     ]
@@ -122,19 +123,19 @@ def references(
     size: tuple[int, int],
     each: Callable[[Image.Image], None] = lambda photo: None,
 ) -> generation.References:
-    """A set as `num` pictures are generated from it.
+    """Encodes a set and repeats it for `num` images.
 
     Args:
       encoder: of the adapter.
       config: of the UNet.
       photo_set: the set.
-      default: λ, where the set has none.
-      num: B.
+      default: λ, used if the set has none.
+      num: B, the number of images.
       size: height and width of the latents.
-      each: is given every photo of the person on the way, decoded; none is decoded twice.
+      each: is called with every decoded photo of the person, so that none is decoded twice.
 
     Raises:
-      UserError: a photo or mask that cannot be read, or a λ that does not fit the UNet.
+      UserError: a photo or mask cannot be read, or λ does not fit the UNet.
     """
     scale = default if photo_set.scale is None else photo_set.scale
     by_layer = (
@@ -142,20 +143,23 @@ def references(
         if isinstance(scale, str)
         else scales.parse_scale(scale, config)
     )
-    places, negative = None, None
+    coverage, negative = None, None
     if photo_set.mask is not None:
-        places = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
-    seen, own = _encode(encoder, photo_set.photos, "photo", each), photo_set.counts
+        coverage = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
+    embeddings, weights = _encode(encoder, photo_set.photos, "photo", each), photo_set.counts
     if len(photo_set.negative):
-        away = _encode(encoder, photo_set.negative, "negative photo")
-        slots = max(len(seen), len(away))
-        ones = np.ones(len(away), np.float32)
-        negative = (repeat(_filled(away, slots), num), repeat(_filled(ones, slots), num))
-        seen, own = _filled(seen, slots), _filled(own, slots)
+        negative_embeddings = _encode(encoder, photo_set.negative, "negative photo")
+        slots = max(len(embeddings), len(negative_embeddings))
+        ones = np.ones(len(negative_embeddings), np.float32)
+        negative = (
+            repeat(_filled(negative_embeddings, slots), num),
+            repeat(_filled(ones, slots), num),
+        )
+        embeddings, weights = _filled(embeddings, slots), _filled(weights, slots)
     return generation.References(
-        repeat(seen, num),
-        repeat(own, num),
-        scales.combine(by_layer, places),
+        repeat(embeddings, num),
+        repeat(weights, num),
+        scales.combine(by_layer, coverage),
         negative,
         photo_set.window,
     )
@@ -181,23 +185,23 @@ def _filled(x: np.ndarray, slots: int) -> np.ndarray:
 
 
 def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
-    """The same for each of `num` pictures."""
+    """Repeats an array for each of `num` images."""
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
 def square(photo: Image.Image, crop: float, size: int) -> Image.Image:
-    """A photo as the image encoder sees it: its central `crop`, of `size` pixels."""
+    """A photo as the image encoder gets it: its central `crop`, of `size` pixels."""
     return images.centre_crop(photo, crop).resize((size, size))
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:
-    """``--photos`` and what goes with each."""
+    """Adds ``--photos`` and the flags that apply to a set."""
     flags.add_argument(
         "--photos",
         nargs="+",
         action="append",
         default=[],
-        help="the person's photos; once more for another person or adapter",
+        help="the person's photos; repeat it for another person or adapter",
     )
     flags.add_argument(
         "--weights",
@@ -216,7 +220,7 @@ def add_flags(flags: argparse.ArgumentParser) -> None:
         "--mask",
         nargs="+",
         action="extend",
-        help="pictures, white where the person is to be; - for everywhere",
+        help="images, white where the person is to be; - for everywhere",
     )
     flags.add_argument(
         "--window",

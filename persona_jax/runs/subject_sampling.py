@@ -1,4 +1,4 @@
-"""Pictures of a config's people by a finished run, the same requests whatever its method."""
+"""Sampling of subjects by a finished run, with the same requests for every method."""
 
 from collections.abc import Callable, Sequence
 
@@ -24,15 +24,16 @@ def make_run_sampler(
     *,
     adapters: Sequence[Adapter] | None = None,
 ) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
-    """A function that paints people with a run; compiled once for all calls with as many reference
-    slots.
+    """Makes a function that generates images of people with a run.
+
+    It is compiled once for all calls with the same number of reference slots.
 
     Args:
-      run: what to paint with.
-      settings: how.
-      sampler: :func:`persona_jax.pipelines.generation.make_sampler`'s, of another run on the same
-        base, to compile less.
-      adapters: in place of the run's one.
+      run: to sample from.
+      settings: of sampling.
+      sampler: of :func:`persona_jax.pipelines.generation.make_sampler`, shared by runs on the same
+        base to compile once; None: a new one.
+      adapters: replace the run's one.
     """
     sampler = sampler or generation.make_sampler(run.pipeline, steps=settings.steps)
     frozen = generation.sampler_params(run.pipeline)
@@ -46,13 +47,12 @@ def make_run_sampler(
         names: Sequence[str] | None = None,
         references: Sequence[generation.References] = (),
     ) -> Float[np.ndarray, "P H W 3"]:
-        """P pictures in [−1, 1]: of the people that references tell of, or of people by name; of
-        nobody in particular where neither is given.
+        """Generates P images in [−1, 1]; from text alone without `names` and `references`.
 
         Args:
-          prompts: one a picture, as :meth:`Run.prompt` gives them.
-          keys: one a picture.
-          names: whom, where weights belong to people.
+          prompts: one for each image, from :meth:`Run.prompt`.
+          keys: one for each image.
+          names: the person of each image, for per-person fine-tuning.
           references: one for each adapter.
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
@@ -84,8 +84,7 @@ def make_run_sampler(
 def encode_references(
     run: Run, photos: Photos, subjects: Subjects
 ) -> Float[np.ndarray, "P N *D"] | None:
-    """What the run's encoder sees in the references of each; None where weights belong to
-    people."""
+    """Embeds the references of each subject; None for per-person fine-tuning."""
     if run.encoder is None:
         return None
     return np.stack(
@@ -104,29 +103,34 @@ def sample_subjects(
     named: bool = True,
     seed: int = 0,
 ) -> Float[np.ndarray, "Q H W 3"]:
-    """The pictures that subjects ask for, from the same noise whatever the run.
+    """Generates the images of ``subjects.pictures``, from the same noise for every run.
 
     Args:
-      run: where weights belong to people, it must know these.
-      sampler: :func:`make_run_sampler`'s.
+      run: for per-person fine-tuning, it must have finished these people.
+      sampler: of :func:`make_run_sampler`.
       subjects: the people.
-      seen: their references' embeddings, for adapters; None: text alone.
+      seen: embeddings of their references, for adapters; None: text alone.
       scale: λ of an adapter.
-      num_references: how many of the references count; None: all.
-      named: where weights belong to people, call each by the rare token; else the prompts stay as
-        they are, and ask for anybody.
+      num_references: how many of the references are used; None: all.
+      named: for per-person fine-tuning, insert the rare token into each prompt; otherwise the
+        prompts are unchanged and describe any person.
       seed: of the noise.
+
+    Returns:
+      Images in [−1, 1] ``[Q, H, W, 3]``.
     """
-    who, prompts = map(list, zip(*subjects.pictures, strict=True))
+    person_of_image, prompts = map(list, zip(*subjects.pictures, strict=True))
     keys = generation.picture_keys(seed, len(prompts))
     if run.personal:
         wanted = [run.prompt(prompt) for prompt in prompts] if named else prompts
-        return sampler(wanted, keys, names=[subjects.names[i] for i in who])
+        return sampler(wanted, keys, names=[subjects.names[i] for i in person_of_image])
     if seen is None:
         return sampler(prompts, keys)
     counts = np.arange(seen.shape[1]) < (
         seen.shape[1] if num_references is None else num_references
     )
-    weights = np.broadcast_to(counts.astype(np.float32), (len(who), len(counts)))
-    references = generation.References(jnp.asarray(seen[who]), jnp.asarray(weights), scale)
+    weights = np.broadcast_to(counts.astype(np.float32), (len(person_of_image), len(counts)))
+    references = generation.References(
+        jnp.asarray(seen[person_of_image]), jnp.asarray(weights), scale
+    )
     return sampler(prompts, keys, references=[references])

@@ -1,11 +1,11 @@
-"""Paths of buckets, gs://bucket/folder say: worked on in a local mirror, kept in the bucket.
+"""Bucket paths such as gs://bucket/folder, read and written through a local mirror.
 
-What a bucket path names is fetched when it is first asked for (:func:`local`), all that is new or
-changed under it is sent every half minute while a command runs, and at its end (:func:`keeping`).
-So every part of the program sees folders of this machine, and readers of the bucket whole files.
+A bucket path is downloaded when it is first used (:func:`local`). New and changed files under it
+are uploaded every 30 seconds while a command runs, and when it ends (:func:`keeping`). The rest of
+the program therefore works with local folders only, and the bucket never holds a partial file.
 
-fsspec, which etils.epath stands on too, knows the kinds of bucket: gs:// with gcsfs, s3:// with
-s3fs, and so on (extra ``buckets``).
+fsspec, on which etils.epath is built too, provides the file systems: gs:// through gcsfs, s3://
+through s3fs, and so on (extra ``buckets``).
 """
 
 import contextlib
@@ -26,28 +26,28 @@ from persona_jax.errors import UserError
 from persona_jax.runtime.locks import alone
 
 EVERY = 30.0
-"""Seconds between two looks for what is to be sent."""
+"""Seconds between two uploads of changed files."""
 UNFINISHED = re.compile(
     r"\.incomplete-|orbax-checkpoint-tmp|\.part$|\.part\.npy$|\.new$|\.lock$|\.unsent$|\.mirrored\.json$"
 )
-"""In paths of what gets another name when it is whole, and of locks: not sent."""
+"""Paths that are not uploaded: files still being written, and locks."""
 LIST = ".mirrored.json"
 TOKENS = ("generation", "etag", "ETag", "md5Hash", "mtime", "LastModified", "updated", "created")
-"""What file systems tell a changed file by, best first."""
+"""Keys of a file's metadata that show that it has changed, the most reliable first."""
 
 Files = dict[str, list]
-"""By a file's path under the folder: what it is in the bucket, and what it was here then."""
+"""By a file's path under the folder: its state in the bucket, and its local state at that time."""
 
 _mirrors: dict[str, "Mirror"] = {}
 
 
 def is_bucket(path: str | Path) -> bool:
-    """Whether a path is of a bucket rather than of this machine."""
+    """Whether a path is a bucket's URL rather than a local path."""
     return re.match(r"(?!https?:)[a-z][a-z0-9+]*://", str(path)) is not None
 
 
 def local(path: str | Path) -> Path:
-    """The path here: of the mirror, fetched, where it is of a bucket; else with ~ expanded.
+    """The local path: of the downloaded mirror for a bucket path, else the path with ~ expanded.
 
     Raises:
       UserError: the bucket cannot be read.
@@ -66,29 +66,28 @@ def local(path: str | Path) -> Path:
 
 
 def bucket_of(path: Path) -> str | None:
-    """The bucket path that :func:`local` gave this path for, if any."""
+    """The bucket path whose mirror this local path is, if any."""
     return next((url for url, mirror in _mirrors.items() if mirror.folder == path), None)
 
 
 @contextlib.contextmanager
 def keeping() -> Iterator[None]:
-    """Within it, what changes in mirrors is sent to their buckets from time to time; at the end,
-    however it comes, what has changed since.
+    """Uploads changed files of all mirrors every :data:`EVERY` seconds, and on leaving the context.
 
     Raises:
-      UserError: at the end, a bucket cannot be written.
+      UserError: a bucket cannot be written at the end, and no other error is already raised.
     """
     done = threading.Event()
 
-    def tend() -> None:
+    def send_regularly() -> None:
         while not done.wait(EVERY):
             for mirror in list(_mirrors.values()):
                 try:
                     mirror.send()
-                except UserError as error:  # tried again, and told at the end
+                except UserError as error:  # tried again later; the last upload raises it
                     print(f"warning: {error}", file=sys.stderr)
 
-    thread = threading.Thread(target=tend, daemon=True)
+    thread = threading.Thread(target=send_regularly, daemon=True)
     thread.start()
     try:
         yield
@@ -99,7 +98,7 @@ def keeping() -> Iterator[None]:
     finally:
         done.set()
         thread.join()
-        # What went wrong first is what is told.
+        # An upload error must not replace the error that ended the command.
         with contextlib.suppress(UserError) if failed else contextlib.nullcontext():
             for mirror in _mirrors.values():
                 mirror.send()
@@ -107,15 +106,15 @@ def keeping() -> Iterator[None]:
 
 
 class Mirror:
-    """A file or folder of a bucket, and its copy here.
+    """A file or folder of a bucket and its local copy.
 
     Attributes:
-      url: in the bucket.
-      folder: here (a file, where it is one there).
+      url: of the file or folder in the bucket.
+      folder: local path of the copy (of a file if `url` is a file).
     """
 
     def __init__(self, url: str):
-        """Nothing is read yet. Raises UserError where that kind of bucket is not known."""
+        """Opens the file system without reading. Raises UserError for an unknown kind of URL."""
         self.url = url
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         kind, _, rest = url.partition("://")
@@ -127,7 +126,7 @@ class Mirror:
             raise UserError(f"{url}: {error}; pip install 'persona-jax[buckets]'") from error
 
     def fetch(self) -> None:
-        """Makes the copy what the bucket has; what is here and was never sent stays.
+        """Downloads what differs from the bucket; local files that were never uploaded are kept.
 
         Raises:
           UserError: the bucket cannot be read.
@@ -147,7 +146,7 @@ class Mirror:
             self._remember(known)
 
     def send(self) -> None:
-        """Makes the bucket what the copy is.
+        """Uploads changed files, and removes from the bucket those that were removed locally.
 
         Raises:
           UserError: the bucket cannot be written.
@@ -158,7 +157,7 @@ class Mirror:
             gone = [name for name in known if name not in here]
             if not (changed or gone):
                 return
-            remedy = f"what is missing there lies in {self.folder}, to be sent with its next use"
+            remedy = f"unsent files stay in {self.folder} and are sent the next time it is used"
             try:
                 for name in gone:
                     absent = contextlib.suppress(FileNotFoundError)
@@ -172,28 +171,31 @@ class Mirror:
                 self._remember(known)
 
     def _there(self) -> dict[str, list]:
-        """What the bucket has under the path; nothing where it is not there yet."""
-        found: dict[str, dict] = {}
+        """State of each file of the bucket under the path; empty if the path does not exist."""
+        infos: dict[str, dict] = {}
         absent = contextlib.suppress(FileNotFoundError)
-        with self._told("not read", "is it right, and yours?"), absent:
+        with self._told("not read", "check the path and your access to it"), absent:
             self._files.invalidate_cache()
-            found = self._files.find(self._root, detail=True)
-        names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
+            infos = self._files.find(self._root, detail=True)
+        names = {path.removeprefix(self._root).lstrip("/"): info for path, info in infos.items()}
         return {
             name: self._what(info) for name, info in names.items() if not UNFINISHED.search(name)
         }
 
     def _put(self, name: str) -> list:
-        """Sends a file; what it is there. One that changes meanwhile is sent again."""
+        """Uploads a file and returns its state in the bucket.
+
+        A file that changes during the upload is uploaded again with the next :meth:`send`.
+        """
         remote = self._remote(name)
-        # (its parents are there in a bucket, and not in other kinds of file system)
+        # Buckets have no folders, but other kinds of file system need the parents.
         self._files.makedirs(self._files._parent(remote), exist_ok=True)
         self._files.put_file(str(self._path(name)), remote)
         return self._what(self._files.info(remote))
 
     @contextlib.contextmanager
     def _told(self, what: str, remedy: str) -> Iterator[None]:
-        """Whatever goes wrong with the bucket, of which each kind has its own errors, in a line."""
+        """Turns any error into a UserError: each file system raises exceptions of its own kinds."""
         try:
             yield
         except Exception as error:
@@ -206,16 +208,16 @@ class Mirror:
         return [info["size"], token]
 
     def _get(self, name: str, keep: bool) -> list:
-        """Fetches a file; `keep` what is here beside it, if it is another."""
+        """Downloads a file. With `keep`, a local file of other content is renamed to .unsent."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         with self._told(f"{name} not read", "was it removed meanwhile?"):
             self._files.get_file(self._remote(name), str(part))
         if keep and not filecmp.cmp(part, path, shallow=False):
-            aside = path.with_name(f"{path.name}.unsent")
-            path.rename(aside)
-            print(f"{self.url}: {name} changed there and here; ours is {aside}")
+            unsent = path.with_name(f"{path.name}.unsent")
+            path.rename(unsent)
+            print(f"{self.url}: {name} changed there and here; the local version is now {unsent}")
         part.replace(path)
         return self._here(name)
 
@@ -224,8 +226,8 @@ class Mirror:
             return {"": self._here("")}
         paths = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
         names = [path.relative_to(self.folder).as_posix() for path in paths]
-        found = {name: self._here(name) for name in names if not UNFINISHED.search(name)}
-        return {name: what for name, what in found.items() if what}
+        states = {name: self._here(name) for name in names if not UNFINISHED.search(name)}
+        return {name: what for name, what in states.items() if what}
 
     def _here(self, name: str) -> list | None:
         try:

@@ -1,7 +1,7 @@
-"""Checksums of a folder's files, written beside them, so that a flipped bit is not read unnoticed.
+"""Checksums of a folder's files, stored in the folder, to detect damaged files.
 
-``checksums.json`` holds the XXH3-128 of every file below its folder: fast enough to be computed
-each time that files are read, and meant against failing disks and copies, not against forgery.
+``checksums.json`` holds the XXH3-128 of every file below its folder. The hash is fast enough to be
+computed at every read; it detects failing disks and copies, not forgery.
 """
 
 import errno
@@ -23,37 +23,42 @@ def digest(file: Path) -> str:
     """XXH3-128 of a file's bytes, hex."""
     if not file.is_file():  # a pipe may never end
         raise FileNotFoundError(errno.ENOENT, "No such file", str(file))
-    found = xxhash.xxh3_128()
+    checksum = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while piece := stream.read(_PIECE):
-            found.update(piece)
-    return found.hexdigest()
+            checksum.update(piece)
+    return checksum.hexdigest()
 
 
 def write(folder: Path, only: Sequence[str] | None = None) -> None:
-    """Writes ``checksums.json`` of the files that are now below `folder`.
+    """Writes ``checksums.json`` for the files that are now below `folder`.
 
     Args:
-      only: files and folders below it; None: all.
+      folder: gets the file.
+      only: files and folders below it to include; None: all.
     """
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != NAME)
     names = {path.relative_to(folder).as_posix(): path for path in files}
-    found = {name: digest(path) for name, path in names.items() if _counts(name, only)}
+    digests = {name: digest(path) for name, path in names.items() if _counts(name, only)}
     with whole_file(folder / NAME) as beside:
-        beside.write_text(json.dumps({KIND: found}, indent=1) + "\n")
+        beside.write_text(json.dumps({KIND: digests}, indent=1) + "\n")
 
 
 def fault(
     folder: Path, only: Sequence[str] | None = None, share: tuple[int, int] = (0, 1)
 ) -> str | None:
-    """What differs from what was written; None where nothing does, or no checksums are kept.
+    """Compares a folder's files with its checksums.
 
     Args:
-      only: files and folders below `folder` that matter; None: all.
-      share: (k, n): every n-th file, beginning with the k-th, where n processes share the work.
+      folder: with the file ``checksums.json``.
+      only: files and folders below `folder` to check; None: all.
+      share: (k, n): checks every n-th file from the k-th on, for n processes that share the work.
+
+    Returns:
+      The first difference; None if there is none, or the folder has no checksums.
 
     Raises:
-      OSError: a file is there and cannot be read.
+      OSError: a file exists but cannot be read.
     """
     try:
         known = _read(folder / NAME)
@@ -73,22 +78,23 @@ def fault(
 
 
 def verify(folder: Path, only: Iterable[str] | None, remedy: str) -> None:
-    """Refuses files that are not as they were written.
+    """Raises an error if files differ from their checksums.
 
     Args:
+      folder: see :func:`fault`.
       only: see :func:`fault`.
-      remedy: what to do, for the error.
+      remedy: what the user can do, for the error.
 
     Raises:
-      UserError: names the file.
+      UserError: a file is missing, damaged or unreadable; it is named.
     """
     try:
-        found = fault(folder, None if only is None else list(only))
+        difference = fault(folder, None if only is None else list(only))
     except OSError as error:
         raise UserError(f"{folder}: cannot be read ({error.strerror}); {remedy}") from error
-    if found:
+    if difference:
         raise UserError(
-            f"{folder}: damaged, {found}; {remedy}, or remove {NAME} there if you changed it"
+            f"{folder}: damaged, {difference}; {remedy}, or remove {NAME} there if you changed it"
         )
 
 
@@ -97,11 +103,11 @@ def _counts(name: str, only: Sequence[str] | None) -> bool:
 
 
 def _read(file: Path) -> dict[str, str]:
-    """Checksums by file. Raises ValueError where they are not what :func:`write` wrote."""
-    found = json.loads(file.read_text())
-    if isinstance(found, dict) and KIND not in found:
-        return {}  # another program's
-    known = found.get(KIND) if isinstance(found, dict) else None
+    """Checksums by file. Raises ValueError if :func:`write` cannot have written them."""
+    content = json.loads(file.read_text())
+    if isinstance(content, dict) and KIND not in content:
+        return {}  # of another program
+    known = content.get(KIND) if isinstance(content, dict) else None
     if not isinstance(known, dict) or not all(isinstance(x, str) for x in known.values()):
         raise ValueError(f"no {KIND}")
     if any(Path(name).is_absolute() or ".." in Path(name).parts for name in known):

@@ -1,7 +1,7 @@
-"""Command lines: flags in, one-line errors and exit statuses out.
+"""Command lines: parsing of flags and configs, one-line errors, exit statuses.
 
-Exit status 0: done; 2: a mistake of the user's, told in one line; 130: Ctrl-C; 143: stopped by
-SIGTERM. Anything else is a bug of ours and shows its traceback.
+Exit status 0: success; 2: a user's error, printed in one line; 130: Ctrl-C; 143: stopped by
+SIGTERM. Any other error is a bug of this package and prints its traceback.
 """
 
 import argparse
@@ -29,17 +29,21 @@ from persona_jax.runtime.mesh import use_cpu_cores
 from persona_jax.runtime.run_folder import leaves
 
 GOODBYE = 5.0
-"""Seconds in which the processes of a run that fails take leave of each other."""
+"""Shutdown timeout in seconds for the processes of a run that fails."""
 
 
 def run_with_config(
     main: Callable[[ConfigDict, Path], Any], argv: Sequence[str] | None = None
 ) -> None:
-    """Parse ``--config FILE.py[:ARG] --workdir DIR --config.a.b=value``; run main(config, workdir).
+    """Parses ``--config FILE.py[:ARG] --workdir DIR --config.a.b=value`` and calls `main`.
 
-    The file has get_config([arg]) -> ConfigDict of plain values; it may raise UserError for an
-    argument it does not know. Unknown flags and keys and values of the wrong type are one-line
-    errors. Exits the process on an error. argv: sys.argv where not given.
+    The file defines get_config([arg]) -> ConfigDict of plain values; it may raise UserError for an
+    unknown argument. Unknown flags, unknown keys and values of the wrong type are one-line errors.
+    Exits the process on an error.
+
+    Args:
+      main: called with the config and the workdir.
+      argv: command line with the program's name first; None: ``sys.argv``.
     """
     argv = list(sys.argv if argv is None else argv)
     _exit_on_error(lambda: main(*_parse_config(argv, main)), {"config", "workdir"}, VERBOSE in argv)
@@ -50,10 +54,15 @@ def run_with_arguments(
     main: Callable[[argparse.Namespace], Any],
     argv: Sequence[str] | None = None,
 ) -> None:
-    """Parse the command line with ``parser``; run main(arguments). Errors as in run_with_config.
+    """Parses the command line with `parser` and calls `main`; for commands without a workdir.
 
-    For entry points without a workdir; argparse takes several values after one flag. A parser with
-    a --config gets the configuration in ``arguments.config``, ``--config.a.b=value`` applied.
+    If the parser has a flag --config, ``arguments.config`` is the loaded configuration with
+    ``--config.a.b=value`` applied. Errors are handled as in :func:`run_with_config`.
+
+    Args:
+      parser: of the command.
+      main: called with the parsed arguments.
+      argv: command line with the program's name first; None: ``sys.argv``.
     """
     argv = list(sys.argv if argv is None else argv)
     parser.error = _refuse
@@ -78,13 +87,13 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argpar
 
 
 def _refuse(message: str) -> None:
-    """In place of ArgumentParser.error, which prints the whole usage."""
+    """Replaces ArgumentParser.error, which prints the whole usage."""
     raise UserError(f"command line: {message:.400}; see --help")
 
 
 def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str], verbose: bool = False) -> None:
-    """Runs a command. own: names of its flags, without dashes."""
-    flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) look there
+    """Runs a command and exits on an error. own: names of its flags, without dashes."""
+    flags.FLAGS.mark_as_parsed()  # libraries (grain's workers) read them
     keep_compiled()
     memory.give_back_after_compilation()
     use_cpu_cores()
@@ -101,20 +110,26 @@ def _exit_on_error(run: Callable[[], Any], own: AbstractSet[str], verbose: bool 
 
 
 LONGEST = 480
-"""Characters of an error; more are printed with --verbose."""
+"""Maximal number of characters of an error; --verbose prints all of it."""
 
 
 def _tell(error: BaseException, own: AbstractSet[str], verbose: bool = False) -> int:
-    """Print a mistake of the user's in a line; return its exit status, or 0 for a bug of ours.
+    """Prints a user's error in one line.
 
-    own: names of the command's flags. verbose: print all of it, its details a line each.
+    Args:
+      error: that ended the command.
+      own: names of the command's flags.
+      verbose: print the error in full, with one line for each of its details.
+
+    Returns:
+      The exit status; 0 if it is a bug of this package, of which nothing is printed.
     """
     if isinstance(error, KeyboardInterrupt):
         return 130
     if isinstance(error, UserError):
         text = with_flags(str(error), error.argument, own)
-    elif place := _of_the_disk(error):
-        text = place
+    elif message := _of_the_disk(error):
+        text = message
     else:
         return 0
     details = getattr(error, "details", ())
@@ -129,20 +144,22 @@ def _tell(error: BaseException, own: AbstractSet[str], verbose: bool = False) ->
 
 
 def _of_the_disk(error: BaseException | None) -> str | None:
-    """What a place does not allow, or a disk has no room for; None of another error."""
+    """The message for an error of the disk (no permission, no space); None for other errors."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in files.DISK:
             return f"{error.filename or 'a file'}: {error.strerror}"
         full = os.strerror(errno.ENOSPC)
-        if full in str(error):  # of libraries, whose errors are of their own kinds
+        if full in str(error):  # libraries raise exceptions of their own kinds
             return f"{full} ({type(error).__name__}); make room, then run the same command again"
         error = error.__cause__ or error.__context__
     return None
 
 
 def with_flags(text: str, argument: str, own: AbstractSet[str]) -> str:
-    """An error of the library's with the flags of a command in it: ``config.a.b=`` becomes
-    ``--config.a.b=``, and the argument at fault is named as a flag, where the command has them.
+    """Rewrites a library error for a command: names of arguments become flags.
+
+    ``config.a.b=`` becomes ``--config.a.b=``, and the argument at fault is named as a flag, if the
+    command has that flag.
 
     Args:
       text: of the error.
@@ -158,20 +175,23 @@ def with_flags(text: str, argument: str, own: AbstractSet[str]) -> str:
 
 
 def _leave(status: int) -> NoReturn:
-    """Exit; one process of several does not wait long for the others, as JAX would (5 minutes):
-    they may be waiting for what it has failed to do."""
+    """Exits the process.
+
+    In a run of several processes, waits for the others at most :data:`GOODBYE` seconds. JAX would
+    wait 5 minutes, although the others may wait for the process that failed.
+    """
     if not jax.distributed.is_initialized():
         raise SystemExit(status) from None
     sys.stdout.flush()
     sys.stderr.flush()
-    goodbye = threading.Thread(target=jax.distributed.shutdown, daemon=True)
-    goodbye.start()
-    goodbye.join(GOODBYE)
+    shutdown = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    shutdown.start()
+    shutdown.join(GOODBYE)
     os._exit(status)
 
 
 def config_parser(about: str | None) -> argparse.ArgumentParser:
-    """The command line of what takes a --config. about: the entry point's docstring."""
+    """The parser of a command with a flag --config. about: the command's docstring."""
     parser = argparse.ArgumentParser(
         description=(about or "").strip(),
         epilog="--config.any.key=value sets one key of the configuration",
@@ -199,9 +219,10 @@ def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
 
 
 def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """The configuration that FILE.py[:ARG] names, with ``--config.a.b=value`` flags applied.
+    """Loads the configuration FILE.py[:ARG] and applies ``--config.a.b=value`` flags.
 
-    Raises UserError: see :func:`run_with_config`.
+    Raises:
+      UserError: see :func:`run_with_config`.
     """
     config = _override(_load_config(value), list(overrides))
     settings.check(config, f"--config {value}")
@@ -209,14 +230,17 @@ def load_config(value: str, overrides: Sequence[str] = ()) -> ConfigDict:
 
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-"""Those that come with the package; in a checkout, a link to the repository's folder."""
+"""The package's configurations; in a checkout, a link to the repository's folder."""
 
 
 def find_config(path: str) -> Path:
-    """The file of a configuration: as named, or one of the package's, by name ("sa") or by its
-    place in the repository ("configs/sa.py").
+    """Finds the file of a configuration.
 
-    Raises UserError if there is none.
+    Args:
+      path: a file, or one of the package's by name ("sa") or path ("configs/sa.py").
+
+    Raises:
+      UserError: there is no such file.
     """
     file = Path(path)
     if file.is_file():
@@ -231,7 +255,7 @@ def find_config(path: str) -> Path:
 
 
 def _load_config(value: str) -> ConfigDict:
-    """FILE.py[:ARG] -> its get_config([ARG]); the file may import its neighbours."""
+    """Calls get_config([ARG]) of FILE.py[:ARG]; the file may import modules of its folder."""
     name, *arguments = value.split(":", 1)
     path = str(find_config(name))
     folder = str(Path(path).absolute().parent)
@@ -250,7 +274,7 @@ def _load_config(value: str) -> ConfigDict:
 
 
 def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
-    """Return the config, locked, with ``--config.a.b=value`` flags applied."""
+    """Applies ``--config.a.b=value`` flags; returns the config, locked."""
     before = leaves(config)
     for flag in overrides:
         match = re.match(r"--?(?:no)?config\.([^=]*)", flag)
@@ -263,12 +287,12 @@ def _override(config: ConfigDict, overrides: list[str]) -> ConfigDict:
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         left = values(argv)[1:]
-    except Exception as error:  # absl's and ml_collections' own kinds, some not flags.Error
+    except Exception as error:  # absl and ml_collections also raise other kinds than flags.Error
         raise UserError(f"command line: {' '.join(str(error).split()):.300}") from error
     if left:
         raise UserError(f"command line: unexpected {left[0]!r:.80}; see --help")
     after = leaves(values.config)
-    for key, old in before.items():  # the one type ml_collections does not check
+    for key, old in before.items():  # ml_collections does not check the elements of tuples
         if (
             isinstance(old, tuple)
             and {type(x) for x in after[key]} - {type(x) for x in old}

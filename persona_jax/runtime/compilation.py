@@ -1,5 +1,4 @@
-"""Compilation: what the compiler is told, and programs kept on disk, so that a run's second start
-does not compile again."""
+"""Compiler options, and a persistent cache of compiled programs."""
 
 import hashlib
 import os
@@ -10,24 +9,25 @@ import jax
 from jax.sharding import Mesh
 
 MOST = 4 * 2**30
-"""Bytes kept; what was not used for longest goes first."""
+"""Maximal bytes of the cache; the least recently used programs are removed first."""
 
 
 def compiler_options(mesh: Mesh | None = None) -> dict[str, str]:
-    """What ``jax.jit`` passes to the compiler of a mesh's devices, or of those JAX runs on.
+    """Compiler options for ``jax.jit`` on a mesh's devices, or on JAX's default devices.
 
-    XLA's compiler for CPUs would drop ``jax.lax.optimization_barrier``, find that what
-    ``jax.checkpoint`` computes again is there already, and keep it.
+    On CPUs, XLA would remove ``jax.lax.optimization_barrier``, merge the recomputation of
+    ``jax.checkpoint`` with the original computation, and so keep the activations in memory.
     """
-    where = mesh.devices.flat[0].platform if mesh else jax.default_backend()
-    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if where == "cpu" else {}
+    platform_name = mesh.devices.flat[0].platform if mesh else jax.default_backend()
+    return {"xla_disable_hlo_passes": "cse_barrier_expander"} if platform_name == "cpu" else {}
 
 
 def keep_compiled() -> None:
-    """Points JAX's persistent compilation cache at a folder of the user's, unless
-    ``JAX_COMPILATION_CACHE_DIR`` names one or ``JAX_ENABLE_COMPILATION_CACHE=false`` wants none.
+    """Sets JAX's persistent compilation cache to a folder in the user's cache.
 
-    A folder for each kind of processor: programs for a CPU do not run on just any other.
+    ``JAX_COMPILATION_CACHE_DIR`` overrides it; ``JAX_ENABLE_COMPILATION_CACHE=false`` disables it.
+    Each instruction set has a folder of its own, because a program compiled for one CPU may not run
+    on another.
     """
     if "JAX_COMPILATION_CACHE_DIR" in os.environ:
         return
@@ -35,7 +35,7 @@ def keep_compiled() -> None:
     folder = home / "persona_jax" / f"compiled-{_processor()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:  # a home that cannot be written to: compile every time
+    except OSError:  # a read-only home: no cache
         return
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_compilation_cache_max_size", MOST)
@@ -43,7 +43,7 @@ def keep_compiled() -> None:
 
 
 def _processor() -> str:
-    """Names this machine's instruction set."""
+    """An identifier of this machine's instruction set."""
     flags = ""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""Files and folders that get their names when they are whole, with the permissions of the umask."""
+"""Atomic writes of files and folders, with the permissions of the umask."""
 
 import contextlib
 import errno
@@ -14,15 +14,15 @@ DISK = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG),
     *(errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR, errno.EISDIR, errno.ESTALE, errno.EMFILE),
 )
-"""What is the matter with a disk or a place, not with the program."""
+"""Error numbers caused by the disk or the path, not by the program."""
 
 
 @contextlib.contextmanager
 def whole_file(file: Path) -> Iterator[Path]:
-    """A path beside `file` to write, which replaces it at the end; gone where writing fails.
+    """Writes a file atomically: yields a temporary path beside `file` that replaces it at the end.
 
-    Whatever writes it, and with what mode, the file is as readable as the umask says. Each process
-    has a path of its own; it ends as the file's name does.
+    The temporary file is removed if writing fails. It keeps the suffix of `file` and is unique to
+    the process. Its permissions follow the umask, whatever the writer sets.
     """
     part = file.with_name(f".incomplete-{os.getpid()}-{file.name}")
     try:
@@ -40,9 +40,10 @@ def whole_file(file: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def whole_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder beside `folder` to fill, which gets its name at the end.
+    """Writes a folder atomically: yields an empty one beside it, which gets its name at the end.
 
-    Raises OSError where it cannot be written, or `folder` is there and not empty.
+    Raises:
+      OSError: it cannot be written, or `folder` exists and is not empty.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".incomplete-") as temporary:
@@ -54,12 +55,17 @@ def whole_folder(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def as_os_error(file: Path, *kinds: type[Exception]) -> Iterator[None]:
-    """What libraries raise where a disk does not take a file, as an OSError that names it."""
+    """Turns exceptions by which a library reports a failed write into an OSError naming the file.
+
+    Args:
+      file: that is written.
+      kinds: the library's exceptions.
+    """
     try:
         yield
     except kinds as error:
-        told = " ".join(str(error).split())
-        number = next((n for n in DISK if os.strerror(n) in told), errno.EIO)
+        message = " ".join(str(error).split())
+        number = next((n for n in DISK if os.strerror(n) in message), errno.EIO)
         raise OSError(number, os.strerror(number), str(file)) from error
 
 
@@ -72,13 +78,15 @@ def remove(path: Path) -> None:
 
 
 def name_below(folder: Path, name: str, what: str) -> Path:
-    """``folder/name``, where `name` is one name and not a path.
+    """``folder/name``, for a `name` that is not a path.
 
     Args:
-      what: how to call the name in an error, a flag say.
+      folder: the parent.
+      name: of a file or folder in it.
+      what: how the error calls the name, such as a flag.
 
     Raises:
-      UserError: it is a path, and would lead elsewhere.
+      UserError: `name` is a path and would lead outside `folder`.
     """
     if name in ("", ".", "..") or "/" in name or "\0" in name:
         raise UserError(f"{what} {name!r}: expected a name, found a path or nothing")

@@ -1,4 +1,4 @@
-"""Which arrays of a tree have numbers that nothing good comes of."""
+"""Finds arrays with numbers that are not finite, or too large."""
 
 import math
 from collections.abc import Iterator
@@ -10,15 +10,15 @@ import numpy as np
 
 
 def magnitudes(tree: Any) -> Iterator[tuple[str, float]]:
-    """The largest magnitude of each array of numbers, by its path; nan where it has one."""
+    """Yields the path and largest magnitude of each floating-point array; NaN if it has a NaN."""
     named = [
         (path, leaf)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     ]
     if named:
-        found = np.asarray(_largest(tuple(leaf for _, leaf in named)))
-        for (path, _), value in zip(named, found, strict=True):
+        largest = np.asarray(_largest(tuple(leaf for _, leaf in named)))
+        for (path, _), value in zip(named, largest, strict=True):
             yield jax.tree_util.keystr(path, simple=True, separator="."), float(value)
 
 
@@ -28,7 +28,7 @@ def _largest(leaves: tuple[Any, ...]) -> jax.Array:
 
 
 def beyond(tree: Any, limit: float = float(np.finfo(np.float32).max)) -> str | None:
-    """Says which array has a number that is not finite, or larger than `limit`; None if none."""
+    """Names the first array with a number that is not finite or exceeds `limit`; None if none."""
     for name, value in magnitudes(tree):
         if not value <= limit:
             what = f"has a number of magnitude {value:.3g}"

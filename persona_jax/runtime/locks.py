@@ -1,4 +1,4 @@
-"""One process of a machine at a time."""
+"""File locks between the processes of one machine."""
 
 import contextlib
 import errno
@@ -7,16 +7,18 @@ import pathlib
 from collections.abc import Iterator
 
 NOT_OURS = (errno.EROFS, errno.EACCES, errno.EPERM)
-"""Of a place that this process may not write to, and so neither builds in."""
+"""Error numbers of a folder that this process may not write to, and so needs no lock for."""
 
 
 @contextlib.contextmanager
 def alone(data_dir: pathlib.Path, lock: str = ".lock") -> Iterator[None]:
-    """Lets one process of a machine build what lies in `data_dir` while the others wait.
+    """Lets one process of a machine write to `data_dir` while the others wait.
 
-    What lies in a place that cannot be written to can only be read: nobody is waited for.
+    A folder without write permission can only be read, so there is no lock and no wait.
 
-    lock: name of the file in `data_dir` that stands for what is built.
+    Args:
+      data_dir: made if absent.
+      lock: name of the lock file in it.
     """
     with contextlib.ExitStack() as stack:
         try:

@@ -1,4 +1,4 @@
-"""Memory that is free again goes back to the system, where the C library can (glibc)."""
+"""Returns freed memory to the operating system (glibc)."""
 
 import contextlib
 import ctypes
@@ -7,22 +7,24 @@ import functools
 import jax
 
 LARGE = 2**28
-"""Bytes of weights read, after which it is worth the time."""
+"""Bytes of weights read, above which :func:`give_back` is worth its time."""
 
 LONG = 2.0
-"""Seconds of a compilation that may have taken much memory."""
+"""Seconds of compilation, above which :func:`give_back` is worth its time."""
 
 
 def give_back() -> None:
-    """What was freed goes back now: it is kept for later otherwise, and never used again."""
+    """Returns freed memory now; glibc would keep it, and nothing would use it again."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @functools.cache  # one listener is enough
 def give_back_after_compilation() -> None:
-    """What the compiler leaves, two thirds of a gigabyte after a large program, goes back after
-    every long compilation."""
+    """Calls :func:`give_back` after each compilation of more than :data:`LONG` seconds.
+
+    The compiler leaves two thirds of a gigabyte of freed memory after a large program.
+    """
 
     def listen(event: str, seconds: float, **_: object) -> None:
         if event == "/jax/core/compile/backend_compile_duration" and seconds > LONG:

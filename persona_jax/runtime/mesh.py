@@ -1,8 +1,8 @@
-"""Devices as one mesh ("data", "fsdp"), and where every array lies on it.
+"""The device mesh ("data", "fsdp") and the sharding of arrays over it.
 
-JAX's runtime is the distributed engine; this file only says who takes part
-(:func:`initialize_distributed`), how the devices are laid out (:func:`make_mesh`) and which
-axis of which array is split (:func:`batch_sharding`, :func:`shard_params`).
+JAX's runtime does the distributed work. This module connects the processes
+(:func:`initialize_distributed`), lays out the devices (:func:`make_mesh`) and chooses the axis
+over which each array is split (:func:`batch_sharding`, :func:`shard_params`).
 """
 
 import contextlib
@@ -20,18 +20,19 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from persona_jax.errors import UserError
 
-# Splitting an array costs a gather at each use: below this many elements it is not worth it.
+# Arrays with fewer elements are not split, because each use of a split array costs a gather.
 SMALL = 2**16
 
 
 def initialize_distributed() -> None:
-    """Join the other processes of this run, if the environment says there are any.
+    """Connects this process to the others of its run, if the environment describes any.
 
-    Call it before anything touches a device. Either JAX_COORDINATOR_ADDRESS (host:port),
-    JAX_NUM_PROCESSES and JAX_PROCESS_ID are all set, or JAX finds SLURM or a TPU pod by itself;
-    otherwise this is a run of one process. CPU devices talk through gloo.
+    Must be called before any device is used. The processes are given by JAX_COORDINATOR_ADDRESS
+    (host:port), JAX_NUM_PROCESSES and JAX_PROCESS_ID together, or JAX detects SLURM or a TPU pod;
+    otherwise the run has one process. CPU devices communicate through gloo.
 
-    Raises UserError if only some of the three variables are set, or one is not a number.
+    Raises:
+      UserError: only some of the three variables are set, or one is not a number.
     """
     if jax.distributed.is_initialized():
         return
@@ -41,7 +42,7 @@ def initialize_distributed() -> None:
     if not given and not _in_cluster():
         return
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # JAX's preemption notice swallows SIGTERM, and nothing here asks it (see training/loop.py).
+    # JAX's preemption service intercepts SIGTERM, which training/loop.py handles itself.
     jax.config.update("jax_enable_preemption_service", False)
     if not given:
         jax.distributed.initialize()
@@ -61,15 +62,16 @@ def initialize_distributed() -> None:
 
 
 def use_cpu_cores() -> None:
-    """Make CPU cores devices of the mesh, unless XLA_FLAGS says how many there are.
+    """Makes each CPU core a device, unless XLA_FLAGS sets the number of CPU devices.
 
-    XLA spreads one program badly over cores: two devices train 1.6 times as fast as one on two
-    cores. A power of two, at most 8, because batches have to divide. No effect on accelerators.
+    XLA parallelises one program badly over cores: on two cores, two devices train 1.6 times as fast
+    as one. The number is a power of two, at most 8, because it must divide batches. Accelerators
+    are not affected.
     """
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    with contextlib.suppress(RuntimeError):  # JAX has started: its devices are what they are
+    with contextlib.suppress(RuntimeError):  # JAX has started: its devices are fixed
         jax.config.update("jax_num_cpu_devices", min(8, 2 ** int(math.log2(cores or 1))))
 
 
@@ -84,7 +86,7 @@ def _in_cluster() -> bool:
 
 
 def first_process(work: Callable[[], Any]) -> None:
-    """Do `work` in process 0, the others waiting until it is done: for files all of them read."""
+    """Calls `work` in process 0 while the others wait, to write files that all of them read."""
     if jax.process_index() == 0:
         work()
     if jax.process_count() > 1:
@@ -92,10 +94,15 @@ def first_process(work: Callable[[], Any]) -> None:
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """Return all devices of all processes, or those given, as a mesh with axes ("data", "fsdp").
+    """Arranges devices in a mesh with axes ("data", "fsdp").
 
-    One of the two may be -1: "whatever is left". Raises UserError if the product is not the
-    number of devices.
+    Args:
+      data: size of the axis; -1: the number of devices divided by the other axis.
+      fsdp: size of the axis; -1 as for `data`, but not both.
+      devices: None: all devices of all processes.
+
+    Raises:
+      UserError: the product of the sizes is not the number of devices.
     """
     count = jax.device_count() if devices is None else len(devices)
     sizes = {"data": data, "fsdp": fsdp}
@@ -108,7 +115,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
             f"mesh data={data} fsdp={fsdp}: data x fsdp must be the number of devices, {count} "
             "here; set one of them to -1 to let it follow"
         )
-    # Explicit axes, the default of jax.make_mesh, put shardings in types; Linen can't trace them.
+    # Not jax.make_mesh's default, Explicit: it puts shardings in types, which Linen cannot trace.
     axis_types = (AxisType.Auto,) * 2
     return jax.make_mesh(
         tuple(sizes.values()), tuple(sizes), axis_types=axis_types, devices=devices
@@ -116,40 +123,53 @@ def make_mesh(data: int = -1, fsdp: int = 1, devices: Sequence[jax.Device] | Non
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of a batch: its first axis over all devices."""
+    """The sharding of a batch: its first axis over all devices."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def local_sharding(size: int) -> NamedSharding:
-    """Return the sharding of `size` rows over as many devices of this process as divide them: for
-    work that every process does for itself."""
+    """A sharding over devices of this process alone, for work that each process does separately.
+
+    The number of devices is the largest that divides both `size`, the length of the first axis, and
+    the number of local devices.
+    """
     devices = jax.local_devices()[: math.gcd(size, len(jax.local_devices()))]
     return NamedSharding(Mesh(np.array(devices), ("data",)), PartitionSpec("data"))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """Return the sharding of what every device holds whole."""
+    """The sharding of arrays of which every device holds a full copy."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def traced_for(mesh: Mesh) -> contextlib.AbstractContextManager:
-    """Within it, what is traced knows the mesh over which its batch lies, and may share out kernels
-    that the compiler cannot (:func:`persona_jax.models.attention.attention`)."""
+    """A context in which traced code can query the mesh of its batch.
+
+    :func:`persona_jax.models.attention.attention` needs it to partition kernels that the compiler
+    cannot partition.
+    """
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
 
 
 def tree_names(tree: Any) -> list[str]:
-    """Return the path of each leaf, joined by ".", in the order of jax.tree.leaves."""
+    """The path of each leaf, joined by ".", in the order of jax.tree.leaves."""
     paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
 def shard_params(mesh: Mesh, tree: Any) -> Any:
-    """Return the tree of shardings for parameters (or a whole train state).
+    """The shardings of parameters, or of a whole train state.
 
-    tree: arrays or anything with .shape. Of leaves with at least SMALL elements, the largest axis
-    divisible by fsdp is split over it; others are whole. As the answer depends on shapes alone,
-    optimiser moments lie like their parameters.
+    A leaf is split over "fsdp" along its largest divisible axis if it has at least :data:`SMALL`
+    elements; otherwise it is replicated. The result depends on shapes alone, so optimizer moments
+    are sharded like their parameters.
+
+    Args:
+      mesh: of :func:`make_mesh`.
+      tree: arrays or anything with ``.shape``.
+
+    Returns:
+      A tree of NamedSharding with the structure of `tree`.
     """
     return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, tuple(leaf.shape))), tree)
 
@@ -164,15 +184,19 @@ def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
 
 
 def place(tree: Any, shardings: Any) -> Any:
-    """Return tree with each array laid out by its sharding (a tree, or one for all).
+    """Puts each array on devices by its sharding.
 
-    Arrays in host memory are the same in every process; each device takes its own part only.
-    What lies on a device already is not copied there: do not donate the result.
+    Arrays already on a device may share memory with the result: do not donate it.
+
+    Args:
+      tree: arrays; those in host memory must be equal in all processes. Each device gets its own
+        part only.
+      shardings: a tree of them, or one for all arrays.
     """
 
     def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        there = isinstance(array, jax.Array)
-        if there and (sharding.is_fully_addressable or not array.is_fully_addressable):
+        on_device = isinstance(array, jax.Array)
+        if on_device and (sharding.is_fully_addressable or not array.is_fully_addressable):
             return jax.device_put(array, sharding)
         host = np.asarray(array)
         return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
@@ -183,7 +207,7 @@ def place(tree: Any, shardings: Any) -> Any:
 
 
 def to_host(tree: Any) -> Any:
-    """Return tree as numpy arrays, whole in every process; all processes must ask together."""
+    """Gathers a tree as full numpy arrays in every process; all processes must call it together."""
 
     def fetch(array: jax.Array) -> np.ndarray:
         if array.is_fully_addressable or array.is_fully_replicated:
@@ -205,10 +229,17 @@ def gathered(tree: Any) -> Any:
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:
-    """Return the global batch on the devices, given this process's part of it.
+    """Puts the global batch on the devices.
 
-    batch: tree of numpy arrays [B / processes, …]. Raises UserError if B does not divide among
-    the devices.
+    Args:
+      mesh: of :func:`make_mesh`.
+      batch: this process's part, a tree of numpy arrays ``[B / processes, …]``.
+
+    Returns:
+      The tree with global arrays ``[B, …]``, sharded by :func:`batch_sharding`.
+
+    Raises:
+      UserError: B is not a multiple of the number of devices.
     """
     sharding = batch_sharding(mesh)
     local = jax.local_device_count()

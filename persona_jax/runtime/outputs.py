@@ -1,4 +1,4 @@
-"""Places for results: tried before the work, and written whole or not at all."""
+"""Output paths: checked before the work starts, and written atomically."""
 
 import contextlib
 import os
@@ -12,27 +12,30 @@ from persona_jax.runtime import buckets, files
 
 
 def try_folder(out: str | Path, flag: str, names: str = "") -> Path:
-    """The folder that a flag names, in which files can be written; what it lacks is not made yet.
+    """Checks that files can be written in an output folder. A folder that is absent stays absent.
 
     Args:
-      out: as it was given; may be in a bucket.
-      flag: which flag.
+      out: the folder as the user gave it; may be in a bucket.
+      flag: the flag it was given by, for the error.
       names: pattern (:mod:`re`) of the files to be written.
 
+    Returns:
+      The local path of the folder.
+
     Raises:
-      UserError: nothing can be written there, or a folder stands where a file is to be.
+      UserError: the folder cannot be written to, or a file's name is taken by a folder.
     """
     if not str(out):
         raise UserError(f"{flag}: empty; name a folder")
-    place = buckets.local(out)
+    folder = buckets.local(out)
     try:
-        absent = [path for path in (place, *place.parents) if not path.exists()]
-        place.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=place) as probe:
+        absent = [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as probe:
             probe.write(b"0")
-        folders = [x.name for x in os.scandir(place) if x.is_dir() and re.fullmatch(names, x.name)]
+        folders = [x.name for x in os.scandir(folder) if x.is_dir() and re.fullmatch(names, x.name)]
         for path in absent:
-            with contextlib.suppress(OSError):  # of use to somebody else meanwhile
+            with contextlib.suppress(OSError):  # another process has put files in it
                 path.rmdir()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         raise UserError(f"{flag} {shown(out)}: {_reason(error)}; choose another folder") from error
@@ -41,25 +44,33 @@ def try_folder(out: str | Path, flag: str, names: str = "") -> Path:
             f"{flag} {shown(out)}: {shown(folders[0])} is a folder there, and a file is to be "
             "written in its place; choose another folder"
         )
-    return place
+    return folder
 
 
 def try_file(out: str | Path, flag: str) -> Path:
-    """The file that a flag names, which can be written. Raises as :func:`try_folder`."""
-    place = buckets.local(out)
-    try_folder(place.parent, flag, re.escape(place.name))
-    if not place.name or len(os.fsencode(place.name)) > 230:
-        raise UserError(f"{flag} {shown(out)}: no name for a file; choose another")
-    return place
+    """Checks that an output file can be written; see :func:`try_folder`.
+
+    Returns:
+      The local path of the file.
+
+    Raises:
+      UserError: it cannot be written.
+    """
+    file = buckets.local(out)
+    try_folder(file.parent, flag, re.escape(file.name))
+    if not file.name or len(os.fsencode(file.name)) > 230:
+        raise UserError(f"{flag} {shown(out)}: not a name for a file; choose another")
+    return file
 
 
 @contextlib.contextmanager
 def whole(file: Path) -> Iterator[Path]:
-    """:func:`persona_jax.runtime.files.whole_file` for what a flag asked for, in a folder that is
-    made where absent.
+    """Writes an output file atomically, as :func:`persona_jax.runtime.files.whole_file` does.
+
+    The folder is made if absent.
 
     Raises:
-      UserError: it cannot be written; what had that name before is as it was.
+      UserError: the file cannot be written; an earlier file of that name is unchanged.
     """
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +83,7 @@ def whole(file: Path) -> Iterator[Path]:
 
 
 def write_text(file: Path, text: str) -> None:
-    """A file in UTF-8, whole (:func:`whole`)."""
+    """Writes a text file in UTF-8 atomically (:func:`whole`)."""
     with whole(file) as beside:
         beside.write_text(text, encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Files from outside, read with bounds: regular ones only, no larger than can be; JSON objects."""
+"""Untrusted files: only regular ones of bounded size are read; JSON objects are validated."""
 
 import json
 import stat
@@ -9,15 +9,15 @@ from persona_jax.errors import UserError
 from persona_jax.runtime import settings
 
 MOST_JSON = 2**26
-"""Bytes of a JSON file. The largest that is read names tensors, and vocabularies: a few MB."""
+"""Maximal bytes of a JSON file. The largest in use (tensor lists, vocabularies) have a few MB."""
 
 
 def regular(file: Path) -> int:
-    """The size in bytes of what must be a regular file: a pipe or device may never end.
+    """The size in bytes of a regular file. Pipes and devices are refused: they may never end.
 
     Raises:
-      UserError: it is something else.
-      OSError: it is not there, or may not be looked at.
+      UserError: the path is not a regular file.
+      OSError: the path does not exist, or access is denied.
     """
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):
@@ -27,30 +27,30 @@ def regular(file: Path) -> int:
 
 
 def read_json(file: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, its settings within their ranges (:mod:`.settings`).
+    """Reads a JSON object and checks that its settings are in their ranges (:mod:`.settings`).
 
     Raises:
-      UserError: not such a file; says why.
-      FileNotFoundError: it is not there.
+      UserError: the file cannot be read, is not a JSON object, or has a setting out of range.
+      FileNotFoundError: the file does not exist.
     """
     try:
         if (size := regular(file)) > MOST_JSON:
             raise UserError(
                 f"{file}: {size} bytes; a JSON file of settings has {MOST_JSON} at most"
             )
-        found = parse_json(file.read_bytes(), str(file))
+        content = parse_json(file.read_bytes(), str(file))
     except FileNotFoundError:
         raise
-    except (OSError, ValueError) as error:  # (ValueError: a path that cannot be)
+    except (OSError, ValueError) as error:  # ValueError: an invalid path, with a NUL say
         raise UserError(f"{file}: cannot be read ({getattr(error, 'strerror', error)})") from error
-    if not isinstance(found, dict):
-        raise UserError(f"{file}: expected a JSON object, found {_kind(found)}")
-    settings.check(found, str(file))
-    return found
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a JSON object, found {_kind(content)}")
+    settings.check(content, str(file))
+    return content
 
 
 def parse_json(text: str | bytes, where: str) -> Any:
-    """What JSON says. Raises UserError where it is none, or nested too deeply."""
+    """Parses JSON. Raises UserError if it is malformed or nested too deeply."""
     try:
         return json.loads(text)
     except RecursionError as error:

@@ -1,4 +1,4 @@
-"""A run's folder: the configuration it was started with, and what it ran on."""
+"""A run's workdir: its configuration (config.json) and its environment (run.json)."""
 
 import importlib.metadata
 import json
@@ -17,7 +17,7 @@ PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
 
 def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
-    """{"a.b": value}; a ConfigDict that is empty counts as a value."""
+    """The flattened configuration, {"a.b": value}; an empty ConfigDict counts as a value."""
     flat: dict[str, Any] = {}
     for key, value in config.items():
         below = leaves(value, f"{prefix}{key}.") if isinstance(value, ConfigDict) else {}
@@ -26,9 +26,12 @@ def leaves(config: ConfigDict, prefix: str = "") -> dict[str, Any]:
 
 
 def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
-    """Write workdir/config.json (read_config's) and run.json (command, versions, devices).
+    """Writes config.json, for :func:`read_config`, and run.json (command, versions, devices).
 
-    Process 0 writes, the others return. Raises UserError if the folder can't be written.
+    Process 0 writes, the others return at once.
+
+    Raises:
+      UserError: the folder cannot be written.
     """
     if jax.process_index() != 0:
         return
@@ -55,9 +58,10 @@ def write_run_files(workdir: str | Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: str | Path) -> ConfigDict:
-    """Return the configuration write_run_files left in workdir; sequences come back as tuples.
+    """Reads the configuration that :func:`write_run_files` wrote; sequences become tuples.
 
-    Raises UserError if there is none or it is not JSON.
+    Raises:
+      UserError: there is no configuration, or it is not JSON.
     """
     path = Path(workdir) / "config.json"
     try:
@@ -76,13 +80,14 @@ RUN_OF_METHOD = {
     "dreambooth": {"token": str, "nouns": tuple, "train_text_encoder": bool},
     "lora": {"token": str, "nouns": tuple, "lora.rank": int, "lora.alpha": float},
 }
-"""What reading a finished run takes of its configuration."""
+"""Keys that a finished run's configuration must have, by method, with their types."""
 
 
 def read_run(workdir: str | Path) -> ConfigDict:
-    """The configuration of a run of persona_jax.train (see :func:`read_config`).
+    """Reads the configuration of a run of persona_jax.train (see :func:`read_config`).
 
-    Raises UserError if it is of another command, or settings are missing.
+    Raises:
+      UserError: it is of another command, or settings are missing.
     """
     config, where = read_config(workdir), str(Path(workdir) / "config.json")
     settings.require(config, {"method": str}, where)
@@ -93,10 +98,18 @@ def read_run(workdir: str | Path) -> ConfigDict:
 
 
 def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[str]) -> None:
-    """Raise UserError if workdir's config.json differs from config in one of the keys.
+    """Raises an error if the workdir holds a run with another configuration.
 
-    keys: names, or beginnings of dotted names, of what makes a run another run. Changes of other
-    keys (more steps, say) are fine. A workdir without config.json holds no run yet.
+    A workdir without config.json holds no run yet.
+
+    Args:
+      workdir: of the run.
+      config: of the run that is starting.
+      keys: names, or beginnings of dotted names, that must be unchanged. Other keys (more steps,
+        say) may change.
+
+    Raises:
+      UserError: one of the keys differs from the workdir's config.json.
     """
     if not (Path(workdir) / "config.json").exists():
         return
@@ -108,13 +121,13 @@ def refuse_another_run(workdir: str | Path, config: ConfigDict, keys: Sequence[s
     if changes:
         raise UserError(
             f"workdir {workdir} holds another run ({'; '.join(changes[:6])}); "
-            "choose another workdir, or go on with the configuration it has",
+            "choose another workdir, or continue with that run's configuration",
             argument="workdir",
         )
 
 
 def config_difference(before: ConfigDict, after: ConfigDict) -> list[str]:
-    """Return one line per key in which two configurations differ ("a.b: 1, now 2"), by key."""
+    """One line for each key in which two configurations differ ("a.b: 1, now 2"), by key."""
     old, new = (leaves(ConfigDict(json.loads(config.to_json()))) for config in (before, after))
     return [
         f"{key}: {json.dumps(old[key]) if key in old else 'absent'}, "

@@ -1,7 +1,7 @@
-"""The ranges of all settings and flags, by name: of configs, command lines and outside JSON.
+"""Valid ranges of settings in configs, command-line flags and JSON files, by name.
 
-One table, :data:`RANGES`, so that a value is refused in the same words wherever it comes from, and
-before anything is read or computed. What the table does not name is not checked here.
+All ranges are in one table, :data:`RANGES`, so that an invalid value gives the same error wherever
+it comes from, before anything is read or computed. Names that are not in the table are not checked.
 """
 
 import argparse
@@ -15,18 +15,19 @@ from ml_collections import ConfigDict
 from persona_jax.errors import UserError
 
 NAMED = 6
-"""Wrong values in one error."""
+"""Maximal number of invalid values named in one error."""
 NESTED = (Mapping, ConfigDict)
 
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Numbers from `least` to `most`, both counted in unless `above` or `below` is set.
+    """Numbers from `least` to `most`, inclusive unless `above` or `below` is set.
 
     Attributes:
-      whole: integers only.
-      above, below: `least` or `most` itself is not one of them.
-      zero: 0 may be, in a range that goes from below to above it.
+      least, most: the bounds.
+      whole: only integers are valid.
+      above, below: `least` or `most` itself is invalid.
+      zero: whether 0 is valid if it is within the bounds.
     """
 
     least: float | int = -math.inf
@@ -37,29 +38,29 @@ class Range:
     zero: bool = True
 
     def __contains__(self, value: object) -> bool:
-        """Whether it is a number (not a truth value) of this range."""
+        """Whether a value is a number (not a bool) in this range."""
         if isinstance(value, bool) or not isinstance(value, int if self.whole else int | float):
             return False
-        if not (self.whole or math.isfinite(value)):  # (of any int, isfinite may overflow)
+        if not (self.whole or math.isfinite(value)):  # isfinite overflows for large integers
             return False
         low = value > self.least if self.above else value >= self.least
         high = value < self.most if self.below else value <= self.most
         return low and high and (self.zero or value != 0)
 
     def __str__(self) -> str:
-        """As an error says it: "a whole number from 1 to 64"."""
-        words = "a whole number" if self.whole else "a number"
+        """The range in words, for errors: "a whole number from 1 to 64"."""
+        text = "a whole number" if self.whole else "a number"
         if self.least > -math.inf:
-            words += f" above {self.least:g}" if self.above else f" from {self.least:.10g}"
+            text += f" above {self.least:g}" if self.above else f" from {self.least:.10g}"
         if self.most < math.inf:
-            words += f" below {self.most:g}" if self.below else f" to {self.most:.10g}"
+            text += f" below {self.most:g}" if self.below else f" to {self.most:.10g}"
         elif self.least > -math.inf and not self.above:
-            words += " on"
-        return words if self.zero else f"{words}, not 0"
+            text += " on"
+        return text if self.zero else f"{text}, not 0"
 
 
 def whole(least: int, most: float | int = math.inf, **how: bool) -> Range:
-    """Integers of a range."""
+    """A range of integers."""
     return Range(least, most, whole=True, **how)
 
 
@@ -117,7 +118,7 @@ RANGES: dict[str, Range] = {
     "aggregator.pooling_heads": whole(1, 1024),
     "image_encoder.face_centre": SHARE,
     "image_encoder.face_side": CROP,
-    # of people's own weights
+    # of per-person fine-tuning
     "people.count": COUNT,
     "people.at_once": COUNT,
     "prior.weight": Range(0, 1000),
@@ -185,62 +186,65 @@ RANGES: dict[str, Range] = {
     "image_mean": FACTOR,
     "image_std": Range(0, 1000, above=True),
 }
-"""By the end of a dotted name; the longest that fits counts. Of a sequence, each number's."""
+"""Ranges by the end of a dotted name; the longest match counts. In a sequence, of each number."""
 
 
 def range_of(name: str) -> Range | None:
-    """What a dotted name may be; None where the table has nothing."""
+    """The valid range of a dotted name; None if the table has none."""
     parts = name.split(".")
     ends = (".".join(parts[i:]) for i in range(len(parts)))
     return next((RANGES[end] for end in ends if end in RANGES), None)
 
 
 def faults(values: Mapping[str, Any] | ConfigDict, prefix: str = "") -> list[str]:
-    """One line for each value that cannot be: "batch_size=0: expected a whole number from 1 on".
+    """One line for each invalid value: "batch_size=0: expected a whole number from 1 on".
 
     Args:
-      values: nested; names that the table does not have pass, and so does None.
+      values: nested. None, and names that are not in the table, are valid.
+      prefix: of the names in the lines.
     """
-    out = []
+    lines = []
     for key, value in values.items():
         name, allowed = f"{prefix}{key}", range_of(f"{prefix}{key}")
         if isinstance(value, NESTED):
-            out += faults(value, f"{name}.")
+            lines += faults(value, f"{name}.")
         elif isinstance(value, str) and not _is_text(value):
-            out.append(f"{name}={value!r:.80}: expected UTF-8")
+            lines.append(f"{name}={value!r:.80}: expected UTF-8")
         elif allowed is not None and value is not None:
-            each = value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
-            if not all(one in allowed for one in each):
-                out.append(f"{name}={value!r:.80}: expected {allowed}")
-    return out
+            numbers = (
+                value if isinstance(value, Sequence) and not isinstance(value, str) else [value]
+            )
+            if not all(one in allowed for one in numbers):
+                lines.append(f"{name}={value!r:.80}: expected {allowed}")
+    return lines
 
 
 def check(values: Mapping[str, Any] | ConfigDict, where: str) -> None:
-    """Refuses values outside their ranges.
+    """Raises an error if values are outside their ranges.
 
     Args:
       values: a configuration, or the content of a JSON file.
-      where: what they are of, for the error.
+      where: the source of the values, for the error.
 
     Raises:
-      UserError: names the values and what was expected.
+      UserError: names the values and the valid ranges.
     """
     if wrong := faults(values):
         more = f"; and {len(wrong) - NAMED} more" if len(wrong) > NAMED else ""
-        told = "; ".join(line if len(line) < 120 else f"{line[:119]}…" for line in wrong[:NAMED])
-        raise UserError(f"{where}: {told[:400]}{more}")
+        listed = "; ".join(line if len(line) < 120 else f"{line[:119]}…" for line in wrong[:NAMED])
+        raise UserError(f"{where}: {listed[:400]}{more}")
 
 
 def require(config: Mapping[str, Any] | ConfigDict, types: Mapping[str, type], where: str) -> None:
-    """Refuses a configuration of another command, or one that was edited.
+    """Raises an error if a configuration lacks keys: of another command, or edited.
 
     Args:
       config: nested.
-      types: what must be there, by dotted name; a float may be written as an integer.
-      where: what it is of, for the error.
+      types: type of each required key, by dotted name; an integer is valid for a float.
+      where: the source of the configuration, for the error.
 
     Raises:
-      UserError: names what is missing or of another type.
+      UserError: names the keys that are missing or of another type.
     """
     wrong = []
     for name, kind in types.items():
@@ -251,8 +255,8 @@ def require(config: Mapping[str, Any] | ConfigDict, types: Mapping[str, type], w
         if value is None:
             wrong.append(f"no {name}")
         elif not of_kind or (isinstance(value, bool) and kind is not bool):
-            found = "a section" if isinstance(value, NESTED) else f"{value!r:.40}"
-            wrong.append(f"{name}={found}: expected {kind.__name__}")
+            actual = "a section" if isinstance(value, NESTED) else f"{value!r:.40}"
+            wrong.append(f"{name}={actual}: expected {kind.__name__}")
     if wrong:
         raise UserError(
             f"{where}: {'; '.join(wrong[:NAMED])}: a configuration of another command, or one that "
@@ -261,7 +265,7 @@ def require(config: Mapping[str, Any] | ConfigDict, types: Mapping[str, type], w
 
 
 def number(allowed: Range) -> Callable[[str], float | int]:
-    """An argparse type: numbers of a range."""
+    """An argparse type: numbers in a range."""
 
     def convert(text: str) -> float | int:
         try:
@@ -276,14 +280,14 @@ def number(allowed: Range) -> Callable[[str], float | int]:
 
 
 def text(value: str) -> str:
-    """An argparse type: text, of a prompt say."""
+    """An argparse type: text that can be encoded as UTF-8, such as a prompt."""
     if not _is_text(value):
         raise argparse.ArgumentTypeError(f"{value!r:.40}: expected UTF-8")
     return value
 
 
 def path(value: str) -> str:
-    """An argparse type: a path that a file or folder can have."""
+    """An argparse type: a valid path, neither empty nor with a NUL."""
     if not value or "\0" in value:
         raise argparse.ArgumentTypeError(f"{value!r:.40}: expected a path")
     return value

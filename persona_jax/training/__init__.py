@@ -1,1 +1,1 @@
-"""Mesh and sharding, training state, training loop."""
+"""Training state, training loop and its logs."""

@@ -7,14 +7,14 @@ from pathlib import Path
 
 
 class EventFile:
-    """Scalars of one run, appended to an event file of its own.
+    """Scalars of one run, in a new event file.
 
-    tensorboardX's low-level writer: its SummaryWriter has a thread that prints tracebacks when the
-    disk is full.
+    Uses tensorboardX's low-level writer, because the thread of its SummaryWriter prints tracebacks
+    when the disk is full.
     """
 
     def __init__(self, folder: Path, first_step: int):
-        """Opens a new file in `folder`; TensorBoard drops older events of `first_step` and on."""
+        """Opens a file in `folder`. TensorBoard drops older events from `first_step` on."""
         self._tools = _import_tensorboardx()
         folder.mkdir(exist_ok=True)
         self._writer = self._tools.event_file_writer.EventsWriter(str(folder / "events"))
@@ -22,7 +22,7 @@ class EventFile:
         self._write(first_step, session_log=session(status=session.START))
 
     def add(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes `values` as the scalars of `step`, down to the disk."""
+        """Writes `values` as the scalars of `step` and flushes."""
         for name, value in values.items():
             self._write(step, summary=self._tools.summary.scalar(name, value))
         self._writer.flush()
@@ -37,7 +37,7 @@ class EventFile:
 
 
 def _import_tensorboardx():
-    """The package, kept from importing torch, which it does wherever torch is installed."""
+    """Imports tensorboardX without torch, which it imports wherever that is installed."""
     hide = "torch" not in sys.modules
     if hide:
         sys.modules["torch"] = None

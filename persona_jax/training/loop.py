@@ -1,4 +1,4 @@
-"""The training loop: dispatch, log, save, stop, resume."""
+"""The training loop: runs steps, logs, saves, stops on signals, resumes."""
 
 import contextlib
 import fcntl
@@ -33,7 +33,7 @@ class NotFinite(UserError):
     """The loss or the gradient of a step is not finite."""
 
     def __init__(self, step: int, what: str):
-        """step: counted from 1; what: says which number is what."""
+        """`step` counts from 1; `what` names the number and its value."""
         self.step = step
         super().__init__(
             f"step {step}: {what}; stopped, and that state is not saved: lower "
@@ -57,25 +57,39 @@ def fit(
 ) -> TrainState:
     """Train until ``steps`` steps are done, from the newest checkpoint in workdir if there is one.
 
-    state: from init_state; consumed. step_fn: from make_step. frozen: placed on the mesh (see
-    persona_jax.runtime.mesh.place). batches_from(n): iterator of numpy batches, this process's
-    part [B / processes, …], beginning with the one that step n (from 0) learns from; it must give
-    the same batches in every run. save_every, log_every: in steps; save_every 0 saves at the end
-    only. callbacks: (every, f): f(step, state) runs in every process when a multiple of ``every``
-    steps is done, and at the end; every 0 is at the end only. fingerprint: see Checkpoints.
-
     Writes workdir/checkpoints, metrics.jsonl (one line per log_every steps, means over them) and
     tensorboard. SIGTERM and SIGINT finish the step, save, and raise SystemExit(128 + signal).
 
-    Raises UserError if the loss or gradient is not finite or a parameter has grown beyond use (that
-    state is never saved, and the checkpoint that the very next step fails from is set aside), if
-    another run uses workdir, if the checkpoint is of another configuration, or if the disk is full.
+    Args:
+      state: from :func:`persona_jax.training.state.init_state`; its arrays are donated.
+      step_fn: from :func:`persona_jax.training.state.make_step`.
+      frozen: weights that are not trained, placed on the mesh (see
+        :func:`persona_jax.runtime.mesh.place`).
+      batches_from: batches_from(n) iterates over numpy batches from step n (from 0) on, of this
+        process's examples ``[B / processes, …]``; it must give the same batches in every run.
+      steps: total number of steps.
+      workdir: run folder.
+      mesh: devices to train on.
+      save_every: steps between checkpoints; 0 saves at the end only.
+      log_every: steps between lines of the log.
+      keep: number of checkpoints to keep.
+      callbacks: (every, f) calls f(step, state) in every process after each ``every`` steps and at
+        the end; an ``every`` of 0 is at the end only.
+      fingerprint: see :class:`persona_jax.interop.checkpoints.Checkpoints`.
+
+    Returns:
+      The state after the last step.
+
+    Raises:
+      UserError: the loss or gradient is not finite, or a parameter is too large (that state is not
+        saved, and if the step right after a checkpoint fails, that checkpoint is set aside);
+        another run uses workdir; the checkpoint is of another configuration; or the disk is full.
     """
     workdir = Path(workdir)
     with (
         locked(workdir),
         Checkpoints(workdir / "checkpoints", fingerprint=fingerprint) as checkpoints,
-        _blamed(checkpoints, frozen, batches_from),
+        _diagnosed(checkpoints, frozen, batches_from),
     ):
         state = _resume(checkpoints, state)
         start = int(state.step)
@@ -90,7 +104,7 @@ def fit(
                 due = [f for every, f in callbacks if every and step % every == 0 and step < steps]
                 if not (save or due):
                     continue
-                log.read(*unread)  # waits for this step; after it the state is known to be finite
+                log.read(*unread)  # waits for this step, and raises if it is not finite
                 unread = None
                 if save:
                     checkpoints.save(step, state)
@@ -102,7 +116,7 @@ def fit(
                 for callback in due:
                     callback(step, state)
                 log.restart_clock()
-        if checkpoints.latest() is None:  # no steps were asked for
+        if checkpoints.latest() is None:  # steps=0
             checkpoints.save(start, state)
         checkpoints.wait()
         for _, callback in callbacks:
@@ -120,12 +134,13 @@ def _dispatch(
     mesh: Mesh,
     signals: list[int],
 ) -> Iterator[tuple[int, TrainState, dict[str, jax.Array]]]:
-    """Yield (steps done, state, metrics), all three still being computed.
+    """Yield (steps done, state, metrics) of each step without waiting for its arrays.
 
-    The reader fetches the metrics of one step after asking for the next: the device always has a
-    step to work on, and the next batch is copied meanwhile. Metrics gain "examples", the batch
-    size, and "stop": 1 where some process was told to stop. As that is computed on the mesh,
-    all processes read the same answer at the same step.
+    The caller reads the metrics of a step only after it has asked for the next one. So the device
+    is never idle, and the next batch is copied meanwhile.
+
+    Two metrics are added: "examples", the batch size, and "stop", 1 if any process has received a
+    signal. "stop" is computed on the mesh, so that all processes stop at the same step.
     """
     if start >= steps:
         return
@@ -133,12 +148,12 @@ def _dispatch(
     any_of = jax.jit(jnp.max, out_shardings=replicated(mesh))
     batch = _next_batch(mesh, batches, start)
     for step in range(start, steps):
-        told = np.full(jax.local_device_count(), float(bool(signals)), np.float32)
-        told = jax.make_array_from_process_local_data(batch_sharding(mesh), told)
-        # Tracing, in the first call, may put constants on the device; later nothing may move.
+        stop = np.full(jax.local_device_count(), float(bool(signals)), np.float32)
+        stop = jax.make_array_from_process_local_data(batch_sharding(mesh), stop)
+        # The first call traces, which may copy constants to the device. Later calls must not copy.
         with jax.transfer_guard("allow" if step == start else "disallow"):
             state, metrics = step_fn(state, frozen, batch)
-            metrics = {**metrics, "stop": any_of(told)}
+            metrics = {**metrics, "stop": any_of(stop)}
         metrics["examples"] = jax.tree.leaves(batch)[0].shape[0]
         if step + 1 < steps:
             batch = _next_batch(mesh, batches, step + 1)
@@ -153,11 +168,14 @@ def _next_batch(mesh: Mesh, batches: Iterator[Any], step: int) -> Any:
 
 
 @contextlib.contextmanager
-def _blamed(
+def _diagnosed(
     checkpoints: Checkpoints, frozen: Any, batches_from: Callable[[int], Iterator[Any]]
 ) -> Iterator[None]:
-    """Where a step fails, looks for what it failed from: its batch, the frozen weights, or the
-    checkpoint just before, which is then set aside: the same command goes on from one before."""
+    """Names the cause when a step is not finite: its batch, the frozen weights, or neither.
+
+    If it is neither, and the step followed a checkpoint directly, that checkpoint is set aside, so
+    that the same command resumes from the one before.
+    """
     try:
         yield
     except NotFinite as error:
@@ -165,11 +183,12 @@ def _blamed(
         if _in_any_process(bool(bad)):
             raise UserError(
                 f"step {error.step}: {bad or 'data of another process is not finite'}; stopped, "
-                "and that state is not saved: what is trained on is damaged; fetch or make it again"
+                "and that state is not saved: the data or the weights are damaged; fetch or make "
+                "them again"
             ) from error
         checkpoints.wait()
         if checkpoints.latest() == error.step - 1:
-            reason = "the step from it is not finite"
+            reason = "the step after it is not finite"
             checkpoints.set_aside(error.step - 1, reason, "so the next run starts before it")
         raise
 
@@ -186,7 +205,7 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> TrainState:
     like = jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
     )
-    # Two states at once may not fit; the first step would have donated the initial one anyway.
+    # Two states may not fit into memory. The first step would have donated the initial one anyway.
     jax.tree.map(lambda x: x.delete(), state)
     restored = checkpoints.restore(like)
     if jax.process_index() == 0:
@@ -195,12 +214,12 @@ def _resume(checkpoints: Checkpoints, state: TrainState) -> TrainState:
 
 
 class _Log:
-    """metrics.jsonl, TensorBoard files and the progress bar; written by process 0 alone."""
+    """metrics.jsonl, TensorBoard files and the progress bar. Only process 0 writes them."""
 
     def __init__(self, workdir: Path, start: int, steps: int, every: int):
         self._every, self._steps = max(every, 1), steps
         self._values: list[dict[str, float]] = []
-        self._timed = 0  # examples since the clock started; it starts after the first step
+        self._timed = 0  # examples since the clock started, which is after the first step
         self._clock: float | None = None
         self._main = jax.process_index() == 0
         if not self._main or start >= steps:
@@ -210,7 +229,7 @@ class _Log:
         _drop_beyond(self._path, start)
         self._file = self._path.open("a")
         self._board = EventFile(workdir / "tensorboard", start + 1)
-        slow = 0.1 if sys.stderr.isatty() else 30.0  # a log file wants few lines
+        slow = 0.1 if sys.stderr.isatty() else 30.0  # s; fewer lines in a log file
         self._bar = tqdm(total=steps, initial=start, mininterval=slow, dynamic_ncols=True)
 
     def __enter__(self) -> "_Log":
@@ -219,15 +238,16 @@ class _Log:
     def __exit__(self, *_: object) -> None:
         if self._main:
             self._bar.close()
-            with contextlib.suppress(OSError):  # a full disk has been reported
+            with contextlib.suppress(OSError):  # a full disk was reported already
                 self._board.close()
             with contextlib.suppress(OSError):
                 self._file.close()
 
     def read(self, step: int, metrics: dict[str, Any]) -> bool:
-        """Wait for one step's metrics and log them; return whether the run was told to stop.
+        """Wait for the metrics of a step and log them; return whether to stop (see _dispatch).
 
-        Raises NotFinite if the loss or the gradient is not finite.
+        Raises:
+          NotFinite: the loss or the gradient is not finite.
         """
         values = {name: float(value) for name, value in jax.device_get(metrics).items()}
         examples, stop = int(values.pop("examples")), values.pop("stop")
@@ -246,8 +266,8 @@ class _Log:
             self._timed += examples
         elapsed = time.perf_counter() - self._clock
         rate = {"examples_per_second": self._timed / elapsed} if self._timed else {}
-        shown = {name: f"{value:.1f}" for name, value in rate.items()}
-        self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | shown, refresh=False)
+        rate_text = {name: f"{value:.1f}" for name, value in rate.items()}
+        self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | rate_text, refresh=False)
         self._bar.update(1)
         if step % self._every and step != self._steps:
             return
@@ -265,17 +285,17 @@ class _Log:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out of examples/s what was not training."""
+        """Restart the clock of examples/s, to exclude time that was not training."""
         self._clock, self._timed = time.perf_counter(), 0
 
     def say(self, text: str) -> None:
-        """Print a line without tearing the bar."""
+        """Print a line above the progress bar."""
         if self._main:
             tqdm.write(text, file=sys.stderr)
 
 
 def _drop_beyond(path: Path, step: int) -> None:
-    """Keep the lines of metrics.jsonl up to ``step``; a line cut short by a kill goes too."""
+    """Delete the lines of metrics.jsonl after ``step``, and an incomplete last line."""
     if not path.exists():
         return
 
@@ -292,7 +312,7 @@ def _drop_beyond(path: Path, step: int) -> None:
 
 @contextlib.contextmanager
 def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT in a list; a second one acts as it did before."""
+    """Collect SIGTERM and SIGINT in a list. A second signal has its previous effect."""
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -304,7 +324,7 @@ def _stop_signals() -> Iterator[list[int]]:
         signal.signal(number, before[number])
 
     for number in (signal.SIGTERM, signal.SIGINT):
-        # None: a handler that is not Python's (JAX's preemption notice); it can't be put back.
+        # None: a handler not set by Python (JAX's preemption notice), which cannot be restored.
         before[number] = signal.signal(number, note) or signal.SIG_DFL
     try:
         yield received
@@ -315,14 +335,15 @@ def _stop_signals() -> Iterator[list[int]]:
 
 @contextlib.contextmanager
 def locked(workdir: Path) -> Iterator[None]:
-    """Hold workdir for this run; the lock goes with the process, however it ends.
+    """Lock workdir for this run. The lock is released when the process ends, even if killed.
 
-    Raises UserError if another run holds it, or the folder can't be written.
+    Raises:
+      UserError: another run holds it, or the folder can't be written.
     """
     if jax.process_count() > 1 and (url := buckets.bucket_of(workdir)):
         raise UserError(
-            f"workdir {url}: several processes write a checkpoint together, which takes a "
-            "disk that they share; mount the bucket (gcsfuse, s3fs) and give that folder",
+            f"workdir {url}: several processes write one checkpoint, which takes a shared "
+            "file system; mount the bucket (gcsfuse, s3fs) and give that folder",
             argument="workdir",
         )
     with contextlib.ExitStack() as stack:

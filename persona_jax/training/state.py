@@ -1,4 +1,4 @@
-"""The train state, its optimiser, and the one compiled training step."""
+"""The training state, the optimiser, and the compiled training step."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,23 +25,32 @@ StepFn = Callable[[Any, Any, Any], tuple["TrainState", dict[str, jax.Array]]]
 
 @flax.struct.dataclass
 class TrainState:
-    """What training changes: everything here is saved, nothing else is.
+    """Everything that training changes and that checkpoints save.
 
-    step: int32 scalar, steps done. params: the trainable tree. opt_state: optax's state, float32.
-    ema: float32 running average of params, or None where it is off.
+    Each field may also hold shapes or shardings in place of arrays.
+
+    Attributes:
+      step: steps done, int32 scalar.
+      params: the trainable tree.
+      opt_state: optax's state, float32.
+      ema: float32 exponential moving average of params, or None if it is off.
     """
 
-    step: Any  # an array, or its shape or sharding, as all of these
+    step: Any
     params: Any
     opt_state: Any
     ema: Any = None
 
 
 def make_schedule(config: Any) -> Callable[[Any], jax.Array]:
-    """Return the learning rate as a function of the number of updates done.
+    """The learning rate as a function of the number of updates done.
 
-    Linear warm-up over config.warmup_steps updates to config.learning_rate (the first update
-    already moves), then config.schedule: "constant", or "cosine" to zero at config.steps.
+    Args:
+      config: learning_rate, reached by a linear warm-up over warmup_steps updates (the first update
+        already has a rate above 0); schedule after it, "constant", or "cosine" to zero at steps.
+
+    Raises:
+      UserError: an unknown schedule.
     """
     warmup, steps, peak = config.warmup_steps, config.steps, config.learning_rate
     if config.schedule not in ("constant", "cosine"):
@@ -61,13 +70,16 @@ def make_schedule(config: Any) -> Callable[[Any], jax.Array]:
 
 
 def make_optimizer(config: Any) -> optax.GradientTransformation:
-    """Return AdamW (Loshchilov & Hutter 2019; decay scaled by the learning rate, as in torch), or
-    Muon (Jordan et al. 2024, as in optax) for kernels and NAdam for the rest.
+    """AdamW, or Muon for kernels with NAdam for the other parameters.
 
-    config: learning_rate, warmup_steps, schedule, steps (see :func:`make_schedule`), b1, b2,
-    weight_decay (AdamW: on arrays of two or more axes, so not on biases and norm scales; Muon: on
-    kernels), clip_norm (global norm of the gradient; 0 for none), muon (root mean square of a
-    kernel's update, in learning rates; 0 for AdamW).
+    Args:
+      config: learning_rate, warmup_steps, schedule and steps (see :func:`make_schedule`); b1, b2;
+        weight_decay, times the learning rate as in torch (AdamW: of arrays with two or more axes,
+        so not of biases and norm scales; Muon: of kernels); clip_norm, the largest global norm of
+        the gradient (0 does not clip); muon, the root mean square of a kernel's update in units of
+        the learning rate (0 selects AdamW).
+
+    Source: Loshchilov & Hutter 2019 (AdamW); Jordan et al. 2024 (Muon), as in optax.
     """
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm else optax.identity()
 
@@ -89,13 +101,13 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             optax.add_decayed_weights(config.weight_decay, mask=decayed),
             optax.scale(-1.0),
         )
-    # inject_hyperparams keeps the rate in the state, where make_step finds it for the log.
+    # inject_hyperparams stores the rate in the state, from which make_step reads it for the log.
     rate = optax.inject_hyperparams(lambda learning_rate: optax.scale(learning_rate))
     return optax.chain(clip, direction, rate(learning_rate=make_schedule(config)))
 
 
 def _kernel_matrices(params: Any) -> Any:
-    """Which axes of each kernel are a matrix's rows, and which its columns; None for the rest."""
+    """Axes of each kernel that form the rows and the columns of a matrix; None for other arrays."""
 
     def matrix(path: Any, array: Any) -> Any:
         if path[-1].key != "kernel" or array.ndim < 2:
@@ -109,8 +121,13 @@ def _kernel_matrices(params: Any) -> Any:
 def fresh_state(
     params: Any, optimizer: optax.GradientTransformation, *, ema: bool = False
 ) -> TrainState:
-    """Return the state at step 0; under jax.eval_shape, its shapes. params: the trainable tree,
-    copied."""
+    """The state at step 0; under jax.eval_shape, its shapes.
+
+    Args:
+      params: the trainable tree, which is copied.
+      optimizer: from :func:`make_optimizer`.
+      ema: whether to keep a moving average of the parameters.
+    """
     params = jax.tree.map(jnp.copy, params)
     full = _float32(params)
     return TrainState(
@@ -128,10 +145,14 @@ def init_state(
     *,
     ema: bool = False,
 ) -> TrainState:
-    """Return the state at step 0, each array made where it will live.
+    """The state at step 0, created directly with its sharding.
 
-    params: the trainable tree (arrays, the same in every process; copied, so that donating the
-    state leaves them alone), or a function without arguments that makes it.
+    Args:
+      params: the trainable tree (arrays, the same in every process; they are copied, so donating
+        the state does not delete them), or a function without arguments that makes it.
+      optimizer: from :func:`make_optimizer`.
+      mesh: devices to place it on.
+      ema: whether to keep a moving average of the parameters.
     """
 
     def create(params: Any) -> TrainState:
@@ -153,16 +174,24 @@ def make_step(
     accumulate: int = 1,
     ema_decay: float | None = None,
 ) -> StepFn:
-    """Return the jitted step (state, frozen, batch) -> (state, metrics); state is donated.
+    """The jitted training step.
 
-    loss_fn(params, frozen, batch, step) -> (loss, metrics): loss is the mean over the examples it
-    is given, metrics are scalars, step counts from 0. accumulate: the batch is worked through in
-    that many parts; gradient, loss and metrics are the means over the parts, so those of the whole
-    batch. ema_decay: the state's ema follows with min(ema_decay, (1 + step) / (10 + step)).
+    Args:
+      loss_fn: (params, frozen, batch, step) -> (loss, metrics). loss is the mean over the batch,
+        metrics are scalars, step counts from 0.
+      optimizer: from :func:`make_optimizer`.
+      mesh: devices to train on.
+      accumulate: number of parts that the batch is processed in. Gradient, loss and metrics are the
+        means over the parts, and so over the batch.
+      ema_decay: decay of the state's ema, which is min(ema_decay, (1 + step) / (10 + step)); None
+        leaves the ema unchanged.
+      rules: see :func:`persona_jax.runtime.mesh.shard_params`; must be the same in init_state.
 
-    metrics: the loss function's, and loss, grad_norm (before clipping) and learning_rate (where
-    the optimiser is :func:`make_optimizer`'s). A loss or gradient that is not finite shows as a
-    loss or grad_norm that is not finite. Raises UserError on tracing if the batch does not divide.
+    Returns:
+      (state, frozen, batch) -> (state, metrics). The state given is donated. To the loss function's
+      metrics it adds loss, grad_norm (before clipping; like the loss it is not finite if the
+      gradient is not) and, for an optimiser from :func:`make_optimizer`, learning_rate. Tracing
+      raises UserError if the batch does not divide.
     """
     gradient = jax.value_and_grad(loss_fn, has_aux=True)
 
@@ -187,7 +216,7 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         metrics["grad_norm"] = optax.tree.norm(grads)
         for _, injected in optax.tree_utils.tree_get_all_with_path(opt_state, "hyperparams"):
-            # The optimiser of several people has a rate for each, all the same.
+            # Fine-tuning several people at once has one rate per person, all equal.
             metrics["learning_rate"] = jnp.mean(injected["learning_rate"])
         ema = state.ema
         if ema_decay is not None:
@@ -208,7 +237,8 @@ def make_step(
 def _split(batch: Any, parts: int, mesh: Mesh) -> Any:
     """[B, …] -> [parts, B / parts, …], part k holding examples k, k + parts, …
 
-    Strided, because then each device finds its share of every part in its share of the batch.
+    With this stride, a device's share of every part lies in its share of the batch, so that no
+    example moves between devices.
     """
     size = jax.tree.leaves(batch)[0].shape[0]
     if size % (parts * mesh.size):

@@ -1,4 +1,4 @@
-"""The Python API on a random base: what goes in, what comes out, and what is refused."""
+"""The Python API on a random base: inputs, outputs and errors."""
 
 import inspect
 import typing
@@ -67,7 +67,7 @@ def photos(world, person: int = 0, count: int = 2) -> list:
 
 
 def apart(some, others) -> int:
-    """The most that images differ by, of 255."""
+    """Returns the largest difference of images, of 255."""
     pairs = zip(some, others, strict=True)
     return max(int(abs(np.asarray(a, int) - np.asarray(b, int)).max()) for a, b in pairs)
 
@@ -80,14 +80,14 @@ def test_five_lines(world, pipe, adapter, tmp_path):
     assert images.grid().size[1] > 2 * 16
     images.save(tmp_path / "all")
     assert apart([Image.open(tmp_path / "all/0003.png")], images[3:]) == 0
-    found = images.attribution()
-    assert found.shares.sum() == pytest.approx(1, abs=1e-5)
-    assert (found.influence > 0).all()
-    assert images.attribution() is found
+    attribution = images.attribution()
+    assert attribution.shares.sum() == pytest.approx(1, abs=1e-5)
+    assert (attribution.influence > 0).all()
+    assert images.attribution() is attribution
 
 
 def test_the_images_are_those_of_the_sampler_and_of_the_command(world, pipe, adapter, tmp_path):
-    """For a seed: written out by hand below, called, and from the command line."""
+    """One seed gives the same images by the sampler, the API and the command."""
     files = photos(world)
     sampler = generation.make_sampler(pipe.parts, steps=2)
     seen = adapter.encoder.encode([Image.open(file).convert("RGB") for file in files])
@@ -123,7 +123,7 @@ def test_photos_in_any_form(world, pipe, adapter):
         assert apart(pipe(PROMPT, photos=form, adapter=adapter, **FEW), known) == 0
     turned = opened[0].transpose(Image.Transpose.ROTATE_90)
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn by 270 degrees to see it upright
+    exif[0x0112] = 6  # upright after a turn by 270 degrees
     turned.getexif().update(exif)
     again = pipe(PROMPT, photos=[turned, opened[1]], adapter=adapter, **FEW)
     assert apart(again, known) == 0
@@ -140,7 +140,7 @@ def test_photos_in_any_form(world, pipe, adapter):
         ("nowhere.png", "nowhere.png"),
     ],
 )
-def test_photos_that_are_none(pipe, adapter, photo, words):
+def test_invalid_photos(pipe, adapter, photo, words):
     with pytest.raises(pj.UserError, match=words):
         pipe(PROMPT, photos=[photo], adapter=adapter)
 
@@ -216,20 +216,20 @@ def test_progress_changes_nothing_and_can_stop(world, pipe, adapter):
 
 
 def test_latents_in_and_out(world, pipe):
-    """z_T of two seeds, as one call; z_0, decoded, is the call's images."""
+    """Given noise of two seeds equals one call; the decoded latents are the call's images."""
     noise = np.random.default_rng(0).standard_normal((2, *pipe.parts.latent_shape), np.float32)
     images = pipe(PROMPT, latents=noise, num=2, **FEW)
     second = pipe(PROMPT, latents=noise[1:], **FEW)
     assert apart(images[1:], second) <= 1
-    found = pipe.generate_latents(PROMPT, latents=noise, num=2, **FEW)
-    assert found.shape == noise.shape
-    assert apart(pipe.decode(found), images) <= 1
+    latents = pipe.generate_latents(PROMPT, latents=noise, num=2, **FEW)
+    assert latents.shape == noise.shape
+    assert apart(pipe.decode(latents), images) <= 1
     with pytest.raises(pj.UserError, match="latents: 2 for 1 images"):
         pipe(PROMPT, latents=noise)
 
 
 def test_height_and_width_are_those_of_diffusers(world, pipe):
-    """The same latents as stock diffusers', upright, from the same noise."""
+    """Latents equal those of stock diffusers from the same noise, in a portrait format."""
     noise = np.random.default_rng(0).standard_normal((1, 12, 8, 4), np.float32)
     ours = pipe.generate_latents(PROMPT, latents=noise, height=24, steps=4, guidance=3.0)
     theirs = torch_models.open_diffusers(world / "base")(
@@ -282,7 +282,7 @@ def test_a_prompt_for_each_image(pipe):
         ({"loras": ["nowhere.safetensors"]}, "nowhere.safetensors: no such file"),
     ],
 )
-def test_arguments_that_cannot_be(pipe, arguments, words):
+def test_invalid_arguments(pipe, arguments, words):
     with pytest.raises(pj.UserError, match=words) as error:
         pipe(PROMPT, **arguments)
     assert "--" not in str(error.value)
@@ -290,7 +290,7 @@ def test_arguments_that_cannot_be(pipe, arguments, words):
 
 
 @pytest.mark.parametrize("wrong", ["nowhere", "a person's run", "no person", "nobody"])
-def test_what_is_not_there(world, pipe, wrong):
+def test_missing_runs_and_people(world, pipe, wrong):
     opened = {
         "nowhere": (lambda: pj.load_adapter("nowhere", pipe), "no such adapter"),
         "a person's run": (lambda: pj.load_adapter(world / "lora", pipe), "with load_person"),

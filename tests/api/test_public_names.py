@@ -1,4 +1,4 @@
-"""``import persona_jax``: what it has, how long it takes, and what it leaves out."""
+"""``import persona_jax``: its names, its import time, and what it does not import."""
 
 import json
 import subprocess
@@ -16,12 +16,12 @@ print(json.dumps({"own": [n for n in names if n.startswith("persona_jax")],
 
 
 def modules_after(code: str, *flags: str) -> tuple[list[str], set[str]]:
-    """This package's modules, and all top-level ones, that `code` imports in a fresh process."""
+    """Returns this package's modules, and all top-level ones, that `code` imports in a process."""
     done = subprocess.run(
         [sys.executable, *flags, "-c", code + REPORT], capture_output=True, text=True, check=True
     )
-    found = json.loads(done.stdout.splitlines()[-1])
-    return found["own"], set(found["roots"])
+    imported = json.loads(done.stdout.splitlines()[-1])
+    return imported["own"], set(imported["roots"])
 
 
 def test_importing_is_quick_and_imports_nothing_else():

@@ -16,8 +16,13 @@ def encoded(image: Image.Image, kind: str, **settings) -> bytes:
 
 
 def png(values: np.ndarray, colour_type: int, extra: bytes = b"") -> bytes:
-    """PNG of ``[h, w]`` or ``[h, w, C]`` in 8 or 16 bits; colour types 0 grey, 2 RGB, 4 grey and
-    alpha, 6 RGBA. `extra` are chunks."""
+    """Encodes ``[h, w]`` or ``[h, w, C]`` as PNG in 8 or 16 bits.
+
+    Args:
+      values: levels.
+      colour_type: 0 grey, 2 RGB, 4 grey and alpha, 6 RGBA.
+      extra: further chunks.
+    """
     height, width = values.shape[:2]
     depth = 8 * values.dtype.itemsize
     rows = values.astype(values.dtype.newbyteorder(">"))
@@ -37,7 +42,7 @@ def tiff(
     photometric: int = 1,
     tags: Mapping[int, int] | None = None,
 ) -> bytes:
-    """Grey TIFF of ``[h, w]``, in the values' type. `photometric` 0: zero is white."""
+    """Encodes ``[h, w]`` as grey TIFF, in the values' type. `photometric` 0: zero is white."""
     height, width = values.shape
     data = values.astype(values.dtype.newbyteorder(order)).tobytes()
     bits, kind = 8 * values.dtype.itemsize, {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
@@ -50,7 +55,7 @@ def tiff(
 
 
 def exif_with_broken_rational(orientation: int) -> bytes:
-    """EXIF, for ``save(exif=…)``, whose XResolution lies beyond the end."""
+    """Returns EXIF, for ``save(exif=…)``, whose XResolution points beyond its end."""
     entries = struct.pack(">HHIHH", 0x112, 3, 1, orientation, 0)
     entries += struct.pack(">HHII", 0x11A, 5, 1, 0xFFFFFFF0)
     return b"Exif\0\0MM\0*" + struct.pack(">IH", 8, 2) + entries + bytes(4)

@@ -1,4 +1,4 @@
-"""Synthetic photos: people told apart by colour, numbered by a stripe."""
+"""Synthetic photos: people differ in colour, photos in the position of a stripe."""
 
 import io
 import pathlib

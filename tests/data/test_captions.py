@@ -74,7 +74,7 @@ def test_tables_that_cannot_be_read(tmp_path):
 def test_no_name_enters_a_caption():
     labels = read_labels(SHARED / "lfw/captions_meta.tsv")
     assert len(labels) == 12_916
-    # Renaming everyone leaves the set of captions as it is, so no name is in it.
+    # Renaming everyone does not change the set of captions, so no name is in it.
     ours = {caption(file, label) for file, label in labels.items()}
     possible = {caption(str(i), label) for i in range(400) for label in set(labels.values())}
     assert ours <= possible

@@ -16,7 +16,7 @@ from persona_jax.errors import UserError
 
 
 class Encoder:
-    """Small but true encodings, and a count of how often they were asked for."""
+    """Small encodings that depend on the input, and a count of the calls."""
 
     def __init__(self):
         self.sizes = []
@@ -58,7 +58,7 @@ def encode(*args, **options):
 
 @pytest.fixture
 def small_shards(monkeypatch):
-    """Of seven photos, four shards."""
+    """Divides seven photos into four shards."""
     monkeypatch.setattr(module, "SHARD", 2)
 
 
@@ -200,7 +200,7 @@ def test_an_interrupted_job_goes_on_where_it_was(photos, tmp_path, small_shards)
 
 
 def test_one_decoded_photo_is_held_at_a_time(photos, tmp_path, monkeypatch):
-    """Of photos of many megapixels a batch would take gigabytes."""
+    """A batch of photos of many megapixels would take gigabytes."""
     seen, most = [], []
     whole = type(photos).image
 

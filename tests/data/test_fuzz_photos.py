@@ -1,4 +1,4 @@
-"""Photos, masks, tables of labels and folders of people of any content: a result, or one line."""
+"""Photos, masks, tables of labels and folders with random content: a result or a one-line error."""
 
 import io
 import os
@@ -24,7 +24,7 @@ from persona_jax.errors import UserError
 
 
 def photos() -> list[bytes]:
-    """A file of every kind that is read, most of them with metadata."""
+    """A file of every supported format, most of them with metadata."""
     random = np.random.default_rng(0)
     smooth = Image.fromarray(random.integers(0, 256, (5, 4, 3), np.uint8)).resize((40, 32))
     icc = colour.matrix_profile(colour.ADOBE_RGB)
@@ -151,7 +151,7 @@ def make(path: bytes, kind: str) -> None:
 
 
 def test_folders_of_people(folder, tmp_path):
-    """What is neither read nor named is lost without a word."""
+    """Every file is either read or named as left out."""
 
     def check(people: list) -> None:
         shutil.rmtree(folder)
@@ -164,7 +164,7 @@ def test_folders_of_people(folder, tmp_path):
             for file, kind in files:
                 make(os.path.join(path, file), kind)
         try:
-            found = list_people(folder)
+            listed = list_people(folder)
             photos = load_photos("folder", tmp_path / "data", folder=folder)
         except UserError as error:
             refusal(error)
@@ -173,7 +173,7 @@ def test_folders_of_people(folder, tmp_path):
         beside = {x for x in photos.skipped if x.count("/") == 1 and not x.endswith("/")}
         assert len(photos) + len(beside) == len(visible)
         assert some(photos.skipped).isprintable()
-        assert set(photos.people) <= set(found.files)
+        assert set(photos.people) <= set(listed.files)
 
     good = st.lists(st.tuples(NAMES, st.just("photo")), min_size=2, max_size=3)
     people = st.lists(st.tuples(NAMES, st.one_of(FILES, good)), max_size=4)

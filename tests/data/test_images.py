@@ -80,7 +80,7 @@ def test_to_model_and_back():
 
 
 def test_to_model_is_antialiased():
-    """A one-pixel checkerboard turns grey; sampling it would give stripes."""
+    """A one-pixel checkerboard becomes grey; without antialiasing it would give stripes."""
     board = Image.fromarray((np.indices((128, 128)).sum(0) % 2 * 255).astype(np.uint8)).convert(
         "RGB"
     )

@@ -57,7 +57,7 @@ def test_flip_is_half_or_never():
 def test_mistakes():
     rng = np.random.default_rng(0)
     for photos, target, n in [([1], 1, 10), ([1, 2], 3, 10), ([1, 2], 1, 1)]:
-        with pytest.raises(ValueError, match="need 2"):
+        with pytest.raises(ValueError, match="of at least 2"):
             leave_one_out(np.array(photos), target, rng, n=n, fixed=False, flip=False)
 
 

@@ -10,7 +10,7 @@ COUNTS = [2, 5, 12, 3]
 PEOPLE = np.split(np.arange(sum(COUNTS)), np.cumsum(COUNTS)[:-1])
 OWNER = np.repeat(np.arange(4), COUNTS)
 PHOTOS = sum(COUNTS)
-# Each value says which photo and which orientation it is of.
+# Each value encodes its photo and orientation.
 TAG = np.arange(PHOTOS)[:, None] + np.array([0, 0.5])
 ENCODINGS = {
     "moments": np.broadcast_to(TAG[..., None, None, None], (PHOTOS, 2, 2, 3, 4)).astype(np.float32),

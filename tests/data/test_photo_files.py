@@ -1,4 +1,4 @@
-"""Whatever a photo is stored as, its pixels are the right ones, or a line says why not."""
+"""Photos of all formats decode to the right pixels, or a one-line error says why not."""
 
 import io
 import logging
@@ -71,7 +71,7 @@ def test_colours_of_16_bits_keep_the_upper_8(colour_type, channels):
     assert abs(pixels(png(values, colour_type)).astype(int) - grey(LEVELS)).max() <= 1
 
 
-def test_values_of_unknown_white_are_refused():
+def test_values_of_unknown_range_are_refused():
     for values in (GREY16.astype(np.int32), (GREY16 / 257).astype(np.float32)):
         with pytest.raises(Unreadable, match="convert it to 8 or 16 bits"):
             pixels(tiff(values))
@@ -88,7 +88,7 @@ def test_a_clear_value_of_16_bits():
 
 
 def transparent() -> dict[str, bytes]:
-    """Noise on the left; on the right other noise, hidden."""
+    """Returns noise on the left, and transparent noise on the right."""
     hidden = np.concatenate([noise(16, 16), 255 - HALF[..., None]], axis=-1)
     palette = Image.fromarray(noise(16, 16)).quantize(8)
     indices = np.asarray(palette).copy()
@@ -122,7 +122,7 @@ def test_half_transparent_is_laid_on_white():
 
 
 def srgb_of(levels: np.ndarray, primaries, gamma: float) -> np.ndarray:
-    """The closed form: linear light, another basis, sRGB's curve; all of white D65."""
+    """Returns the closed form: linear light, change of basis, sRGB's curve; white is D65."""
 
     def basis(points):
         columns = np.array([[x / y, 1, (1 - x - y) / y] for x, y in points]).T
@@ -143,13 +143,13 @@ def test_colour_profiles_are_converted(kind, primaries, gamma):
     levels = noise(32, 32)
     lossless = {"lossless": True} if kind == "WEBP" else {}
     data = encoded(Image.fromarray(levels), kind, icc_profile=profile, **lossless)
-    found = pixels(data).astype(int)
-    assert abs(found - srgb_of(levels, primaries, gamma)).max() <= 1.01
+    converted = pixels(data).astype(int)
+    assert abs(converted - srgb_of(levels, primaries, gamma)).max() <= 1.01
     stock = ImageCms.profileToProfile(
         Image.fromarray(levels), io.BytesIO(profile), ImageCms.createProfile("sRGB")
     )
-    np.testing.assert_array_equal(found, np.asarray(stock))
-    assert abs(found - levels).max() > 30
+    np.testing.assert_array_equal(converted, np.asarray(stock))
+    assert abs(converted - levels).max() > 30
 
 
 def test_a_converted_photo_is_saved_as_what_it_is():
@@ -164,7 +164,7 @@ def test_profiles_that_change_nothing():
         np.testing.assert_array_equal(
             pixels(encoded(Image.fromarray(levels), "PNG", **extra)), levels
         )
-    # A grey picture with a profile for colours.
+    # A grey picture with an RGB profile.
     grey_levels = levels[..., 0]
     data = encoded(Image.fromarray(grey_levels), "PNG", icc_profile=SRGB)
     np.testing.assert_array_equal(pixels(data), grey(grey_levels))
@@ -173,10 +173,10 @@ def test_profiles_that_change_nothing():
 def test_transparency_and_profile_together():
     profile = colour.matrix_profile(P3)
     rgba = np.dstack([noise(16, 16), 255 - HALF])
-    found = pixels(encoded(Image.fromarray(rgba), "PNG", icc_profile=profile))
+    decoded = pixels(encoded(Image.fromarray(rgba), "PNG", icc_profile=profile))
     whole = pixels(encoded(Image.fromarray(noise(16, 16)), "PNG", icc_profile=profile))
-    np.testing.assert_array_equal(found[:, :8], whole[:, :8])
-    assert (found[:, 8:] == 255).all()
+    np.testing.assert_array_equal(decoded[:, :8], whole[:, :8])
+    assert (decoded[:, 8:] == 255).all()
 
 
 @pytest.mark.parametrize("profile", [b"no profile", SRGB[:200]])
@@ -193,8 +193,8 @@ def test_adobe_rgb_of_cameras_and_primaries_of_png():
     levels, expected = noise(16, 16), srgb_of(noise(16, 16), colour.ADOBE_RGB, 563 / 256)
     exif = Image.Exif()
     exif.get_ifd(0x8769)[0xA005] = {1: "R03"}
-    found = pixels(encoded(Image.fromarray(levels), "PNG", exif=exif.tobytes()))
-    assert abs(found - expected).max() <= 1.01
+    converted = pixels(encoded(Image.fromarray(levels), "PNG", exif=exif.tobytes()))
+    assert abs(converted - expected).max() <= 1.01
     points = (0.3127, 0.329, *np.ravel(colour.ADOBE_RGB))
     chunks = chunk(b"gAMA", struct.pack(">I", 45455))
     chunks += chunk(b"cHRM", struct.pack(">8I", *(round(x * 100000) for x in points)))
@@ -214,7 +214,7 @@ def test_cmyk_and_lab():
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF"])
 def test_photos_are_turned_upright(kind, orientation):
-    if kind == "HEIF":  # has a rotation of its own, which its reader applies
+    if kind == "HEIF":  # HEIF has its own rotation, which the decoder applies
         pytest.importorskip("pillow_heif").register_heif_opener()
     upright = np.zeros((48, 32, 3), np.uint8)
     upright[:16, :16] = (255, 0, 0)
@@ -224,9 +224,9 @@ def test_photos_are_turned_upright(kind, orientation):
     stored = stored if back == 1 else stored.transpose(photo_files.TURNS[back])
     exif = Image.Exif()
     exif[0x112] = orientation
-    found = pixels(encoded(stored, kind, exif=exif.tobytes())).astype(int)
-    assert found.shape == upright.shape
-    assert abs(found - upright).mean() < 6
+    decoded = pixels(encoded(stored, kind, exif=exif.tobytes())).astype(int)
+    assert decoded.shape == upright.shape
+    assert abs(decoded - upright).mean() < 6
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -249,7 +249,7 @@ def test_heic_is_read_whatever_it_is_called(tmp_path, suffix):
     assert abs(np.asarray(load_photo(file), int) - np.asarray(srgb)).max() <= 8
 
 
-def test_heic_without_its_reader_says_what_to_install(tmp_path, monkeypatch):
+def test_heic_without_its_decoder_says_what_to_install(tmp_path, monkeypatch):
     heif = pytest.importorskip("pillow_heif")
     heif.register_heif_opener()
     Image.new("RGB", (16, 16)).save(tmp_path / "a.jpg", "HEIF")
@@ -293,7 +293,7 @@ def test_200_megapixels_of_jpeg_are_read_smaller(tmp_path, monkeypatch):
     image.save(tmp_path / "a.png")
     whole = np.asarray(load_photo(tmp_path / "a.jpg").resize((80, 60), Image.Resampling.BOX), int)
     monkeypatch.setattr(photo_files, "MOST", 1_000_000)
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800_000)  # Pillow refuses twice as many
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800_000)  # Pillow refuses twice this number
     small = load_photo(tmp_path / "a.jpg")
     assert small.size == (800, 600)
     assert abs(np.asarray(small.resize((80, 60), Image.Resampling.BOX), int) - whole).max() <= 2

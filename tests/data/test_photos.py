@@ -54,7 +54,7 @@ def test_reads_back_identical_bytes_in_order(tmp_path, lfw_photos, capsys):
     assert set(photos.captions) == {"a photo of a person"}
     assert "building" in capsys.readouterr().out
 
-    path.unlink()  # A built dataset needs its archive no more.
+    path.unlink()  # A built dataset does not need its archive.
     again = load_photos("lfw", tmp_path / "d", tmp_path / "elsewhere")
     assert again.fingerprint == photos.fingerprint
     assert "building" not in capsys.readouterr().out
@@ -228,7 +228,7 @@ def test_photos_that_lie_deeper_are_not_mixed_up(tmp_path):
 
 
 def test_names_that_are_not_utf8(tmp_path):
-    """Two people whose names differ in such a byte stay two."""
+    """Two people whose names differ in such a byte stay distinct."""
     try:
         for name in (b"J\xfcrgen", b"J\xf6rgen"):
             write_folder(tmp_path / "us [1]", {os.fsdecode(name): 2})
@@ -264,7 +264,7 @@ def test_folder_mistakes(tmp_path):
 
 
 def test_neither_tensorflow_nor_torch_nor_network(tmp_path, lfw_photos):
-    """With a TensorFlow lying on the path, which would be found if anything looked for it."""
+    """A fake TensorFlow on the path would be imported if anything tried to."""
     path = write_tgz(tmp_path / "m/lfw-deepfunneled.tgz", lfw_photos)
     write_folder(tmp_path / "us", {"Ann": 2})
     (tmp_path / "fake/tensorflow").mkdir(parents=True)
@@ -304,7 +304,7 @@ def test_real_lfw(tmp_path_factory):
     assert photos.skipped == []
     for i in range(0, len(photos), 1000):
         assert photos.image(i).size == (250, 250)
-    # No part of a name gets into a caption: the words come from a short list, chosen unnamed.
+    # No part of a name is in a caption: captions use a short list of words only.
     words = {word for caption in photos.captions for word in caption.split()}
     assert len(words) < 40
     names = {person.replace("_", " ") for person in counts}

@@ -30,7 +30,7 @@ def test_depends_on_seed_and_names_only():
     assert split == split_people(reversed(PEOPLE), test=20)
     assert len(split.validation) == 20
     assert split.test != split_people(PEOPLE, test=20, seed=1).test
-    # Frozen: the test people must be the same for everyone, for ever.
+    # Frozen: the test people must never change.
     assert split.test[:4] == ["p000", "p001", "p003", "p004"]
 
 

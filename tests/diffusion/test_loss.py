@@ -1,4 +1,4 @@
-"""The training loss in closed form, and where its randomness comes from."""
+"""The training loss in closed form, and the source of its randomness."""
 
 import jax
 import jax.numpy as jnp

@@ -20,7 +20,7 @@ def dummy(z, t):
     return z * (t / (t + 1))
 
 
-def stock_walk(config: dict, z: jax.Array, steps: int, eta=0.0, noises=None) -> np.ndarray:
+def stock_trajectory(config: dict, z: jax.Array, steps: int, eta=0.0, noises=None) -> np.ndarray:
     scheduler = diffusers.DDIMScheduler.from_config(config)
     scheduler.set_timesteps(steps)
     z = torch.from_numpy(np.array(z))
@@ -47,22 +47,22 @@ def test_golden_sums(config, total, mean):
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
-def test_any_spacing_and_prediction_walks_as_diffusers(spacing, prediction):
+def test_any_spacing_and_prediction_samples_as_diffusers(spacing, prediction):
     config = STABLE_DIFFUSION | {"timestep_spacing": spacing, "prediction_type": prediction}
     ours = ddim(dummy, Schedule.from_json(config), SAMPLE, steps=7)
-    np.testing.assert_allclose(ours, stock_walk(config, SAMPLE, 7), rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(ours, stock_trajectory(config, SAMPLE, 7), rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("config", [STABLE_DIFFUSION, LINEAR], ids=["sd", "linear"])
 @pytest.mark.parametrize("eta", [0.4, 1.0])
 def test_eta_puts_back_as_noise_what_it_takes_from_the_direction(config, eta):
-    """The same noise given to diffusers' step gives the same walk."""
+    """With the same noise, diffusers' step gives the same trajectory."""
     keys, steps = jax.random.split(jax.random.key(3), len(SAMPLE)), 6
     noises = [np.array(picture_noise(keys, i + 1, SAMPLE.shape[1:])) for i in range(steps)]
     ours = ddim(dummy, Schedule.from_json(config), SAMPLE, steps=steps, eta=eta, keys=keys)
-    theirs = stock_walk(config, SAMPLE, steps, eta, noises)
+    theirs = stock_trajectory(config, SAMPLE, steps, eta, noises)
     np.testing.assert_allclose(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert np.abs(theirs - stock_walk(config, SAMPLE, steps)).max() > 0.05
+    assert np.abs(theirs - stock_trajectory(config, SAMPLE, steps)).max() > 0.05
 
 
 class Seen(Exception):
@@ -72,13 +72,13 @@ class Seen(Exception):
 def test_variance_of_a_step():
     """diffusers' test suite: variance(420, 400) = 0.14771, for linear betas."""
     linear = Schedule.from_json(LINEAR)
-    # A table that ends at 420, so that a walk of steps of 20 begins 420 → 400.
+    # A schedule that ends at 420, so that a trajectory in steps of 20 starts with 420 → 400.
     schedule = linear.replace(alphas_cumprod=linear.alphas_cumprod[:421], steps_offset=20)
     keys = jax.random.split(jax.random.key(0), 1)
     noise = picture_noise(keys, 1, (4, 4, 3))
 
     def denoise(z, t):
-        """No signal and no noise: all that is there at the second step is what η has added."""
+        """Predicts no signal and no noise: the second step sees only the noise that η added."""
         if t == 400:
             np.testing.assert_allclose((z / noise) ** 2, 0.14771, rtol=1e-3)
             raise Seen

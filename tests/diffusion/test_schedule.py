@@ -96,8 +96,8 @@ def test_steps_are_diffusers(spacing, count):
 
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
-def test_all_the_steps_there_are(spacing):
-    """diffusers walks off its table here (step 1000 of 0 … 999); the last step is repeated."""
+def test_as_many_steps_as_the_schedule_has(spacing):
+    """diffusers exceeds its table here (step 1000 of 0 … 999); we repeat the last step."""
     t, _ = sampling_steps(SD.replace(spacing=spacing), 1000)
     assert t.max() == 999
     assert t.min() == (1 if spacing == "leading" else 0)

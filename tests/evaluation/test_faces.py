@@ -1,4 +1,4 @@
-"""Judging by faces: what is held against what; and real photos, where they are at hand."""
+"""Evaluation by faces: which pictures are compared; real photos if they are available."""
 
 import argparse
 import dataclasses
@@ -26,7 +26,7 @@ def config_for(folder, tmp_path, people: int):
 
 @pytest.fixture
 def drawn(tmp_path):
-    """A judge whose encoder knows colours and whose words are all the same, and three people."""
+    """An evaluator that encodes colours and gives all texts one embedding, and three people."""
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     photos, groups = open_dataset(config.data)
 
@@ -51,14 +51,14 @@ def test_pictures_are_held_against_the_references(drawn):
     evaluator, photos, subjects = drawn
     own = evaluators.photos_as_pictures(photos, subjects.held_out, 32)
     own[0] = -1.0  # black: no face
-    found = evaluator.pictures(subjects, np.concatenate([own, own]))
-    face, there, text = found.scores.values()
+    result = evaluator.pictures(subjects, np.concatenate([own, own]))
+    face, there, text = result.scores.values()
     assert face.shape == there.shape == text.shape == (3,)
     np.testing.assert_array_equal(there, [0, 1, 1])
     np.testing.assert_array_equal(text, 0.5)
-    assert found.outputs["colours"].classes is None
-    assert found.diversity is None
-    assert evaluator.loss(found) == pytest.approx(2 - face.mean() - 0.5)
+    assert result.outputs["colours"].classes is None
+    assert result.diversity is None
+    assert evaluator.loss(result) == pytest.approx(2 - face.mean() - 0.5)
 
 
 def test_diversity_is_how_far_pictures_of_one_person_are_apart(drawn):
@@ -78,18 +78,18 @@ def test_a_photo_is_not_held_against_itself(drawn):
     evaluator, photos, subjects = drawn
     first = subjects.references[:, 0]
     pictures = evaluators.photos_as_pictures(photos, first, 32)
-    found = evaluator.photos(subjects, first, pictures)
+    result = evaluator.photos(subjects, first, pictures)
     unseen = dataclasses.replace(subjects, references=subjects.references[:, 1:])
     want = evaluator.photos(unseen, subjects.held_out, pictures)
-    title = next(iter(found.scores))
-    np.testing.assert_allclose(found.scores[title], want.scores[title], atol=1e-6)
+    title = next(iter(result.scores))
+    np.testing.assert_allclose(result.scores[title], want.scores[title], atol=1e-6)
 
 
-def test_dlib_cannot_judge_what_it_conditions(tmp_path):
+def test_a_network_used_for_conditioning_cannot_be_the_evaluator(tmp_path):
     config = config_for(write_people(tmp_path / "people"), tmp_path, people=3)
     torch_models.write_pipeline(tmp_path / "pipeline")
     config.pipeline, config.image_encoder.kind = str(tmp_path / "pipeline"), "dlib"
-    with pytest.raises(UserError, match="cannot judge"):
+    with pytest.raises(UserError, match="cannot also be the evaluator"):
         builder.build_evaluator(config, open_dataset(config.data)[0], 3, NO_FLAGS)
 
 

@@ -1,4 +1,4 @@
-"""Points land where they belong."""
+"""Positions of points in plots."""
 
 import xml.etree.ElementTree as ElementTree
 

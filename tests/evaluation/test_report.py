@@ -1,4 +1,4 @@
-"""What a table says, and when it keeps silent."""
+"""Columns of a table, and when they are left out."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def row(count: int, photos: int, fid: bool) -> dict:
 
 
 @pytest.mark.parametrize(("count", "photos"), [(8, 40), (40, 8)])
-def test_fid_of_fewer_pictures_than_features_is_told_on_request_and_marked(count, photos):
+def test_fid_of_fewer_pictures_than_features_is_reported_on_request_and_marked(count, photos):
     assert not any("FID" in title for title in row(count, photos, fid=False))
     marked = [title for title in row(count, photos, fid=True) if "FID" in title]
     assert marked

@@ -33,7 +33,7 @@ def mesh(data, fsdp):
 
 
 def state(step, sharding=None, ema=True, width=2048):
-    """Names with dots and a pair that would collide if paths were joined carelessly."""
+    """A state whose names have dots, and a pair that would collide if paths were joined by dots."""
     sharding = sharding or NamedSharding(mesh(4, 2), P("fsdp"))
     random = np.random.default_rng(step)
 
@@ -67,7 +67,7 @@ def save(directory, *steps):
 
 
 def largest(folder):
-    """The file with the numbers (orbax keeps them in folders named d), or the only file."""
+    """Returns the file with the arrays (orbax keeps them in folders named d), or the only file."""
     files = [p for p in folder.rglob("*") if p.is_file()]
     return max([p for p in files if p.parent.name == "d"] or files, key=lambda p: p.stat().st_size)
 
@@ -98,7 +98,7 @@ def test_saving_while_the_state_is_donated_and_overwritten(tmp_path):
     np.testing.assert_array_equal(load_params(tmp_path)["a"], np.ones((512, 4096)))
 
 
-def test_nothing_yet(tmp_path):
+def test_an_empty_folder(tmp_path):
     with Checkpoints(tmp_path / "new") as checkpoints:
         assert checkpoints.latest() is None
         assert checkpoints.restore(state(0)) is None
@@ -126,12 +126,12 @@ def flip(file, place, bit):
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # orbax's
 def test_no_flipped_bit_is_read(tmp_path, capfd):
-    """One bit, anywhere in what a tree is read from: the checkpoint before, and a line."""
+    """After a flip of any bit, the previous checkpoint is read, and one line says so."""
     save(tmp_path / "whole", 1, 2)
     files = [p for p in sorted((tmp_path / "whole/2").rglob("*")) if p.is_file()]
     sizes = np.asarray([p.stat().st_size for p in files], float)
     random = np.random.default_rng(0)
-    # By size, and every file once.
+    # Every file once, and 30 more drawn by size.
     chosen = [*range(len(files)), *random.choice(len(files), 30, p=sizes / sizes.sum())]
     for number, i in enumerate(chosen):
         copy = tmp_path / str(number)
@@ -163,7 +163,7 @@ def test_poisoned_states_are_neither_saved_nor_read(tmp_path, capfd):
             checkpoints.save(2, bad)
         checkpoints.save(2, state(2))
     assert newest_step(tmp_path) == 2
-    # One from before states were checked.
+    # A checkpoint from before states were checked.
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("persona_jax.interop.checkpoints.poison", lambda trees: None)
         with Checkpoints(tmp_path, keep=9) as checkpoints:
@@ -172,16 +172,16 @@ def test_poisoned_states_are_neither_saved_nor_read(tmp_path, capfd):
     equal(load_params(tmp_path), jax.tree.map(np.asarray, state(2).params))
     with Checkpoints(tmp_path) as checkpoints:
         equal(checkpoints.restore(state(0)), state(2))
-    told = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
-    assert len(told) == 4
-    assert all("damaged (params.half has a number of magnitude 1e+30)" in x for x in told)
+    warnings = [line for line in capfd.readouterr().err.splitlines() if "damaged" in line]
+    assert len(warnings) == 4
+    assert all("damaged (params.half has a number of magnitude 1e+30)" in x for x in warnings)
 
 
 @pytest.mark.parametrize("name", ["mine [1]", "a\\b", "all*", "why?", "[!x]", os.fsdecode(b"\xff")])
 def test_folders_named_like_patterns(tmp_path, name):
-    """What Orbax and tensorstore take for a pattern, or for another path."""
+    """Names that Orbax or tensorstore would take for a pattern or another path."""
     folder = tmp_path / name / "c"
-    (tmp_path / "allies/c").mkdir(parents=True)  # what the pattern would find
+    (tmp_path / "allies/c").mkdir(parents=True)  # what the pattern would match
     save(folder, 1, 2, 3)
     assert saved(folder) == ["2", "3"]
     equal(load_params(folder), jax.tree.map(np.asarray, state(3).params))
@@ -267,7 +267,7 @@ def test_another_configuration_lists_every_difference(tmp_path):
 
 
 def program(text, *arguments):
-    """Run a program that has this file's names; return its output and its errors."""
+    """Runs a program with this file's imports and functions; returns its stdout and stderr."""
     text = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n" + HEAD + text
     command = [sys.executable, "-c", text, *map(str, arguments)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
@@ -296,7 +296,7 @@ except UserError as error:
 
 
 def test_a_full_disk_is_one_line_and_leaves_the_checkpoint_before(tmp_path):
-    """A limit on file size stands for the disk: the write fails half-way, as there."""
+    """A limit on file size imitates a full disk: the write fails half-way."""
     out, err = program(FULL, tmp_path)
     assert out.count("\n") == 1, err
     assert "checkpoint of step 2 could not be written: " in out

@@ -29,7 +29,7 @@ for _name, _features, _ in BLOCKS:
 
 
 def manifest_tensors(seed=0):
-    """Random tensors under the manifest's names, written out apart from the network's code."""
+    """Returns random tensors by the manifest's names, listed without the network's code."""
     rng = np.random.default_rng(seed)
     shapes = {"fc": (256, 128)}
     for name, size, inputs, outputs in CONVS:
@@ -40,7 +40,7 @@ def manifest_tensors(seed=0):
 
 
 def write_folder(folder, tensors, shards=2):
-    """A tfjs folder of float32 tensors, cut into shards at arbitrary bytes."""
+    """Writes a tfjs folder of float32 tensors, split into shards at arbitrary bytes."""
     data = b"".join(array.astype("<f4").tobytes() for array in tensors.values())
     size = -(-len(data) // shards)
     paths = [f"model-shard{i + 1}" for i in range(shards)]
@@ -55,7 +55,7 @@ def write_folder(folder, tensors, shards=2):
 
 
 def dlib_int(value):
-    """dlib's portable integer: a byte with the byte count, then little-endian."""
+    """Returns dlib's portable integer: a byte with the byte count, then little-endian bytes."""
     size = max(1, (value.bit_length() + 7) // 8)
     return bytes([size]) + value.to_bytes(size, "little")
 
@@ -66,7 +66,7 @@ def dlib_tensor(array):
 
 
 def write_dat(file, tensors):
-    """The parameter layers of a dlib network file, with other bytes between them."""
+    """Writes the parameter layers of a dlib network file, with other bytes between them."""
     out = [b"\x01\x0dloss_metric_2"]
     for name, *_ in CONVS:
         filters = tensors[f"{name}/conv/filters"].transpose(3, 2, 0, 1).ravel()
@@ -187,7 +187,7 @@ def test_dat_damaged_or_of_another_network(tmp_path):
     file.write_bytes(data.replace(b"affine_", b"bn_con2", 1))
     with pytest.raises(UserError, match="found 29, 28 and 1"):
         load_face_weights(file)
-    # The first convolution's tensor claims one value more than it has room for.
+    # The first convolution's tensor claims one value more than it holds.
     file.write_bytes(data.replace(dlib_int(4736), dlib_int(4737), 1))
     with pytest.raises(UserError, match="damaged"):
         load_face_weights(file)
@@ -207,7 +207,7 @@ def test_hash_is_over_the_files_bytes(tmp_path):
 
 
 def test_crop_takes_the_named_square():
-    # A picture whose colour says where the pixel is, so the crop's place can be read off it.
+    # The colour of a pixel encodes its position, so the crop's position can be read from it.
     y, x = np.mgrid[0:250, 0:250]
     photo = PIL.Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
     chip = face_crop(photo)
@@ -221,7 +221,7 @@ def test_crop_takes_the_named_square():
 
 
 def test_crop_is_antialiased_and_the_same_for_a_larger_photo():
-    # A one-pixel checkerboard shrunk six times is even grey; skipping pixels would keep it
+    # A one-pixel checkerboard shrunk six times becomes grey; without antialiasing it would stay
     # black and white.
     y, x = np.mgrid[0:1800, 0:1800]
     photo = PIL.Image.fromarray((255 * ((x + y) % 2)).astype(np.uint8))

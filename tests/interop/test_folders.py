@@ -48,13 +48,13 @@ def folder(models, tmp_path):
 
 
 def assert_is(params, model: torch.nn.Module) -> None:
-    """Every parameter of ours is the stock model's, and the other way round."""
+    """Asserts that our parameters and the stock model's are the same."""
     ours = {
         torch_name(path): to_torch(path, np.asarray(leaf))
         for path, leaf in traverse_util.flatten_dict(params).items()
     }
     theirs = dict(model.named_parameters())
-    if not set(ours) <= set(theirs):  # transformers 5 has no prefix, the files and we do
+    if not set(ours) <= set(theirs):  # files and our names have a prefix that transformers 5 lacks
         ours = {name.removeprefix("text_model."): array for name, array in ours.items()}
     assert set(ours) == set(theirs)
     for name, array in ours.items():
@@ -101,7 +101,7 @@ def test_weights_of_a_variant_alone_are_read(tower, shards, models, folder):
     assert not (folder / tower / FILES[tower]).exists()
     loaded = folders.load_tower(folder / tower, tower)
     assert_is(loaded.params, models[tower])
-    if not shards:  # beside another variant, whoever has both must say which
+    if not shards:  # with two variants, the user must choose
         name = FILES[tower].replace(".safetensors", ".{}.safetensors")
         (folder / tower / name.format("ema")).touch()
         with pytest.raises(UserError, match=r"variants ema, fp16, and none without"):
@@ -115,7 +115,7 @@ def test_weights_of_another_kind_of_file_are_named(folder):
 
 
 def test_the_vision_half_of_a_whole_clip_model(folder):
-    """What people download: its config is nested, and old ones list all that transformers knows."""
+    """Published CLIP models have a nested config; old ones list all of transformers' settings."""
     torch.manual_seed(0)
     config = transformers.CLIPConfig(
         text_config=SETTINGS["text_encoder"],
@@ -145,8 +145,8 @@ def test_the_vision_half_of_a_whole_clip_model(folder):
     with torch.no_grad():
         expected = whole.eval().get_image_features(pixels)
         expected = getattr(expected, "pooler_output", expected)
-        found = half(pixels).image_embeds
-    np.testing.assert_allclose(found, expected, atol=1e-6)
+        embeds = half(pixels).image_embeds
+    np.testing.assert_allclose(embeds, expected, atol=1e-6)
     seen = jnp.asarray(torch_models.nhwc(pixels))
     ours = loaded.module.apply({"params": loaded.params}, seen).embedding
     assert torch_models.relative(ours, expected) < 1e-5
@@ -212,7 +212,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("tower", DAMAGE)
 def test_what_does_not_fit_is_named_in_one_error(tower, folder):
-    """One tensor removed, one renamed, one reshaped."""
+    """One tensor is removed, one renamed, one reshaped."""
     renamed = DAMAGE[tower]
 
     def damage(tensors):
@@ -299,7 +299,7 @@ def test_folders_of_another_family_are_named(name, part, folder):
 
 
 def test_half_precision_towers_cast_on_loading_are_what_stock_reads_after_saving(models, folder):
-    """transformers casts to the dtype in config.json: it must be that of the file beside it."""
+    """transformers casts to the dtype in config.json, so it must be that of the weights."""
     tower = "text_encoder"
     half = MAKE[tower](SETTINGS[tower]).half()
     half.save_pretrained(folder / tower)
@@ -362,7 +362,7 @@ def test_a_hub_id_without_a_network(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("inside", ["", "/models/image_encoder"])
 def test_a_hub_id_may_name_a_folder_within(inside, tmp_path, monkeypatch):
-    """What the hub's client would be asked for; the client itself is not ours to test."""
+    """Checks the arguments of the hub's client, which is replaced."""
     published = [
         "README.md",
         "v1-5-pruned-emaonly.safetensors",

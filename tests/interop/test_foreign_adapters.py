@@ -1,4 +1,4 @@
-"""Damaged, foreign or hostile adapter files: one line each, nothing run, nothing changed."""
+"""Damaged, foreign or hostile adapter files: a one-line error; no code is run, no file changed."""
 
 import json
 import struct
@@ -23,7 +23,7 @@ KEY, BIAS = "ip_adapter.1.to_k_ip.weight", "image_proj.proj.bias"
 
 
 class Trap:
-    """Runs when a careless unpickler opens it."""
+    """Runs code when it is unpickled without protection."""
 
     def __reduce__(self):
         """Prints."""
@@ -53,18 +53,18 @@ def test_both_kinds_of_file_are_read(world):
 
 def test_half_precision_is_read(world, tmp_path):
     nested = torch.load(world[0] / "good.bin", weights_only=True)
-    half = {part: {k: v.bfloat16() for k, v in found.items()} for part, found in nested.items()}
+    half = {part: {k: v.bfloat16() for k, v in tensors.items()} for part, tensors in nested.items()}
     torch.save(half, tmp_path / "half.bin")
     one, other = read(world[0] / "good.bin", world), read(tmp_path / "half.bin", world)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=1e-3), one, other)
 
 
 def changed(**changes):
-    """The good tensors with some replaced, or left out where None."""
+    """Returns a function that replaces some of the good tensors; None removes one."""
 
     def make(good: dict) -> dict:
-        found = good | {name.replace("__", "."): x for name, x in changes.items()}
-        return {name: x for name, x in found.items() if x is not None}
+        tensors = good | {name.replace("__", "."): x for name, x in changes.items()}
+        return {name: x for name, x in tensors.items() if x is not None}
 
     return make
 
@@ -154,12 +154,12 @@ def test_tensors_that_do_not_fit(world, tmp_path, name, kind):
     from safetensors.numpy import load_file
 
     make, words = TENSORS[name]
-    found = make(load_file(world[0] / "good.safetensors"))
+    tensors = make(load_file(world[0] / "good.safetensors"))
     file = tmp_path / f"adapter.{kind}"
     if kind == "safetensors":
-        save_file({n: np.ascontiguousarray(x) for n, x in found.items()}, file)
+        save_file({n: np.ascontiguousarray(x) for n, x in tensors.items()}, file)
     else:
-        torch.save({n: torch.tensor(np.array(x)) for n, x in found.items()}, file)
+        torch.save({n: torch.tensor(np.array(x)) for n, x in tensors.items()}, file)
     refused(file, world, words)
 
 
@@ -239,7 +239,7 @@ def test_pictures_archives_folders_and_nothing_at_all(world, tmp_path, kind):
 
 
 def refused(file, world, words: str) -> None:
-    """One line that names the file; the file stays as it is."""
+    """Asserts a one-line error that names the file, and that the file is unchanged."""
     before = file.read_bytes() if file.is_file() else None
     names = sorted(file.parent.iterdir())
     with pytest.raises(UserError, match=words) as error:

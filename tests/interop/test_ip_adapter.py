@@ -1,4 +1,4 @@
-"""IP-Adapter files: the published names and shapes, and back."""
+"""IP-Adapter files: published names and shapes, and a round trip."""
 
 import json
 
@@ -19,7 +19,7 @@ DIM = 10
 
 
 def make(settings: dict, dim: int, real: bool = True, kind: str = "avg"):
-    """(adapter, its UNet's config and kernels); shapes alone where not `real`."""
+    """Returns (adapter, its UNet's config and kernels); only shapes unless `real`."""
     unet = towers.build("unet", settings)
 
     def init():
@@ -45,7 +45,7 @@ def test_names_and_shapes_are_those_published(tmp_path, file, kind, dim):
 
 
 @pytest.mark.parametrize("kind", ["avg", "resampler"])
-def test_a_file_comes_back(tmp_path, kind):
+def test_round_trip(tmp_path, kind):
     params, config, kernels = make(TINY_UNET, DIM, kind=kind)
     params = jax.tree.map(lambda x: x + 0.1, params)
     save_ip_adapter(params, config, tmp_path / "a.safetensors")
@@ -59,10 +59,10 @@ def test_what_does_not_fit_is_named(tmp_path):
     params, config, kernels = make(TINY_UNET, DIM)
     file = tmp_path / "a.safetensors"
     save_ip_adapter(params, config, file)
-    found = load_file(file)
-    found["ip_adapter.99.to_k_ip.weight"] = found.pop("ip_adapter.1.to_k_ip.weight")
-    found["image_proj.proj.bias"] = jnp.zeros(3)
-    save_file({k: np.asarray(v) for k, v in found.items()}, file)
+    tensors = load_file(file)
+    tensors["ip_adapter.99.to_k_ip.weight"] = tensors.pop("ip_adapter.1.to_k_ip.weight")
+    tensors["image_proj.proj.bias"] = jnp.zeros(3)
+    save_file({k: np.asarray(v) for k, v in tensors.items()}, file)
     with pytest.raises(UserError) as error:
         load_ip_adapter(file, config, kernels, DIM)
     for name in ("ip_adapter.99.to_k_ip", "ip_adapter.1.to_k_ip", "image_proj.proj.bias"):

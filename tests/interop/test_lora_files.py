@@ -1,4 +1,4 @@
-"""LoRA files of diffusers and PEFT: the base with one merged is stock with it loaded."""
+"""LoRA files of diffusers and PEFT: a merged LoRA equals stock diffusers with it loaded."""
 
 import json
 
@@ -41,8 +41,7 @@ def loaded(base):
 def write_lora(
     base, folder, targets, text: bool, alpha: float = 6.0, metadata: bool = True, patterns=()
 ):
-    """The file as PEFT and diffusers write it, and the pipeline that it was written from; nothing
-    in it is zero."""
+    """Writes a LoRA without zero factors by PEFT and diffusers; returns it and its pipeline."""
     pipe = diffusers_reference.open_diffusers(base)
     settings = {"r": 3, "lora_alpha": alpha, "init_lora_weights": "gaussian"}
     settings["alpha_pattern"] = dict(patterns)
@@ -66,7 +65,7 @@ def write_lora(
 @pytest.mark.parametrize(
     ("targets", "text", "alpha", "metadata"),
     [
-        (ATTENTION, False, 3.0, False),  # α is r where nothing is said
+        (ATTENTION, False, 3.0, False),  # the default of α is r
         (MORE, True, 6.0, True),
     ],
 )
@@ -79,14 +78,14 @@ def test_the_base_with_it_is_what_peft_makes(
     updates = load_lora(file, frozen)
     assert set(updates) == ({"unet", "text_encoder"} if text else {"unet"})
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, towers)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
     plain = diffusers_reference.diffusers_latents(diffusers_reference.open_diffusers(base), loaded)
     assert diffusers_reference.apart(plain, expected) > 1e-2
 
 
-def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
-    """Stock diffusers' own loader and scale."""
+def test_half_strength_is_what_stock_makes(base, loaded, tmp_path):
+    """Compares with stock diffusers' own loader and scale."""
     file, _ = write_lora(base, tmp_path, MORE, text=False)
     pipe = diffusers_reference.open_diffusers(base)
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
@@ -94,8 +93,8 @@ def test_half_of_it_is_what_stock_makes(base, loaded, tmp_path):
     expected = diffusers_reference.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     half = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"], 0.5)}
-    found = diffusers_reference.our_sampler(loaded, half)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, half)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
 
 
 def renamed(tensors: dict, *pairs: tuple[str, str]) -> dict:
@@ -141,7 +140,7 @@ def test_alpha_beside_the_tensors_counts(base, loaded, tmp_path, alpha, dtype):
 
 
 def kohya(tensors: dict, alphas: dict[str, float]) -> dict:
-    """The same update as kohya's trainers write it."""
+    """Writes the same update in the layout of kohya's trainers."""
     out = {}
     for name, tensor in tensors.items():
         tower, _, rest = name.partition(".")
@@ -154,10 +153,10 @@ def kohya(tensors: dict, alphas: dict[str, float]) -> dict:
 
 
 def test_kohyas_layout_is_what_stock_makes_of_it(base, loaded, tmp_path):
-    """Stock's own loader, α per tower: linear layers, convolutions, the text tower's MLP.
+    """Compares with stock's loader, α per tower: linear layers, convolutions, the text tower's MLP.
 
-    Stock with transformers 5 loses the text tower's attention (to_q_lora: "unexpected"), so that
-    is held to the same update in PEFT's layout.
+    Stock with transformers 5 ignores the text tower's attention (to_q_lora: "unexpected"), so this
+    part is compared with the same update in PEFT's layout.
     """
     file, _ = write_lora(base, tmp_path, MORE, text=True)
     whole = kohya(load_file(file), {"unet": 1.5, "text_encoder": 1.5})
@@ -170,8 +169,8 @@ def test_kohyas_layout_is_what_stock_makes_of_it(base, loaded, tmp_path):
     frozen = generation.sampler_params(loaded)
     updates = load_lora(tmp_path / "known.safetensors", frozen)
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    found = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(found, expected) < 1e-3
+    latents = diffusers_reference.our_sampler(loaded, towers)()
+    assert diffusers_reference.apart(latents, expected) < 1e-3
     # In PEFT's layout α is 6.
     one, other = load_lora(tmp_path / "whole.safetensors", frozen), load_lora(file, frozen)
     one, other = (
@@ -184,17 +183,17 @@ def test_kohyas_layout_is_what_stock_makes_of_it(base, loaded, tmp_path):
 
 @pytest.mark.parametrize("alpha", [1.0, 16.0])
 def test_what_is_written_carries_its_alpha(base, loaded, tmp_path, alpha):
-    """To stock, and to this package; as metadata, and as tensors for those who read no metadata."""
+    """Stock and this package read α, from metadata or, if a program ignores these, from tensors."""
     frozen = generation.sampler_params(loaded)
     update = jax.tree.map(jnp.asarray, shaken(lora.init(jax.random.key(0), frozen["unet"], 4), 0))
     ours = {"unet": lora.merge(frozen["unet"], update, alpha / 4)}
-    found = diffusers_reference.our_sampler(loaded, ours)()
+    latents = diffusers_reference.our_sampler(loaded, ours)()
     for save, name in ((save_lora, FILE), (save_kohya, KOHYA_FILE)):
         save(update, tmp_path / name, alpha)
         pipe = diffusers_reference.open_diffusers(base)
         pipe.load_lora_weights(str(tmp_path), weight_name=name)
         expected = diffusers_reference.diffusers_latents(pipe, loaded)
-        assert diffusers_reference.apart(found, expected) < 1e-3
+        assert diffusers_reference.apart(latents, expected) < 1e-3
         assert pipe.unet.peft_config["default_0"].lora_alpha == alpha
         again = load_lora(tmp_path / name, frozen)["unet"]
         for layer, halves in again.items():
@@ -228,7 +227,7 @@ def test_patterns_are_regular_expressions_as_in_peft(base, loaded, tmp_path, pat
 
 @pytest.mark.parametrize("tower", ["unet", "text_encoder"])
 def test_pefts_own_layout(base, loaded, tmp_path, tower):
-    """adapter_model.safetensors, with its α in adapter_config.json beside it."""
+    """Reads adapter_model.safetensors with its α in adapter_config.json."""
     pipe = diffusers_reference.open_diffusers(base)
     targets = {"unet": MORE, "text_encoder": ["q_proj", "fc1"]}[tower]
     config = LoraConfig(

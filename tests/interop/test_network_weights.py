@@ -1,4 +1,4 @@
-"""Weights of Inception and FaceNet from files: strict, and nothing in them is run."""
+"""Weights files of Inception and FaceNet: strict loading, and no code in them is run."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from persona_jax.models.facenet import FaceNet
 
 @pytest.fixture(scope="module")
 def state():
-    """FaceNet's tensors as facenet-pytorch publishes them."""
+    """Returns FaceNet's tensors as facenet-pytorch publishes them."""
     blank = jax.ShapeDtypeStruct((1, 160, 160, 3), jnp.float32)
     tree = jax.eval_shape(FaceNet().init, jax.random.key(0), blank)["params"]
     shapes = {
@@ -59,7 +59,7 @@ def test_what_does_not_fit_is_named(state, tmp_path):
 
 
 class Trap:
-    """Runs when a careless unpickler opens it."""
+    """Runs code when it is unpickled without protection."""
 
     def __reduce__(self):
         return (print, ("ran",))

@@ -92,7 +92,7 @@ def test_cross_attention_layers_are_numbered_as_in_ip_adapter_files():
     order = [name.removesuffix(".processor") for name in listed("unet_attn_processor_order.json")]
     layers = unet.cross_attention_layers(unet.UNetConfig.from_json(CONFIGS["unet"]))
     assert list(layers) == order[1::2]
-    # The published adapter's projections fit the layers that they are numbered after.
+    # The published adapter's projections fit the layers of their numbers.
     adapter, ours = listed("ip-adapter_sd15.json"), our_shapes("unet")
     for number, layer in zip(range(1, 32, 2), layers, strict=True):
         for kind in ("k", "v"):
@@ -131,7 +131,7 @@ def assert_same(a, b):
 
 
 def test_layouts_are_torchs():
-    """The same convolution and the same dense layer, each by its own library."""
+    """Flax and torch compute the same convolution and dense layer from one file."""
     params, rng = filled(), np.random.default_rng(1)
     x = rng.standard_normal((1, 6, 6, 4), dtype=np.float32)
     kernel = to_torch(("conv_in", "kernel"), params["conv_in"]["kernel"])
@@ -253,8 +253,8 @@ def test_every_name_is_listed_however_many(tmp_path):
     save_file(strange, tmp_path / "a.safetensors")
     with pytest.raises(UserError) as error:
         load(tmp_path / "a.safetensors")
-    told = "\n".join(error.value.details)
-    assert all(name in told for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"])
+    listed_names = "\n".join(error.value.details)
+    assert all(name in listed_names for name in [*strange, "conv_in.weight", "blocks.0.ff.bias"])
     assert "40 unexpected: strange.0" in str(error.value)
     assert len(str(error.value)) < 500
 

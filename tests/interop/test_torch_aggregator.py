@@ -1,4 +1,4 @@
-"""The PyTorch aggregator gives what the Flax one does, from the files that an export writes."""
+"""The PyTorch aggregator equals the Flax one, loaded from the files that an export writes."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ SIZES = {"depth": 2, "heads": 2, "width": 24, "pooling_heads": 4}
 
 
 def make(kind: str) -> tuple[Aggregator, dict]:
-    """An aggregator with no parameter at its start, where zeros and ones hide mistakes."""
+    """Returns an aggregator with noise on its parameters, as zeros and ones would hide errors."""
     aggregator = build(kind, SIZES)
     params = aggregator.init(jax.random.key(0), DIM)
     leaves, tree = jax.tree.flatten(params)
@@ -39,9 +39,9 @@ def test_both_worlds_agree(kind, tmp_path):
             weights[0, 0] = 0.0
         ours = aggregator.apply(params, jnp.asarray(x), jnp.asarray(weights))
         with torch.no_grad():
-            found = theirs(torch.from_numpy(x), torch.from_numpy(weights))
+            exported = theirs(torch.from_numpy(x), torch.from_numpy(weights))
             plain = theirs(torch.from_numpy(x))
-        assert relative(ours, found) < 1e-5
+        assert relative(ours, exported) < 1e-5
         assert (
             relative(aggregator.apply(params, jnp.asarray(x), jnp.ones_like(weights)), plain) < 1e-5
         )

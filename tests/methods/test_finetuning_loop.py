@@ -29,17 +29,17 @@ def base(tmp_path_factory) -> Path:
 
 
 def config(name: str, base: Path, people: Path, data_dir: Path):
-    found = config_of(name, "tiny")
-    found.pipeline = str(base)
-    use_people(found, people, data_dir)
-    found.people.update({"group": "train", "count": 3, "at_once": 2})
-    found.references.n = 4
-    found.batch_size = 8
-    found.optimizer.learning_rate = 1e-3
-    found.optimizer.steps = 2
-    found.prior.update({"pictures": 3, "steps": 2})
-    found.sampling.steps = 2
-    return found
+    settings = config_of(name, "tiny")
+    settings.pipeline = str(base)
+    use_people(settings, people, data_dir)
+    settings.people.update({"group": "train", "count": 3, "at_once": 2})
+    settings.references.n = 4
+    settings.batch_size = 8
+    settings.optimizer.learning_rate = 1e-3
+    settings.optimizer.steps = 2
+    settings.prior.update({"pictures": 3, "steps": 2})
+    settings.sampling.steps = 2
+    return settings
 
 
 @pytest.fixture(scope="module", params=finetuning.METHODS)
@@ -51,7 +51,7 @@ def run(request, base, tmp_path_factory):
     return chosen, root / "run"
 
 
-def paint(workdir: Path, out: Path, *flags: str) -> None:
+def generate(workdir: Path, out: Path, *flags: str) -> None:
     argv = ["sample", "--workdir", str(workdir), "--out", str(out), "--num", "2", *flags]
     run_with_arguments(sample.parser(), sample.main, argv)
 
@@ -60,7 +60,7 @@ def names_in(workdir: Path) -> list[str]:
     return sorted(path.name for path in (workdir / "people").iterdir())
 
 
-def test_everyone_is_learnt_and_nothing_else_is_left(run):
+def test_everyone_is_trained_and_nothing_else_is_left(run):
     chosen, workdir = run
     names = names_in(workdir)
     assert len(names) == 3
@@ -98,9 +98,9 @@ def test_files_are_what_stock_libraries_read(run):
         assert tensors[f"{layer}.lora_B.weight"].shape == (out, chosen.lora.rank)
 
 
-def test_one_of_them_is_painted(run, tmp_path):
+def test_a_person_is_sampled(run, tmp_path):
     _, workdir = run
-    paint(workdir, tmp_path, "--person", names_in(workdir)[0], "--prompt", "a sad person")
+    generate(workdir, tmp_path, "--person", names_in(workdir)[0], "--prompt", "a sad person")
     record = json.loads((tmp_path / "sample.json").read_text())
     assert record["prompt"] == "a sad sks person"
     assert Image.open(tmp_path / "0001.png").size[0] > 8
@@ -133,7 +133,7 @@ def test_the_token_stands_before_the_first_noun(prompt, called):
 def test_wrong_flags(run, tmp_path, capsys, flags, word):
     given = [flag.format(names_in(run[1])[0]) for flag in flags]
     with pytest.raises(SystemExit) as stopped:
-        paint(run[1], tmp_path / "out", *given)
+        generate(run[1], tmp_path / "out", *given)
     assert stopped.value.code == 2
     assert word in capsys.readouterr().err
 
@@ -154,7 +154,7 @@ def test_wrong_settings(base, tmp_path, changes, word):
         train.main(chosen, tmp_path / "run")
 
 
-def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
+def test_people_trained_in_parallel_do_not_affect_each_other(run, tmp_path):
     chosen, workdir = run
     if chosen.method == "dreambooth":
         pytest.skip("the same program as lora's, and twice as long to compile")
@@ -166,7 +166,7 @@ def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
         load_file(folder / "people" / name / "pytorch_lora_weights.safetensors")
         for folder in (tmp_path, workdir)
     )
-    # Adam's first steps take the sign of gradients that may be rounding errors.
+    # Adam's first steps follow the sign even of gradients that are rounding errors.
     assert one.keys() == other.keys()
     for key, value in one.items():
         step = alone.optimizer.learning_rate
@@ -174,7 +174,7 @@ def test_who_is_learnt_beside_one_changes_nothing(run, tmp_path):
 
 
 def test_parameters_may_lie_in_parts_on_all_devices(run, tmp_path):
-    """Fully sharded: no device holds what it trains, nor the optimiser's state, whole."""
+    """Fully sharded: no device holds all trained parameters or all of the optimiser's state."""
     chosen, workdir = run
     if chosen.method == "lora":
         pytest.skip("its weights are too few to split")
@@ -191,8 +191,8 @@ def test_parameters_may_lie_in_parts_on_all_devices(run, tmp_path):
         assert np.abs(np.float32(value) - np.float32(other[key])).mean() < 0.05 * step
 
 
-def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
-    """From a LoRA file, and from a pipeline folder; with no steps, the run is what it names."""
+def test_another_run_starts_from_trained_weights(run, tmp_path):
+    """Starts from a LoRA file and a pipeline folder; with 0 steps the weights stay unchanged."""
     chosen, workdir = run
     name = names_in(workdir)[0]
     again = chosen.copy_and_resolve_references()
@@ -203,7 +203,7 @@ def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
     if chosen.method == "lora":
         file = "pytorch_lora_weights.safetensors"
         again.init_from = str(workdir / "people" / name / file)
-        again.lora.alpha = 2 * chosen.lora.alpha  # what is in the file does not change by it
+        again.lora.alpha = 2 * chosen.lora.alpha  # the file's content does not change
     else:
         shutil.copytree(chosen.pipeline, tmp_path / "base")
         shutil.rmtree(tmp_path / "base/unet")
@@ -211,13 +211,13 @@ def test_what_was_learnt_is_where_another_run_starts(run, tmp_path):
         again.init_from = str(tmp_path / "base")
     train.main(again, tmp_path / "run")
     one = finetuning_loop.load_person(workdir, name, parts, chosen)
-    (found,) = names_in(tmp_path / "run")
-    other = finetuning_loop.load_person(tmp_path / "run", found, parts, again)
+    (person,) = names_in(tmp_path / "run")
+    other = finetuning_loop.load_person(tmp_path / "run", person, parts, again)
     for a, b in zip(jax.tree.leaves(one["unet"]), jax.tree.leaves(other["unet"]), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
-def test_what_does_not_fit_to_start_from(run, tmp_path):
+def test_initial_weights_that_do_not_fit(run, tmp_path):
     chosen, workdir = run
     again = chosen.copy_and_resolve_references()
     if chosen.method == "lora":

@@ -15,7 +15,7 @@ from persona_jax.metrics import distributions as d
 
 
 class Given(torch.nn.Module):
-    """A feature network that hands on what it is given."""
+    """A feature network that returns its input."""
 
     def forward(self, features):
         return features
@@ -30,7 +30,7 @@ def two_sets(seed: int, count: int, dim: int):
     ("seed", "count", "dim", "fid"),
     [(2023, 512, 64, 4.4480752635), (1, 4, 4, 4.7538376175)],  # torch-fidelity
 )
-def test_fid_is_what_torch_fidelity_finds(seed, count, dim, fid):
+def test_fid_is_what_torch_fidelity_computes(seed, count, dim, fid):
     one, other = map(d.moments, two_sets(seed, count, dim))
     assert d.frechet_distance(one, other) == pytest.approx(fid, rel=1e-8)
 
@@ -42,11 +42,11 @@ def test_fid_of_shifted_unit_gaussians_is_the_squared_shift():
     assert d.frechet_distance(unit, shifted) == pytest.approx(dim, abs=1e-6)
 
 
-def test_fid_is_what_torchmetrics_finds():
+def test_fid_is_what_torchmetrics_computes():
     rng = np.random.default_rng(0)
     mix = rng.normal(size=(32, 32))
     one, other = rng.normal(size=(300, 32)) @ mix, 0.3 + rng.normal(size=(200, 32))
-    found = d.frechet_distance(d.moments(one), d.moments(other))
+    distance = d.frechet_distance(d.moments(one), d.moments(other))
     theirs = _compute_fid(
         *(
             torch.from_numpy(x)
@@ -54,7 +54,7 @@ def test_fid_is_what_torchmetrics_finds():
             for x in (features.mean(axis=0), np.cov(features.T))
         )
     )
-    assert found == pytest.approx(float(theirs), rel=1e-6)
+    assert distance == pytest.approx(float(theirs), rel=1e-6)
 
 
 def test_moments_add_up_however_the_pictures_are_split():
@@ -111,12 +111,12 @@ def test_fid_infinity_leaves_less_of_the_bias():
     assert abs(d.frechet_distance_infinity(features, reference, seed=0)) < 0.3 * biased
 
 
-def test_kid_is_what_torchmetrics_finds():
+def test_kid_is_what_torchmetrics_computes():
     one, other = two_sets(3, 50, 16)
     other = other + 0.2
     theirs = float(poly_mmd(torch.from_numpy(one), torch.from_numpy(other)))
     assert d.squared_mmd(one, other) == pytest.approx(theirs, rel=1e-9)
-    # All of both sets, in whatever order: the subset is clamped to what there is.
+    # The subset size is clamped to the size of the sets, so both are used whole.
     mean, spread = d.kernel_distance(one, other, seed=0, subsets=3)
     assert mean == pytest.approx(theirs, rel=1e-9)
     assert spread < 1e-12
@@ -129,12 +129,12 @@ def test_kid_of_one_distribution_is_around_0():
 
 
 @pytest.mark.parametrize(("splits", "score"), [(1, 31.9358), (10, 21.9755)])  # torch-fidelity
-def test_inception_score_is_what_torch_fidelity_finds(splits, score):
+def test_inception_score_is_what_torch_fidelity_computes(splits, score):
     logits = np.random.RandomState(7).randn(1000, 1008) * 3
     assert d.inception_score(logits, 2020, splits)[0] == pytest.approx(score, abs=1e-4)
 
 
-def test_inception_score_is_what_torchmetrics_finds():
+def test_inception_score_is_what_torchmetrics_computes():
     logits = np.random.RandomState(1).randn(200, 20) * 2
     metric = InceptionScore(feature=Given(), splits=1)
     metric.update(torch.from_numpy(logits))
@@ -155,7 +155,7 @@ def test_a_uniform_marginal_rewards_a_single_class():
 
 
 def manifold(points: np.ndarray, centres: np.ndarray, k: int) -> float:
-    """Share of points within the k-th-neighbour balls of the centres, by definition."""
+    """Returns the share of points within the k-th-neighbour balls of the centres, by definition."""
     hits = 0
     for point in points:
         for i, centre in enumerate(centres):

@@ -1,4 +1,4 @@
-"""The feature pass: the same whatever the devices; resizing as the standards have it."""
+"""The feature pass: independent of the number of devices; resizing as the standards define it."""
 
 import jax
 import jax.numpy as jnp
@@ -41,9 +41,9 @@ def test_the_number_of_devices_changes_nothing():
         np.testing.assert_array_equal(rows, features)
 
 
-def test_nothing_to_look_at():
+def test_no_pictures():
     look = make_pass(lambda p, x: x.mean(axis=(1, 2)), {}, mesh_of(1))
-    with pytest.raises(UserError, match="no pictures"):
+    with pytest.raises(UserError, match="no images"):
         look(np.zeros((0, 8, 8, 3), np.float32))
 
 
@@ -55,7 +55,7 @@ def test_unknown_resize():
 @pytest.mark.parametrize("size", [64, 250, 512])
 def test_legacy_resize_takes_pixels_from_corner_to_corner(size):
     pictures = np.random.default_rng(1).integers(0, 256, (1, size, size, 3)).astype(np.float32)
-    found = np.asarray(resize_legacy(jnp.asarray(pictures)))
+    resized = np.asarray(resize_legacy(jnp.asarray(pictures)))
     # Sampled at i · size / 299: grid_sample's coordinates run from corner to corner too.
     at = torch.arange(299) * (size / 299) * (2 / (size - 1)) - 1
     grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), dim=-1)[None]
@@ -63,7 +63,7 @@ def test_legacy_resize_takes_pixels_from_corner_to_corner(size):
     wanted = torch.nn.functional.grid_sample(
         source, grid, mode="bilinear", padding_mode="border", align_corners=True
     )
-    np.testing.assert_allclose(found, wanted.permute(0, 2, 3, 1).numpy(), atol=0.05)
+    np.testing.assert_allclose(resized, wanted.permute(0, 2, 3, 1).numpy(), atol=0.05)
 
 
 def test_clean_resize_keeps_flat_areas_and_averages_when_it_shrinks():
@@ -71,5 +71,5 @@ def test_clean_resize_keeps_flat_areas_and_averages_when_it_shrinks():
     np.testing.assert_allclose(resize_clean(flat), 200, atol=1e-3)
     checks = np.indices((598, 598)).sum(axis=0) % 2 * 255
     shrunk = resize_clean(np.repeat(checks[None, :, :, None], 3, axis=3).astype(np.uint8))
-    # Antialiased, a fine chequerboard is grey; sampled without, it is all black or all white.
+    # With antialiasing a fine chequerboard becomes grey; without, all black or all white.
     np.testing.assert_allclose(shrunk[0, 8:-8, 8:-8], 127.5, atol=2)

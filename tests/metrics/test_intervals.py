@@ -9,11 +9,11 @@ from persona_jax.metrics.intervals import bootstrap
 
 def test_one_run_gives_the_normal_interval_of_a_mean():
     values = np.random.default_rng(0).normal(3.0, 2.0, (1, 400))
-    found = bootstrap(values, draws=20000)
+    interval = bootstrap(values, draws=20000)
     error = values.std() / 20
-    assert found.value == pytest.approx(values.mean())
-    assert found.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
-    assert found.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
+    assert interval.value == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - 1.96 * error, abs=0.1 * error)
+    assert interval.high == pytest.approx(values.mean() + 1.96 * error, abs=0.1 * error)
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -28,12 +28,12 @@ def test_seeds_that_differ_widen_the_interval():
 
 def test_pairing_leaves_only_the_difference():
     people = np.random.default_rng(2).normal(0, 1, (1, 100))
-    found = bootstrap((people + 0.2) - people)
-    assert (found.low, found.high) == pytest.approx((0.2, 0.2))
-    assert str(found) == "0.200 (0.200 to 0.200)"
+    interval = bootstrap((people + 0.2) - people)
+    assert (interval.low, interval.high) == pytest.approx((0.2, 0.2))
+    assert str(interval) == "0.200 (0.200 to 0.200)"
 
 
 @pytest.mark.parametrize("values", [np.ones((1, 1)), np.array([[1.0, np.nan]])])
-def test_too_little_to_say(values):
+def test_too_few_values(values):
     with pytest.raises(UserError, match="two or more"):
         bootstrap(values)

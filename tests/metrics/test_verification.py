@@ -40,13 +40,13 @@ def test_auc_extremes():
 
 
 def crowd():
-    """One person with 500 photos, nine with 4, ten with a single one."""
+    """Returns one person with 500 photos, nine with 4, ten with one."""
     people = ["famous"] * 500
     people += [f"p{i}" for i in range(9) for _ in range(4)] + [f"q{i}" for i in range(10)]
     return list(np.random.default_rng(0).permutation(people))
 
 
-def test_pairs_are_what_they_say():
+def test_pairs_show_the_same_or_different_people():
     people = np.array(crowd())
     same, different = make_pairs(list(people), 2000, seed=3)
     assert same.shape == different.shape == (2000, 2)
@@ -55,11 +55,11 @@ def test_pairs_are_what_they_say():
     assert (people[different[:, 0]] != people[different[:, 1]]).all()
 
 
-def test_nobody_dominates_the_pairs():
+def test_people_with_many_photos_do_not_dominate_the_pairs():
     people = np.array(crowd())
     same, different = make_pairs(list(people), 4000, seed=0)
-    # Ten people have two photos, twenty have one: a tenth of the same pairs and a tenth of the
-    # different ones should show each, within four standard deviations (0.02).
+    # Ten people have at least two photos, twenty have one: each should be in a tenth of the same
+    # pairs and of the different pairs, within four standard deviations (0.02).
     for name in ("famous", "p0", "p8"):
         assert np.mean(people[same[:, 0]] == name) == pytest.approx(0.1, abs=0.02)
         share = np.mean((people[different] == name).any(axis=1))
@@ -77,7 +77,7 @@ def test_pairs_follow_the_seed():
     ("people", "count"), [(["a", "b"], 5), (["a", "a"], 5), (["a", "a", "b"], 0), ([], 5)]
 )
 def test_pairs_that_cannot_be_drawn(people, count):
-    with pytest.raises(UserError, match="two people and somebody with two photos"):
+    with pytest.raises(UserError, match="two people and a person with two photos"):
         make_pairs(people, count, 0)
 
 
@@ -101,21 +101,21 @@ def test_verification_of_clear_and_of_meaningless_embeddings():
 
 def test_verification_agrees_with_pairs_scored_by_hand():
     x, people = noisy_people(0.8)
-    found = verification(x, people, count=400, seed=7)
+    result = verification(x, people, count=400, seed=7)
     same, different = make_pairs(people, 400, 7)
     cosines = [
         np.array([x[i] @ x[j] / np.linalg.norm(x[i]) / np.linalg.norm(x[j]) for i, j in pairs])
         for pairs in (same, different)
     ]
     u = scipy.stats.mannwhitneyu(*cosines).statistic / 400**2
-    assert found["auc"] == pytest.approx(u, abs=1e-9)
-    assert found["auc_low"] < found["auc"] < found["auc_high"]
-    # No threshold among all scores does better, and the named one does as said.
+    assert result["auc"] == pytest.approx(u, abs=1e-9)
+    assert result["auc_low"] < result["auc"] < result["auc_high"]
+    # No other threshold is more accurate, and the returned one has the returned accuracy.
     accuracy = [
         (np.mean(cosines[0] >= t) + np.mean(cosines[1] < t)) / 2 for t in np.concatenate(cosines)
     ]
-    assert found["accuracy"] == pytest.approx(max(accuracy), abs=1e-9)
-    t = found["threshold"] - 1e-9
+    assert result["accuracy"] == pytest.approx(max(accuracy), abs=1e-9)
+    t = result["threshold"] - 1e-9
     named = (np.mean(cosines[0] >= t) + np.mean(cosines[1] < t)) / 2
     assert named == pytest.approx(max(accuracy), abs=1e-9)
 
@@ -124,7 +124,7 @@ def test_scale_does_not_matter_and_centre_does():
     x, people = noisy_people(0.8)
     plain = verification(x, people, count=300)
     assert verification(1e3 * x, people, count=300)["auc"] == pytest.approx(plain["auc"])
-    # A common part drowns the difference between people; subtracting it brings it back.
+    # A common component hides the differences between people; centring removes it.
     drowned = verification(x.astype(np.float32) + 100, people, count=300)
     mended = verification(x + 100, people, count=300, centre=np.full(8, 100.0))
     assert drowned["auc"] < plain["auc"] - 0.01
@@ -132,13 +132,13 @@ def test_scale_does_not_matter_and_centre_does():
 
 
 def test_interval_covers_about_95_percent():
-    # The AUC of many people, and how often 40 of them give an interval that holds it.
+    # The AUC of many people, and how often the interval from 40 of them contains it.
     truth = verification(*noisy_people(0.9, persons=2000, seed=99), count=20_000)["auc"]
     results = [
         verification(*noisy_people(0.9, persons=40, seed=s), count=300, seed=s) for s in range(40)
     ]
     covered = np.mean([r["auc_low"] <= truth <= r["auc_high"] for r in results])
-    assert covered >= 0.85  # 95 % but for the luck of 40 draws
+    assert covered >= 0.85  # 95 % within the chance of 40 draws
 
 
 def test_bad_embeddings_are_named():
@@ -174,6 +174,6 @@ def test_dlib_verifies_real_people():
     embed = jax.jit(FaceResNet().apply)
     batches = [chips[i : i + 35] for i in range(0, len(chips), 35)]
     embeddings = np.concatenate([np.asarray(embed({"params": params}, b)) for b in batches])
-    found = verification(embeddings, [person for person, _ in chosen], count=1000)
-    print(found)
-    assert found["auc"] > 0.97
+    result = verification(embeddings, [person for person, _ in chosen], count=1000)
+    print(result)
+    assert result["auc"] > 0.97

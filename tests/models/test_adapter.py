@@ -1,4 +1,4 @@
-"""The adapter inside the UNet against stock diffusers with an IP-Adapter in published layout."""
+"""The adapter in the UNet, compared with stock diffusers and an IP-Adapter in published layout."""
 
 import diffusers
 import jax
@@ -40,7 +40,7 @@ def kernels(ours):
 
 @pytest.fixture(scope="module")
 def published(theirs):
-    """An adapter as files have it: numbered by position in ``attn_processors``, drawn at random."""
+    """A random adapter in the file layout: numbered by position in ``attn_processors``."""
     generator = torch.Generator().manual_seed(7)
 
     def drawn(*shape: int) -> torch.Tensor:
@@ -68,7 +68,7 @@ def published(theirs):
 
 @pytest.fixture(scope="module")
 def params(published, ours):
-    """The same adapter as our tree, by torch's names and the layers' order."""
+    """The same adapter as our tree, from torch's names and the layers' order."""
 
     def array(tensor: torch.Tensor) -> jax.Array:
         return jnp.asarray(tensor.numpy())
@@ -100,7 +100,7 @@ def params(published, ours):
 
 @pytest.fixture(scope="module")
 def with_adapter(theirs, published):
-    """Stock's UNet with the published adapter in it."""
+    """Stock diffusers' UNet with the published adapter loaded."""
     unet = torch_models.make_unet(torch_models.TINY_UNET)
     unet.load_state_dict(theirs.state_dict())
     unet._load_ip_adapter_weights([published])
@@ -109,7 +109,7 @@ def with_adapter(theirs, published):
 
 @pytest.fixture(scope="module")
 def run(ours, params, kernels):
-    """Our UNet with the adapter; compiled once per kind of λ."""
+    """Our UNet with the adapter, compiled once per form of λ."""
 
     @jax.jit
     def predict(image, scale):
@@ -155,7 +155,7 @@ def test_several_photos_side_by_side_are_stocks_several_images(run, with_adapter
 
 
 def test_the_unconditional_branch_is_the_zero_embedding(run, with_adapter):
-    """Which makes tokens too: it is not the same as no adapter."""
+    """The zero embedding gives tokens too, so it differs from no adapter."""
     zeros = np.zeros_like(IMAGE)
     ours = run(zeros, 1.0)
     assert torch_models.relative(ours, stock_predicts(with_adapter, zeros, 1.0)) < 1e-5
@@ -179,7 +179,7 @@ def test_a_scale_for_each_layer(run, ours, with_adapter):
 
 
 def test_region_masks_are_stocks_ip_adapter_masks(run, ours, with_adapter):
-    """λ of ``[B, h·w]`` per layer, shrunk to the layer's size by stock's own function."""
+    """λ is ``[B, h·w]`` per layer, resized to the layer by stock diffusers' own function."""
     mask = np.zeros((1, 1, 64, 64), np.float32)
     mask[..., 24:] = 1.0
     expected = stock_predicts(with_adapter, IMAGE, 0.8, torch.tensor(mask))
@@ -225,7 +225,7 @@ def test_a_set_is_aggregated_before_it_is_projected(params):
     np.testing.assert_array_equal(image[1], jnp.zeros(DIM))
 
 
-def test_a_source_computes_in_the_dtype_it_is_told(params):
+def test_a_source_computes_in_the_given_dtype(params):
     made = adapter.source(params, jnp.asarray(IMAGE), dtype=jnp.dtype("bfloat16"))
     assert {leaf.dtype for leaf in jax.tree.leaves((made.keys, made.values))} == {
         jnp.dtype("bfloat16")

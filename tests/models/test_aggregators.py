@@ -1,4 +1,4 @@
-"""Aggregators: docs/design.md, "Sets and masks", line by line."""
+"""Aggregators: every statement of docs/design.md, "Sets and masks"."""
 
 import functools
 
@@ -38,7 +38,7 @@ def start(kind: str) -> dict:
 
 @functools.cache
 def learnt(kind: str) -> dict:
-    """Parameters that are nowhere at their start, where self-attention is but an average."""
+    """Parameters away from their initial values, at which self-attention is the average."""
     leaves, tree = jax.tree.flatten(start(kind))
     keys = jax.random.split(jax.random.key(1), len(leaves) + 1)
     moved = [x + 0.3 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=False)]
@@ -57,7 +57,7 @@ def kind(request):
 
 @pytest.fixture(scope="module")
 def apply(kind):
-    """One compiled function for all sets up to N photos."""
+    """Applies one compiled function, which serves all sets up to N photos."""
     return compiled(kind)
 
 
@@ -80,7 +80,7 @@ def close(a, b):
 
 
 def reversed_sets(x, w):
-    """Every row's order reversed, padding first."""
+    """Reverses the order of every row, so that padding comes first."""
     return x[:, ::-1], w[:, ::-1]
 
 
@@ -105,11 +105,11 @@ def test_one_program_for_sets_of_any_size(kind):
     x = photos()
     out = [apply(x, weights(*[[1] * n] * B)) for n in range(1, N + 1)]
     assert apply._cache_size() == 1
-    close(out[3], apply(x[:, :4], jnp.ones((B, 4))))  # as without any padding
+    close(out[3], apply(x[:, :4], jnp.ones((B, 4))))  # equal to the result without padding
 
 
 def test_weight_zero_removes_a_photo(kind, apply):
-    """In the middle, too: as if the others had been listed without it."""
+    """Also in the middle: the result is that of the other photos alone."""
     x = photos()
     without = jnp.concatenate([x[:, :1], x[:, 2:], x[:, :1]], axis=1)
     removed = apply(x, weights(*[[1, 0, 1, 1]] * B))
@@ -119,7 +119,7 @@ def test_weight_zero_removes_a_photo(kind, apply):
 
 
 def test_weight_two_is_listing_twice(apply):
-    """For first and max it changes nothing, and listing twice does neither."""
+    """For first and max, neither weight 2 nor listing twice changes anything."""
     x = photos()
     twice = jnp.concatenate([x[:, :2], x[:, 1:]], axis=1)[:, :N]
     close(apply(x, weights(*[[1, 2, 1]] * B)), apply(twice, weights(*[[1, 1, 1, 1]] * B)))
@@ -150,7 +150,7 @@ def test_average_is_the_weighted_mean():
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_the_empty_set_is_exactly_zero(kind, n):
-    """Bit for bit (no −0 either), beside rows that are not empty, and with finite gradients."""
+    """Exactly +0, also beside rows that are not empty, and with finite gradients."""
     x = -1.0 - jnp.abs(photos()[:, :n])
     w = jnp.array([[0.0], [1.0], [0.0]]) * jnp.ones((B, n))
     out = np.asarray(compiled(kind)(x, w))
@@ -197,8 +197,7 @@ def test_self_attention_starts_as_the_average():
 
 
 def test_self_attention_moves_in_every_parameter():
-    """At the start only the query and the pooled values have a gradient, then what the queries
-    meet, then all: nothing is dead, nothing is cut off for good."""
+    """At first only query, consensus and pooled values have a gradient, after a few steps all."""
     aggregator, params = make("self_attention"), start("self_attention")
     target = photos(7)[:, 0]
 
@@ -212,7 +211,7 @@ def test_self_attention_moves_in_every_parameter():
         return {
             jax.tree_util.keystr(path, simple=True, separator="/")
             for path, leaf in jax.tree_util.tree_leaves_with_path(gradient(params))
-            # Of the rounding of exact zeros, nothing may count as a gradient.
+            # Rounding errors of exact zeros do not count as a gradient.
             if jnp.abs(leaf).max() > 1e-7
         }
 
@@ -230,7 +229,7 @@ def test_self_attention_moves_in_every_parameter():
 
 
 def test_nothing_but_the_photos_themselves_is_pooled():
-    """Whatever the blocks learnt, photos that are all alike come out as any one of them does."""
+    """Whatever the blocks' parameters, a set of equal photos gives the same as one of them."""
     params = learnt("self_attention")
     x = jnp.repeat(photos()[:, :1], N, axis=1)
     pooled, _ = MODULE.apply({"params": params}, x, SETS)
@@ -255,8 +254,8 @@ def test_agreement_is_the_mean_cosine_to_the_set():
         close(agreement(photos(), SETS)[b], expected)
 
 
-def test_photos_of_somebody_else_are_outvoted():
-    """Three of nine: with trust in agreement they get next to nothing."""
+def test_photos_of_another_person_are_outvoted():
+    """Three of nine photos show another person; with trust in agreement their share is about 0."""
     keys = jax.random.split(jax.random.key(5), 3)
     person, other = (jax.random.normal(key, (B, 1, D)) for key in keys[:2])
     x = 0.3 * jax.random.normal(keys[2], (B, N, D)) + jnp.concatenate(

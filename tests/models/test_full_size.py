@@ -57,7 +57,7 @@ def all_cores():
 
 @pytest.fixture
 def folder(tmp_path):
-    """pytest keeps what its tests write, and this is gigabytes."""
+    """A folder deleted after the tests: pytest would keep gigabytes."""
     yield tmp_path
     shutil.rmtree(tmp_path)
 
@@ -113,7 +113,7 @@ print((peak() - before) / sum(leaf.nbytes for leaf in jax.tree.leaves(params)))
 def in_another_process(script: str) -> str:
     here = os.path.dirname(__file__)
     path = os.pathsep.join([here, os.path.dirname(here), os.environ.get("PYTHONPATH", "")])
-    # One device: here the parameters go to one, whatever the other tests force.
+    # The parameters go to one device, although the other tests force eight.
     environment = os.environ | {"PYTHONPATH": path, "XLA_FLAGS": ""}
     run = subprocess.run(
         [sys.executable, "-c", script], env=environment, capture_output=True, text=True
@@ -124,7 +124,7 @@ def in_another_process(script: str) -> str:
 
 @pytest.mark.parametrize("shards", ["", "max_shard_size='1GB'"], ids=["one file", "shards"])
 def test_memory_of_loading_the_unet(shards, folder):
-    """Peak resident memory over what the process had before, in units of the weights' bytes."""
+    """The increase of peak resident memory, relative to the weights' bytes."""
     in_another_process(SAVE.format(folder=str(folder), kw=shards))
     for dtype in (None, "bfloat16"):
         times = float(in_another_process(LOAD.format(folder=str(folder), dtype=dtype)))

@@ -1,4 +1,4 @@
-"""Convolutions by patches, and gradients that compute again."""
+"""Convolutions as products of patches, and gradients that recompute."""
 
 import jax
 import jax.numpy as jnp
@@ -46,10 +46,10 @@ def test_a_convolution_and_its_gradients_are_torchs(side, channels, out, stride,
     (top, bottom), (left, right) = ((1, 1),) * 2 if padding == 1 else padding
     padded = torch.nn.functional.pad(theirs_x, (left, right, top, bottom))
     theirs = torch.nn.functional.conv2d(padded, kernel, bias, stride)
-    found, back = jax.vjp(ours, params, x)
-    assert torch_models.relative(found.transpose(0, 3, 1, 2), theirs) < 1e-5
+    output, back = jax.vjp(ours, params, x)
+    assert torch_models.relative(output.transpose(0, 3, 1, 2), theirs) < 1e-5
 
-    cotangent = torch_models.normal(*found.shape, seed=3)
+    cotangent = torch_models.normal(*output.shape, seed=3)
     theirs.backward(torch.tensor(cotangent).permute(0, 3, 1, 2))
     of_params, of_x = jax.jit(back)(jnp.asarray(cotangent))
     of_kernel = of_params["params"]["kernel"]

@@ -1,4 +1,4 @@
-"""Low-rank updates: nothing at the start, W + scale · A · B afterwards."""
+"""Low-rank updates: zero at initialisation, W + scale · A · B after training."""
 
 import jax
 import jax.numpy as jnp
@@ -46,8 +46,8 @@ def test_a_learnt_one_adds_its_product(unet):
         np.testing.assert_allclose(merged[name], want, rtol=1e-6, atol=1e-6)
 
 
-def test_the_start_is_no_dead_end(unet):
-    """Both factors zero would never learn; with one random, its partner has a gradient."""
+def test_a_fresh_lora_has_a_gradient(unet):
+    """Two zero factors would have no gradient; if one is random, the other has one."""
     update = lora.init(jax.random.key(0), unet.params, 2)
     loss = lambda u: sum(jnp.sum(x**2) for x in jax.tree.leaves(lora.merge(unet.params, u)))  # noqa: E731
     gradient = jax.grad(loss)(update)

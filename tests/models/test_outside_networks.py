@@ -1,7 +1,7 @@
-"""Inception v3 and FaceNet against the PyTorch modules, on weights drawn by name and shape.
+"""Inception v3 and FaceNet compared with the PyTorch modules, on weights drawn by name and shape.
 
-Those modules' packages pull a torch of their own, so their answers lie in a golden file; the last
-test makes it anew where they are installed (``pip install --no-deps torch-fidelity
+The packages of those modules would install another torch, so their outputs are in a golden file.
+The last test recomputes it if they are installed (``pip install --no-deps torch-fidelity
 facenet-pytorch``).
 """
 
@@ -27,7 +27,7 @@ NETWORKS = {"inception": (InceptionV3(), 299), "facenet": (FaceNet(), 160)}
 
 
 def draw(name, shape):
-    """A tensor in torch's layout that keeps the signal's size, the same everywhere."""
+    """Returns a reproducible tensor in torch's layout that preserves the signal's scale."""
     rng = np.random.RandomState(zlib.crc32(name.encode()))
     if len(shape) > 1:
         return (rng.randn(*shape) * (2 / np.prod(shape[1:])) ** 0.5).astype(np.float32)
@@ -48,7 +48,7 @@ def params_of(network, size):
 
 
 def pictures(size):
-    """Two smooth pictures of whole levels, 0 to 255 ``[2, size, size, 3]``."""
+    """Returns two smooth pictures of integer levels, 0 to 255 ``[2, size, size, 3]``."""
     y, x = np.mgrid[0:size, 0:size] / size
     waves = [np.sin(9 * x + i) * np.cos(7 * y - 2 * i) for i in range(6)]
     return (
@@ -57,14 +57,14 @@ def pictures(size):
 
 
 def thin(array):
-    """Every eighth number, and the norm of all."""
+    """Returns every eighth value, and the norm of all."""
     return {"norm": np.linalg.norm(array, axis=1).tolist(), "some": array[:, ::8].tolist()}
 
 
-def close(found, wanted):
-    np.testing.assert_allclose(np.linalg.norm(found, axis=1), wanted["norm"], rtol=1e-4)
+def close(actual, wanted):
+    np.testing.assert_allclose(np.linalg.norm(actual, axis=1), wanted["norm"], rtol=1e-4)
     some = np.asarray(wanted["some"])
-    error = np.linalg.norm(np.asarray(found)[:, ::8] - some) / np.linalg.norm(some)
+    error = np.linalg.norm(np.asarray(actual)[:, ::8] - some) / np.linalg.norm(some)
     assert error < 1e-4, error
 
 
@@ -82,13 +82,13 @@ def test_inception_agrees_with_torch_fidelity():
 def test_facenet_agrees_with_facenet_pytorch():
     network, size = NETWORKS["facenet"]
     inputs = jnp.asarray((pictures(size) - 127.5) / 128, jnp.float32)
-    found = jax.jit(network.apply)({"params": params_of(network, size)}, inputs)
-    assert found.shape == (2, 512)
-    close(found, json.loads(GOLDEN.read_text())["facenet"])
+    embedding = jax.jit(network.apply)({"params": params_of(network, size)}, inputs)
+    assert embedding.shape == (2, 512)
+    close(embedding, json.loads(GOLDEN.read_text())["facenet"])
 
 
 def submodule(package, name):
-    """A module of a package, without the package's own imports: they want torchvision."""
+    """Loads a module of a package without the package's own imports, which need torchvision."""
     spec = importlib.util.find_spec(package)
     if spec is None:
         pytest.skip(f"pip install --no-deps {package.replace('_', '-')} to make the golden file")
@@ -100,7 +100,7 @@ def submodule(package, name):
 
 @pytest.fixture
 def outside(tmp_path):
-    """The answers of the outside modules."""
+    """Returns the outputs of the outside modules."""
     torch = pytest.importorskip("torch")
     fidelity = submodule("torch_fidelity", "feature_extractor_inceptionv3")
     facenet = submodule("facenet_pytorch", "models.inception_resnet_v1")

@@ -1,4 +1,4 @@
-"""Every tower against diffusers or transformers, same random weights, float32."""
+"""Every tower compared with diffusers or transformers: same random weights, float32."""
 
 import pytest
 import torch_models

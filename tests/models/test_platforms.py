@@ -8,7 +8,7 @@ from persona_jax.models.platforms import platform
 from persona_jax.runtime.mesh import make_mesh, traced_for
 
 
-def test_it_is_the_meshs_and_else_jaxs():
+def test_the_platform_is_the_meshs_or_jaxs_default():
     assert platform() == jax.default_backend() == "cpu"
     there = AbstractMesh((4,), ("data",), abstract_device=AbstractDevice("TPU v5 lite", 1, "tpu"))
     with jax.sharding.use_abstract_mesh(there):
@@ -17,7 +17,7 @@ def test_it_is_the_meshs_and_else_jaxs():
         assert platform() == "cpu"
 
 
-def test_it_is_known_within_shard_map():
+def test_the_platform_is_known_within_shard_map():
     seen = []
 
     def each(x):

@@ -1,4 +1,4 @@
-"""What is computed again in the backward pass changes nothing but the memory it takes."""
+"""Recomputation in the backward pass changes only the memory used."""
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +13,8 @@ from persona_jax.runtime.compilation import compiler_options
 
 
 @pytest.fixture(scope="module")
-def found() -> dict:
-    """(gradient, numbers kept for it) by kind."""
+def gradients() -> dict:
+    """(gradient, number of stored values) by kind of recomputation."""
     unet = towers.build("unet", torch_models.TINY_UNET)
     params = towers.initialise(unet, jax.random.key(0))
     z = jax.random.normal(jax.random.key(1), (4, 8, 8, 4))
@@ -37,22 +37,21 @@ def found() -> dict:
 
 
 @pytest.mark.parametrize("remat", REMAT[1:])
-def test_the_gradient_is_the_same(found, remat):
-    expected, there = found["none"][0], found[remat][0]
+def test_the_gradient_is_the_same(gradients, remat):
+    expected, there = gradients["none"][0], gradients[remat][0]
     assert jax.tree.structure(expected) == jax.tree.structure(there)
     for a, b in zip(jax.tree.leaves(expected), jax.tree.leaves(there), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
-def test_less_is_kept(found):
-    none, transformers, blocks = (found[remat][1] for remat in REMAT)
+def test_recomputation_stores_fewer_values(gradients):
+    none, transformers, blocks = (gradients[remat][1] for remat in REMAT)
     assert transformers < 0.7 * none
     assert blocks < 0.7 * transformers
 
 
 def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
-    """XLA's compiler for CPUs has to be told
-    (:func:`persona_jax.runtime.compilation.compiler_options`)."""
+    """XLA for CPUs needs :func:`persona_jax.runtime.compilation.compiler_options` for this."""
     kernels = [jnp.ones((256, 256)) for _ in range(8)]
 
     def loss(x, kernels):
@@ -65,6 +64,6 @@ def test_what_is_computed_again_is_not_kept_on_a_cpu_either():
         compiled = program.lower(kernels[0], kernels).compile()
         return compiled.memory_analysis().temp_size_in_bytes, compiled(kernels[0], kernels)
 
-    (usual, expected), (ours, found) = temporaries(None), temporaries(compiler_options())
+    (usual, expected), (ours, actual) = temporaries(None), temporaries(compiler_options())
     assert ours < 0.6 * usual
-    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)

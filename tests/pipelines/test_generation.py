@@ -1,4 +1,4 @@
-"""The whole sampler against stock StableDiffusionPipeline, and what a request may change."""
+"""The sampler compared with stock StableDiffusionPipeline; the effect of a request's settings."""
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ def learnt(loaded):
     unet = loaded.unet
     kernels = text_kernels(unet.params, unet.module.config)
     params = adapter.init(jax.random.key(5), AVERAGE, DIM, 16, kernels)
-    # As after training: biases that are not zero, W'_k and W'_v that are no longer the text's.
+    # As after training: biases are not zero, and W'_k and W'_v differ from the text's.
     keys = iter(jax.random.split(jax.random.key(6), len(jax.tree.leaves(params))))
     params = jax.tree.map(lambda x: x + 0.3 * jax.random.normal(next(keys), x.shape), params)
     return adapter.Adapter(AVERAGE, params)
@@ -55,7 +55,7 @@ def learnt(loaded):
 
 @pytest.fixture(scope="module")
 def sampler(loaded):
-    """One for all tests, so that each kind of request is compiled once."""
+    """One sampler for all tests, so that each kind of request is compiled once."""
     return generation.make_sampler(loaded, steps=STEPS)
 
 
@@ -94,7 +94,7 @@ def stock_images(folder, noise, guidance, output_type, prompts=PROMPTS, **more) 
 
 
 def test_guided_ddim_is_stocks(folder, loaded, frozen):
-    """10 steps from the same noise."""
+    """Compares 10 steps from the same noise."""
     noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     latent_sampler = jax.jit(generation.make_latent_sampler(loaded, steps=STEPS))
 
@@ -106,7 +106,7 @@ def test_guided_ddim_is_stocks(folder, loaded, frozen):
         torch_models.relative(ours, torch_models.nhwc(stock_images(folder, noise, 7.5, "latent")))
         < 1e-3
     )
-    # What it is compared on is no accident: guidance and prompts do matter to these weights.
+    # The comparison is meaningful: guidance and prompts change the pictures of these weights.
     assert torch_models.relative(latents(guidance=1.0), ours) > 0.05
     assert torch_models.relative(latents(PROMPTS[::-1]), ours) > 0.05
 
@@ -125,7 +125,7 @@ def test_v_prediction_is_stocks(tmp_path):
 
 
 def stock_adapter(params, loaded) -> dict:
-    """The adapter as a state dict in IP-Adapter's published layout."""
+    """Returns the adapter as a state dict in IP-Adapter's published layout."""
     layers = cross_attention_layers(loaded.unet.module.config)
 
     def to_torch(x) -> torch.Tensor:
@@ -149,8 +149,8 @@ def stock_adapter(params, loaded) -> dict:
     }
 
 
-def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
-    """The pooled set as ``ip_adapter_image_embeds``, zeros for the unconditional half."""
+def test_sampling_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, learnt, sampler):
+    """Stock gets the pooled set as ``ip_adapter_image_embeds``, zeros as unconditional half."""
     noise = jnp.asarray(torch_models.normal(B, 8, 8, 4))
     wanted = references(scale=0.7)
     pipe = torch_models.open_diffusers(folder)
@@ -161,7 +161,7 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
     pooled = torch.tensor(np.einsum("bn,bnd->bd", weights, wanted.embeddings)).float()
 
     def stock_picture(i: int) -> np.ndarray:
-        """One at a time: stock gives all pictures of a call the same person."""
+        """Returns one picture: stock gives all pictures of a call the same person."""
         return pipe(
             PROMPTS[i],
             negative_prompt=NEGATIVE[i],
@@ -183,7 +183,7 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
     assert torch_models.relative(pictures(wanted), 2 * expected - 1) < 1e-3
     without = stock_images(folder, noise, 4.0, "np")
     assert torch_models.relative(expected, without) > 0.02
-    # λ = 0 is no adapter at all; no photo of any weight is the zero embedding, which says a thing.
+    # λ = 0 equals no adapter; all weights 0 give the zero embedding, which does not.
     assert torch_models.relative(pictures(references(scale=0.0)), 2 * without - 1) < 1e-3
     empty = pictures(references(0.7, weights=((0, 0, 0), (0, 0, 0))))
     zeros = generation.References(jnp.zeros((B, 3, DIM)), jnp.ones((B, 3)), 0.7)
@@ -192,7 +192,7 @@ def test_painting_with_an_adapter_is_stock_ip_adapter(folder, loaded, frozen, le
 
 
 def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
-    """Prompts, seeds, guidance, η, λ, photos and weights; each does change the pictures."""
+    """Prompts, seeds, guidance, η, λ, photos and weights each change the pictures."""
     before = sampler._cache_size()
 
     def pictures(prompts=PROMPTS, negative=NEGATIVE, seed=0, guidance=5.0, eta=0.0, **photos):
@@ -226,8 +226,8 @@ def test_one_program_for_all_that_may_change(loaded, frozen, learnt, sampler):
     assert sampler._cache_size() == before + 1
 
 
-def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
-    """Picture i does not change when more are asked for, or when it is asked for alone."""
+def test_a_picture_depends_on_its_key_alone(loaded, frozen, learnt, sampler):
+    """Picture i does not depend on the number of pictures, or on being generated alone."""
     embeddings = references().embeddings[:1]
 
     def pictures(count, first=0):
@@ -238,8 +238,8 @@ def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
 
     two = pictures(2)
     np.testing.assert_array_equal(pictures(2), two)
-    # What is drawn is the same to the bit. What is computed from it may round otherwise in another
-    # row of the batch: some processors' matrix products do.
+    # The noise is equal bit for bit. Results computed from it may round differently in another row
+    # of the batch, as matrix products of some processors do.
     keys, later = generation.picture_keys(3, 2), generation.picture_keys(3, 2, 1)
     for step in range(3):
         drawn, again = (picture_noise(k, step, loaded.latent_shape) for k in (keys, later))
@@ -250,7 +250,7 @@ def test_a_picture_is_its_keys(loaded, frozen, learnt, sampler):
 
 
 def test_scale_may_differ_by_picture_and_by_layer(loaded, frozen, learnt):
-    """Of both halves of guidance alike; what it does to the attention, test_adapter shows."""
+    """λ applies to both halves of guidance; test_adapter checks its effect on attention."""
     layers = cross_attention_layers(loaded.unet.module.config)
     latent_sampler = generation.make_latent_sampler(loaded, steps=STEPS)
     for scale in (jnp.ones((B, 1)), dict.fromkeys(layers, 0.5), dict.fromkeys(layers, jnp.ones(1))):
@@ -275,11 +275,11 @@ def test_text_source_is_what_the_unet_attends_to(loaded, frozen):
 
 @pytest.mark.parametrize("scale", ["one", "each", "masks", "one mask"])
 def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
-    """Each device paints its own, and they are those of one device."""
+    """Each device generates its part of the pictures, equal to those of one device."""
     count, side = 4, loaded.latent_shape[0]
     draw = jax.random.uniform(jax.random.key(8), (count, side * side))
     layers = cross_attention_layers(loaded.unet.module.config)
-    shown = generation.References(
+    reference_set = generation.References(
         jax.random.normal(jax.random.key(7), (count, 3, DIM)),
         jnp.ones((count, 3)),
         {
@@ -291,24 +291,26 @@ def test_pictures_are_shared_out_among_devices(loaded, frozen, learnt, scale):
         window=(0.0, 0.7),
     )
     noise = jax.random.normal(jax.random.key(9), (count, *loaded.latent_shape))
-    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,), eta=0.5, noise=noise)
+    asked = request(
+        loaded, PROMPTS * 2, NEGATIVE * 2, references=(reference_set,), eta=0.5, noise=noise
+    )
     alone = jax.jit(
         generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS), ONE)
     )
     all_ = jax.jit(
         generation.split_among_devices(generation.make_latent_sampler(loaded, steps=STEPS))
     )
-    expected, found = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
+    expected, split = (sampler(frozen, (learnt,), asked) for sampler in (alone, all_))
     assert len(expected.sharding.device_set) == 1
-    assert len(found.sharding.device_set) == count
-    assert torch_models.relative(found, np.asarray(expected)) < 1e-4
+    assert len(split.sharding.device_set) == count
+    assert torch_models.relative(split, np.asarray(expected)) < 1e-4
 
 
-def test_what_is_of_each_picture(loaded):
-    shown = generation.References(
+def test_a_subset_of_a_requests_pictures(loaded):
+    reference_set = generation.References(
         jnp.zeros((4, 3, DIM)), jnp.ones((4, 3)), {"a": jnp.zeros((1, 4)), "b": jnp.zeros((4, 4))}
     )
-    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(shown,))
+    asked = request(loaded, PROMPTS * 2, NEGATIVE * 2, references=(reference_set,))
     some = generation.some_of(asked, np.array([3, 0]))
     assert len(some.keys) == len(some.ids) == len(some.references[0].embeddings) == 2
     assert some.references[0].scale["a"].shape == (1, 4)

@@ -1,4 +1,4 @@
-"""Which encoder a config gets, and what is said where it cannot be had."""
+"""The image encoder that a config gets, and the errors if it is not available."""
 
 import json
 import re
@@ -29,7 +29,7 @@ def dlib_config(**changes):
 
 @pytest.fixture
 def no_pipeline():
-    """dlib's encoder needs nothing of a pipeline."""
+    """A stand-in for the pipeline, which dlib's encoder does not use."""
     return object.__new__(Pipeline)
 
 
@@ -45,7 +45,7 @@ def test_strange_weights_are_named_by_their_hash(tmp_path, no_pipeline):
     digest = face_weights.face_weights_hash(file)
     with pytest.raises(UserError, match=digest):
         open_image_encoder(dlib_config(path=str(file)), no_pipeline)
-    # Trusted, they are still read strictly.
+    # Accepted weights are still read strictly.
     with pytest.raises(UserError, match=r"other\.dat"):
         open_image_encoder(dlib_config(path=str(file), sha256=digest), no_pipeline)
 
@@ -55,19 +55,19 @@ def test_unknown_kind(no_pipeline):
         open_image_encoder(dlib_config(kind="eagle"), no_pipeline)
 
 
-def test_dlib_looks(no_pipeline):
+def test_dlib_embeds(no_pipeline):
     folder = SHARED / "weights/face_recognition_dlib_resnet"
     if face_weights.installed_face_weights() is None and not folder.is_dir():
         pytest.skip("neither face_recognition_models nor ../shared/weights is here")
-    found = face_weights.installed_face_weights()
-    encoder = open_image_encoder(dlib_config(path="" if found else str(folder)), no_pipeline)
+    installed = face_weights.installed_face_weights()
+    encoder = open_image_encoder(dlib_config(path="" if installed else str(folder)), no_pipeline)
     pixels = np.random.default_rng(0).integers(0, 255, (2, 250, 250, 3)).astype(np.uint8)
     seen = encoder.encode([Image.fromarray(p) for p in pixels])
     assert seen.shape == (2, encoder.dim)
     np.testing.assert_allclose((seen**2).mean(axis=1), 1.0, rtol=1e-4)
 
 
-def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
+def test_facenet_embeds(tmp_path, no_pipeline, monkeypatch):
     config = dlib_config(kind="facenet")
     config.data.data_dir = str(tmp_path)
     monkeypatch.setattr(outside, "_fetch", lambda url, path: path.write_bytes(b"sorry"))
@@ -90,7 +90,7 @@ def test_facenet_looks(tmp_path, no_pipeline, monkeypatch):
 
 
 def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
-    """transformers' defaults at the tower's size; and a size that the tower cannot read."""
+    """Uses transformers' defaults at the tower's size; refuses sizes that the tower cannot read."""
     torch_models.write_pipeline(tmp_path / "base")
     shutil.rmtree(tmp_path / "base/feature_extractor")
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
@@ -99,12 +99,12 @@ def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
     stock = transformers.CLIPImageProcessorPil(size=16, crop_size=16)
     expected = stock(square, return_tensors="np").pixel_values[0].transpose(1, 2, 0)
     np.testing.assert_allclose(encoder.preprocess(photo), expected, atol=1e-5)
-    # Beside the encoder itself, as a whole CLIP repository has it.
+    # In the encoder's own folder, as in a whole CLIP repository.
     file = tmp_path / "base/image_encoder/preprocessor_config.json"
     file.write_text(json.dumps({"size": 24, "crop_size": 24}))
     with pytest.raises(UserError, match=r"\(24, 24, 3\) of .*encoder reads 16×16"):
         open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
-    # Photos of that size alone would do.
+    # Without resizing, only photos of exactly that size fit.
     file.write_text(json.dumps({"do_resize": False, "do_center_crop": False}))
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
     with pytest.raises(UserError, match=r"\(30, 30, 3\) of .*encoder reads 16×16"):

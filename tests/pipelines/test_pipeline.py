@@ -1,4 +1,4 @@
-"""Pipeline folders: stock diffusers opens ours, we open theirs, and both paint the same picture."""
+"""Pipeline folders: stock diffusers and persona_jax open each other's and generate the same."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ SIDE = 16
 
 @pytest.fixture(scope="module")
 def theirs(tmp_path_factory):
-    """Saved by stock diffusers."""
+    """A folder saved by stock diffusers."""
     folder = tmp_path_factory.mktemp("stock")
     torch_models.write_pipeline(folder)
     return folder
@@ -32,7 +32,7 @@ def theirs(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(theirs, tmp_path_factory):
-    """Loaded and saved by us."""
+    """The same folder, loaded and saved by persona_jax."""
     folder = tmp_path_factory.mktemp("ours") / "new" / "place"
     pipeline.save(pipeline.load(str(theirs)), folder)
     return folder
@@ -43,15 +43,15 @@ def copy(ours, tmp_path):
     return shutil.copytree(ours, tmp_path / "copy")
 
 
-def paint(folder) -> np.ndarray:
+def generate(folder) -> np.ndarray:
     latents = torch_models.nchw(torch_models.normal(1, 8, 8, 4))
     size = {"height": SIDE, "width": SIDE}
     pipe = torch_models.open_diffusers(folder)
     return pipe(PROMPTS[0], latents=latents, num_inference_steps=2, output_type="np", **size).images
 
 
-def test_stock_diffusers_paints_the_same_from_what_we_save(theirs, ours):
-    np.testing.assert_array_equal(paint(ours), paint(theirs))
+def test_stock_diffusers_generates_the_same_from_what_we_save(theirs, ours):
+    np.testing.assert_array_equal(generate(ours), generate(theirs))
     opened = torch_models.open_diffusers(ours)
     assert isinstance(opened.image_encoder, transformers.CLIPVisionModelWithProjection)
     assert opened.feature_extractor.size == {"shortest_edge": 16}
@@ -68,7 +68,7 @@ def test_saving_what_was_loaded_is_the_identity(ours, theirs, tmp_path):
         assert first.keys() == again.keys()
         for name, array in first.items():
             np.testing.assert_array_equal(array, again[name])
-            # transformers 5 leaves the prefix out; older readers need it.
+            # transformers 5 omits the prefix; older versions need it.
             bare = name if name in published else name.removeprefix("text_model.")
             np.testing.assert_array_equal(array, published[bare])
     for file in sorted(ours.rglob("*.json")):
@@ -90,11 +90,11 @@ def test_the_tokenizer_is_saved_for_old_and_new_readers(theirs, ours, tmp_path, 
     assert len(warnings) == 1
     assert "cut to 16" in warnings[0]
     assert "one two" in warnings[0]
-    assert not caplog.records  # nor anything from transformers
+    assert not caplog.records  # nor a warning from transformers
 
 
 def test_a_token_beyond_the_table_is_refused(copy):
-    """Textual inversion adds such tokens; a table read beyond its end gives NaN."""
+    """Textual inversion adds such tokens; an embedding beyond the table would be NaN."""
     tokenizer = pipeline.load_tokenizer(copy / "tokenizer")
     rows = json.loads((copy / "text_encoder/config.json").read_text())["vocab_size"]
     tokenizer.add_tokens([f"<cat{i}>" for i in range(rows + 1 - len(tokenizer))])
@@ -127,7 +127,7 @@ def test_the_text_towers_length_counts_where_the_tokenizer_has_none(
         config.write_text(json.dumps({k: v for k, v in settings.items() if v is not None}))
     loaded = pipeline.load(str(copy))
     np.testing.assert_array_equal(loaded.tokenize(PROMPTS)[0], expected)
-    # What is saved says it, so that stock can open it.
+    # The saved tokenizer states the length, so that stock can open it.
     pipeline.save(loaded, tmp_path / "saved")
     assert torch_models.open_diffusers(tmp_path / "saved").tokenizer.model_max_length == 16
 
@@ -143,8 +143,8 @@ def test_a_damaged_tokenizer_is_named(copy, file):
     assert "\n" not in str(error.value)
 
 
-def test_a_pipeline_without_eye(theirs, tmp_path):
-    """As Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
+def test_a_pipeline_without_image_encoder(theirs, tmp_path):
+    """Like Stable Diffusion 1.5 on the hub; the image encoder may come from another folder."""
     bare = shutil.copytree(theirs, tmp_path / "bare")
     shutil.rmtree(bare / "image_encoder")
     shutil.rmtree(bare / "feature_extractor")
@@ -186,7 +186,7 @@ def test_half_precision_opens_in_stock(theirs, tmp_path):
     "changes", [{"clip_sample": True}, {"clip_sample": None}, {"steps_offset": 0}]
 )
 def test_the_schedule_is_the_one_that_stock_would_use(changes, copy):
-    """StableDiffusionPipeline turns clipping off and the offset on, whatever the file says."""
+    """StableDiffusionPipeline disables clipping and sets the offset, whatever the file says."""
     file = copy / "scheduler" / "scheduler_config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not None}))
@@ -207,7 +207,7 @@ OTHERS = [
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", OTHERS)
 def test_a_file_of_another_sampler_is_read_as_ddim_from_config_reads_it(name, copy):
-    """As that sampler saves it, and with settings added or left out."""
+    """Files as the other sampler saves them, with settings added or left out."""
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     getattr(diffusers, name).from_config(betas).save_pretrained(copy / "scheduler")
     index = json.loads((copy / "model_index.json").read_text())

@@ -1,4 +1,4 @@
-"""What is read off a compiled program, and off the one it was compiled from."""
+"""Figures read from a compiled program, and from the program before compilation."""
 
 import jax
 import jax.numpy as jnp
@@ -73,7 +73,7 @@ def test_collectives_of_this_machines_compiler():
     assert hlo.collectives(text, 8) == [Collective("all-reduce", 8, 1, 128)]
 
 
-def test_loops_count_as_often_as_they_turn():
+def test_loops_count_once_per_iteration():
     def function(x, w):
         x = jax.lax.scan(lambda c, _: (c @ w, None), x, None, length=9)[0]
         return jax.lax.platform_dependent(
@@ -83,12 +83,12 @@ def test_loops_count_as_often_as_they_turn():
     shape = jax.ShapeDtypeStruct((8, 8), jnp.float32)
     jaxpr = jax.jit(function).trace(shape, shape).jaxpr.jaxpr
     assert hlo.loop_factor(jaxpr, "tpu") == pytest.approx((9 + 1) / (1 + 1))
-    # Row by row: each turn does an eighth of the product.
+    # Row by row: each iteration computes an eighth of the product.
     assert hlo.loop_factor(jaxpr, "cpu") == pytest.approx((9 + 1) / (1 + 1 / 8))
 
 
 def test_what_kernels_compute_is_counted_where_they_do_not_say(monkeypatch):
-    """The gradient of the TPU's attention: seven products of what is attended to."""
+    """The gradient of the TPU's attention kernel: seven matrix products."""
     shape = (4, 2048, 2, 40)
     x = jax.ShapeDtypeStruct(shape, jnp.bfloat16)
 

@@ -1,4 +1,4 @@
-"""Buckets: a file system of fsspec's in memory stands in for one."""
+"""Buckets, imitated by fsspec's in-memory file system."""
 
 import fsspec
 import pytest
@@ -11,7 +11,7 @@ URL = "memory://bucket/run"
 
 @pytest.fixture(autouse=True)
 def empty(tmp_path, monkeypatch):
-    """An empty bucket, and nothing of it here."""
+    """An empty bucket, and an empty local mirror."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(buckets, "_mirrors", {})
     files = fsspec.filesystem("memory")
@@ -21,11 +21,11 @@ def empty(tmp_path, monkeypatch):
 
 
 def forget(monkeypatch) -> None:
-    """What another command would see."""
+    """Resets the state that a new process would not have."""
     monkeypatch.setattr(buckets, "_mirrors", {})
 
 
-def test_paths_of_this_machine_stay(tmp_path):
+def test_local_paths_are_unchanged(tmp_path):
     assert buckets.local(tmp_path) == tmp_path
     assert buckets.local("~/x").is_absolute()
     assert not buckets.is_bucket("a/b")
@@ -33,7 +33,7 @@ def test_paths_of_this_machine_stay(tmp_path):
     assert buckets.is_bucket("gs://bucket/x")
 
 
-def test_what_is_written_is_sent_and_what_is_there_fetched(empty, tmp_path, monkeypatch):
+def test_files_are_uploaded_and_downloaded(empty, tmp_path, monkeypatch):
     with buckets.keeping():
         here = buckets.local(URL)
         assert not here.exists()
@@ -57,7 +57,7 @@ def test_what_is_written_is_sent_and_what_is_there_fetched(empty, tmp_path, monk
     assert (here / "c.txt").read_text() == "three"
 
 
-def test_nothing_is_fetched_or_sent_twice(empty, monkeypatch):
+def test_nothing_is_transferred_twice(empty, monkeypatch):
     empty.pipe("/bucket/run/a.txt", b"one")
     asked = []
 
@@ -81,7 +81,7 @@ def test_nothing_is_fetched_or_sent_twice(empty, monkeypatch):
         assert asked == expected
 
 
-def test_what_is_removed_is_removed_on_the_other_side(empty, monkeypatch):
+def test_deletions_are_mirrored(empty, monkeypatch):
     empty.pipe({"/bucket/run/a.txt": b"one", "/bucket/run/b.txt": b"two"})
     with buckets.keeping():
         here = buckets.local(URL)
@@ -97,7 +97,7 @@ def test_a_single_file(empty):
     assert buckets.local("memory://bucket/photo.jpg").read_bytes() == b"picture"
 
 
-def test_what_a_killed_command_left_is_sent_by_the_next(empty, monkeypatch):
+def test_files_of_a_killed_command_are_uploaded_by_the_next(empty, monkeypatch):
     here = buckets.local(URL)
     here.mkdir(parents=True)
     (here / "a.txt").write_text("late")
@@ -107,7 +107,7 @@ def test_what_a_killed_command_left_is_sent_by_the_next(empty, monkeypatch):
     assert empty.cat("/bucket/run/a.txt") == b"late"
 
 
-def test_what_changed_on_both_sides_is_kept_beside(empty, monkeypatch, capsys):
+def test_conflicting_changes_are_both_kept(empty, monkeypatch, capsys):
     empty.pipe("/bucket/run/a.txt", b"one")
     here = buckets.local(URL)
     (here / "a.txt").write_text("ours, unsent")
@@ -118,7 +118,7 @@ def test_what_changed_on_both_sides_is_kept_beside(empty, monkeypatch, capsys):
     assert "changed there and here" in capsys.readouterr().out
 
 
-def test_it_is_sent_while_a_command_runs_and_after_it_fails(empty, monkeypatch):
+def test_uploads_while_a_command_runs_and_after_it_fails(empty, monkeypatch):
     monkeypatch.setattr(buckets, "EVERY", 0.05)
 
     def fail():
@@ -139,7 +139,7 @@ def test_it_is_sent_while_a_command_runs_and_after_it_fails(empty, monkeypatch):
     assert empty.cat("/bucket/run/b.txt") == b"two"
 
 
-def test_errors_in_a_line(empty, monkeypatch):
+def test_errors_are_one_line(empty, monkeypatch):
     with pytest.raises(UserError, match="nosuchkind://x: Protocol not known"):
         buckets.local("nosuchkind://x")
 
@@ -170,7 +170,7 @@ def test_a_path_within_a_mirror_is_the_mirrors(empty, capsys):
         here = buckets.local(URL)
         assert buckets.local(f"{URL}/example/1.png") == here / "example/1.png"
         assert (here / "example/1.png").read_bytes() == b"picture"
-    with buckets.keeping():  # the other way round, each has its own list
+    with buckets.keeping():  # in the other order, each has its own list
         buckets.local(f"{URL}/example/1.png")
         buckets.local(URL)
     assert "changed" not in capsys.readouterr().out

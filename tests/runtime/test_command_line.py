@@ -199,7 +199,7 @@ def test_another_run_in_the_workdir_is_refused(tmp_path):
 
 
 def refuse(message: str, capsys, *flags: str) -> list[str]:
-    """What a command that refuses prints."""
+    """Returns the output of a command that fails with a user error."""
 
     def main(arguments):
         raise UserError(message, [f"tensor {i}" for i in range(1000)])
@@ -211,7 +211,7 @@ def refuse(message: str, capsys, *flags: str) -> list[str]:
 
 
 @pytest.mark.parametrize("length", [20, 470, 490, 35000])
-def test_errors_are_short_and_all_of_them_is_to_be_had(capsys, length):
+def test_errors_are_short_and_verbose_shows_all(capsys, length):
     (line,) = refuse("x" * length, capsys)
     assert len(line) < 500
     assert line.endswith("(--verbose: all of it)")
@@ -220,7 +220,7 @@ def test_errors_are_short_and_all_of_them_is_to_be_had(capsys, length):
     assert details == [f"  tensor {i}" for i in range(1000)]
 
 
-def test_names_are_listed_as_far_as_they_go():
+def test_long_lists_of_names_are_shortened():
     assert listed(["a", "b"]) == "a, b"
     assert listed([str(i) for i in range(1000)], 12) == "0, 1, 2, 3 and 996 more"
     assert len(listed(["x" * 10**6] * 2)) < 150

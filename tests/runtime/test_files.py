@@ -1,4 +1,4 @@
-"""Whole files and folders, checksums, locks: what a place allows, and what is written there."""
+"""Atomic writes of files and folders, permissions, checksums and locks."""
 
 import errno
 import os
@@ -30,7 +30,7 @@ def test_a_file_that_fails_half_way_leaves_the_one_before(tmp_path):
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
 def test_files_are_as_readable_as_the_umask_says(tmp_path, umask):
-    """Also where a library makes them for its owner alone."""
+    """Also if a library creates files that only the owner can read."""
     before = os.umask(umask)
     try:
         with files.whole_folder(tmp_path / "folder") as folder, files.whole_file(folder / "a") as a:
@@ -54,7 +54,7 @@ def test_a_folder_gets_its_name_when_it_is_whole(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../../x", "/etc/x", "a/b", "a\0b"])
-def test_names_are_names(tmp_path, name):
+def test_only_plain_names_are_accepted(tmp_path, name):
     with pytest.raises(UserError, match=r"--person .*: expected a name"):
         files.name_below(tmp_path, name, "--person")
     assert files.name_below(tmp_path, "ann [2]", "--person") == tmp_path / "ann [2]"
@@ -64,7 +64,7 @@ def test_checksums_name_what_changed(tmp_path):
     (tmp_path / "b").mkdir()
     for name in ("a", "b/c", "b/d"):
         (tmp_path / name).write_bytes(np.random.default_rng(0).bytes(1000))
-    assert checksums.fault(tmp_path) is None  # none kept
+    assert checksums.fault(tmp_path) is None  # no checksums yet
     checksums.write(tmp_path)
     assert checksums.fault(tmp_path) is None
     (tmp_path / "b/c").write_bytes(b"other")
@@ -81,7 +81,7 @@ def test_checksums_name_what_changed(tmp_path):
     assert checksums.fault(tmp_path) == "checksums.json cannot be read"
     (tmp_path / checksums.NAME).write_text('{"xxh3_128": {"../x": "00"}}')
     assert checksums.fault(tmp_path) == "checksums.json cannot be read"
-    (tmp_path / checksums.NAME).write_text('{"sha256": {}}')  # another program's
+    (tmp_path / checksums.NAME).write_text('{"sha256": {}}')  # checksums of another program
     assert checksums.fault(tmp_path) is None
 
 
@@ -98,7 +98,7 @@ def test_a_place_that_cannot_be_written_is_read_without_a_lock(tmp_path, monkeyp
 
 
 @pytest.mark.parametrize("number", files.DISK)
-def test_what_a_place_does_not_allow_is_a_line(number, capsys):
+def test_errors_of_the_disk_are_one_line(number, capsys):
     def main(arguments):
         raise OSError(number, os.strerror(number), "/data/x")
 
@@ -121,7 +121,7 @@ def test_a_librarys_own_error_of_a_full_disk_is_a_line(capsys):
     assert capsys.readouterr().err.startswith("error: No space left on device (RuntimeError)")
 
 
-def test_pipes_and_folders_are_no_files(tmp_path):
+def test_pipes_and_folders_are_refused_as_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     (tmp_path / "folder.json").mkdir()
     for name in ("pipe.json", "folder.json"):

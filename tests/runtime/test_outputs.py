@@ -1,4 +1,4 @@
-"""Places for results are tried first, and files get their names when they are whole."""
+"""Output folders are tested before the work starts, and files are written atomically."""
 
 import errno
 import os

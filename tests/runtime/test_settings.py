@@ -1,4 +1,4 @@
-"""Ranges of settings and flags: what is refused, in which words, wherever it comes from."""
+"""Ranges of settings and flags: the same values are refused, in the same words, everywhere."""
 
 import argparse
 import json
@@ -25,7 +25,7 @@ def test_every_config_is_within_its_ranges(name, preset, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["tiny", "lfw"])
-def test_bases_are_within_their_ranges_and_no_runs(preset, tmp_path):
+def test_configs_of_bases_are_within_their_ranges_and_are_not_runs(preset, tmp_path):
     config = config_of("base", preset)
     settings.check(config, "base")
     write_run_files(tmp_path, config)
@@ -57,7 +57,7 @@ def test_bases_are_within_their_ranges_and_no_runs(preset, tmp_path):
         ("sampling.guidance", "nan", "a number from 0 to 1000"),
     ],
 )
-def test_what_cannot_be_is_refused_when_it_is_parsed(key, value, expected):
+def test_invalid_values_are_refused_when_parsed(key, value, expected):
     file = ROOT / "configs/sa.py"
     with pytest.raises(UserError) as error:
         load_config(str(file), [f"--config.{key}={value}"])
@@ -69,7 +69,7 @@ def test_what_cannot_be_is_refused_when_it_is_parsed(key, value, expected):
     ("key", "value"),
     [("lora.alpha", -4.0), ("lora.rank", 0), ("people.at_once", -1), ("prior.weight", -1.0)],
 )
-def test_the_same_of_peoples_own_weights(key, value):
+def test_invalid_values_of_per_person_configs(key, value):
     with pytest.raises(UserError, match=f"{key}={value}: expected"):
         load_config(str(ROOT / "configs/lora.py"), [f"--config.{key}={value}"])
 

@@ -47,11 +47,11 @@ def saved(workdir):
 
 
 def board(workdir):
-    """{step: loss} as TensorBoard shows it: a restart drops what was written beyond it."""
+    """Returns {step: loss} as TensorBoard shows it: a restart discards later entries."""
     values = {}
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime):
         data = path.read_bytes()
-        while data:  # a TFRecord: length, its checksum, the event, its checksum
+        while data:  # TFRecord: length, its checksum, event, its checksum
             size = int.from_bytes(data[:8], "little")
             event = event_pb2.Event.FromString(data[12 : 12 + size])
             data = data[16 + size :]
@@ -109,7 +109,7 @@ def test_two_processes_of_four_devices_equal_one_of_eight(tmp_path):
         assert a["step"] == b["step"]
         np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-5)
         np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-4)
-    # What two processes saved, one goes on from.
+    # One process resumes from the checkpoint of two.
     state = toy.train(tmp_path / "two", steps=6, fsdp=4)
     alone = toy.train(tmp_path / "one", steps=6)
     for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(alone), strict=True):
@@ -133,7 +133,7 @@ def test_sigterm_saves_and_exits(tmp_path, processes):
     log = tmp_path / "metrics.jsonl"
     while not (log.exists() and log.read_text().count("\n") > 5) and time.monotonic() < deadline:
         time.sleep(0.05)
-    started[-1].send_signal(signal.SIGTERM)  # one is told, all stop
+    started[-1].send_signal(signal.SIGTERM)  # one gets the signal, all stop
     results = [finish(process, 60) for process in started]
     assert [code for code, _, _ in results] == [143] * processes, results
     step = lines(tmp_path)[-1]["step"]
@@ -149,7 +149,7 @@ def test_not_a_number_stops_at_the_step_and_is_not_saved(tmp_path):
 
 
 def fit(workdir, *, rate=1e-2, frozen=None, steps=6):
-    """save_every=1; at another learning rate, or with other frozen weights."""
+    """Trains with save_every=1, another learning rate or other frozen weights."""
     mesh, towers = toy.make_mesh(), frozen or toy.frozen()
     optimizer = toy.make_optimizer(toy.config(learning_rate=rate, warmup_steps=0))
     return toy.fit(
@@ -171,13 +171,13 @@ def test_a_poisoned_state_is_not_saved_and_the_remedy_works(tmp_path, rate):
 
 
 def test_a_checkpoint_that_the_next_step_fails_from_is_set_aside(tmp_path, capfd):
-    """Two steps back, as far as there are checkpoints."""
+    """Falls back two steps, as far as there are checkpoints."""
     fit(tmp_path, steps=1)
     with Checkpoints(tmp_path / "checkpoints", 9) as checkpoints:
         state = checkpoints.restore(toy.init_state(
             toy.params(), toy.make_optimizer(toy.config()), toy.make_mesh()
         ))  # fmt: skip
-        # Finite numbers, within float16, from which the loss is not.
+        # Finite numbers within float16 that give a loss that is not finite.
         scale = jax.numpy.full_like(state.params["out"]["scale"], 6e4)
         kernel = jax.numpy.full_like(state.params["out"]["kernel"], 6e4)
         bad = state.replace(params=state.params | {"out": {"kernel": kernel, "scale": scale}})
@@ -187,7 +187,7 @@ def test_a_checkpoint_that_the_next_step_fails_from_is_set_aside(tmp_path, capfd
         with pytest.raises(UserError, match=f"step {step + 1}: grad_norm is inf"):
             fit(tmp_path)
         assert (
-            f"checkpoints/{step}: the step from it is not finite; moved" in capfd.readouterr().err
+            f"checkpoints/{step}: the step after it is not finite; moved" in capfd.readouterr().err
         )
     assert int(fit(tmp_path).step) == 6
 
@@ -208,7 +208,7 @@ def test_a_second_run_on_the_same_workdir_is_refused(tmp_path):
     finally:
         first.kill()
         finish(first)
-    toy.train(tmp_path, steps=4)  # the lock went with the process
+    toy.train(tmp_path, steps=4)  # the lock ended with the process
 
 
 def test_callbacks_and_windows(tmp_path):
@@ -237,7 +237,7 @@ def test_callbacks_and_windows(tmp_path):
     each = [line["loss"] for line in lines(tmp_path / "each")]
     for line, window in zip(lines(tmp_path), (each[:4], each[4:8], each[8:]), strict=True):
         np.testing.assert_allclose(line["loss"], np.mean(window), rtol=1e-6)
-    # The finished run, started again, only does what comes at the end.
+    # A finished run, started again, calls only the last callbacks.
     called.clear()
     state = toy.init_state(toy.params(), optimizer, mesh)
     toy.fit(state, *arguments, **options, callbacks=callbacks)

@@ -121,12 +121,12 @@ def test_muon_orthogonalises_kernels_and_leaves_the_rest_to_nadam():
     rest, _ = nadam.update(grads, nadam.init(weights), weights)
     np.testing.assert_allclose(step["table"]["embedding"], rest["table"]["embedding"], rtol=1e-5)
     np.testing.assert_allclose(step["conv"]["bias"], rest["conv"]["bias"], rtol=1e-5)
-    # The first step follows the nearest matrix with orthogonal rows (Newton and Schulz's: about).
+    # The first step follows the nearest matrix with orthogonal rows (approximate by Newton-Schulz).
     rows, _, columns = np.linalg.svd(grads["conv"]["kernel"].reshape(72, 16), full_matrices=False)
     nearest = -1e-2 * 0.6 * np.sqrt(72) * rows @ columns
-    found = np.asarray(step["conv"]["kernel"]).reshape(72, 16)
-    np.testing.assert_allclose(np.sqrt((found**2).mean()), 1e-2 * 0.6, rtol=0.2)
-    assert (found * nearest).sum() / np.linalg.norm(found) / np.linalg.norm(nearest) > 0.97
+    update = np.asarray(step["conv"]["kernel"]).reshape(72, 16)
+    np.testing.assert_allclose(np.sqrt((update**2).mean()), 1e-2 * 0.6, rtol=0.2)
+    assert (update * nearest).sum() / np.linalg.norm(update) / np.linalg.norm(nearest) > 0.97
 
 
 def test_ema_follows_with_a_corrected_decay():

@@ -1,6 +1,6 @@
-"""A small regression with noise, to be trained by the tests, here or as a program of its own.
+"""A small regression with noise, trained by the tests in their process or in another.
 
-python toy.py WORKDIR '{"steps": 20, …}' trains it; the last line printed says how it ended.
+python toy.py WORKDIR '{"steps": 20, …}' trains it; the last line printed reports the outcome.
 """
 
 import json
@@ -49,7 +49,7 @@ def frozen():
 
 
 def loss_fn(params, frozen, batch, step):
-    """Mean over the examples; each draws its own noise from (step, index)."""
+    """Returns the mean loss; each example draws its own noise from (step, index)."""
 
     def noise(index):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(0), step), index)
@@ -64,7 +64,7 @@ def loss_fn(params, frozen, batch, step):
 
 
 def batch(step, process=0, processes=1):
-    """The step's batch, or the part p::P of it that a process loads."""
+    """Returns the step's batch, or the part p::P of it that a process loads."""
     random = np.random.default_rng([7, step])
     x = random.normal(size=(BATCH, 8)).astype(np.float32)
     y = np.sin(x[:, :4])
