@@ -34,10 +34,11 @@ from persona_jax.evaluation.evaluators import EvaluationResult, Evaluator, Subje
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
-from persona_jax.pipelines.pipeline import open_pipeline
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, files, outside, settings
 from persona_jax.runtime.command_line import load_config, run_with_arguments
+from persona_jax.runtime.run_folder import config_difference
 from persona_jax.runtime.settings import number
 
 ADAPTERS = ("ip", "max", "avg", "sa", "avg_mlp")
@@ -49,6 +50,8 @@ DOUBLINGS = 3
 number of steps."""
 SHOWN = 8
 """Number of people on the grid."""
+WITHOUT_EFFECT = ("data.data_dir:", "log_every:", "save_every:", "grid.", "grid_every:", "mesh.")
+"""Settings that change no result."""
 CHOOSERS = {"adapter": 32, "personal": 8}
 """Number of validation people for choices. Per-person fine-tuning must train each of them."""
 
@@ -109,7 +112,7 @@ def main(arguments: argparse.Namespace) -> None:
         evaluators.choose_subjects(evaluator, photos, groups.test, people, data, evaluators.AGAIN),
         evaluators.choose_subjects(evaluator, photos, groups.validation, CHOOSERS["adapter"], data),
     )
-    _same_settings(out, arguments)
+    _same_settings(out, people, configs)
     rows: dict[str, list[EvaluationResult]] = {}
     for name, config in configs.items():
         # Per-person fine-tuning has a training for each person: one seed is enough.
@@ -124,11 +127,11 @@ def main(arguments: argparse.Namespace) -> None:
             together = _control(world, "ip", configs["ip"], seed, "every", side_by_side=True)
             rows.setdefault("ip, all photos side by side", []).append(together)
     rows["text alone"] = [_control(world, "sa", data, 0, "text", see=lambda seen: None)]
-    size = open_pipeline(data).image_size
-    first, real = evaluators.real_photos(evaluator, photos, world.test, size, data.data.crop)
+    base, crop = open_pipeline(data), data.data.crop
+    first, real = evaluators.real_photos(evaluator, photos, world.test, base.image_size, crop)
     rows |= {"real photos": [first]}
-    rows |= {"real photos through the VAE": [_through_the_vae(world, data)]}
-    images.save_sheet(_grid(world, arguments.methods, data.data.crop), out / "grid.png")
+    rows |= {"real photos through the VAE": [_through_the_vae(world, base, crop)]}
+    images.save_sheet(_grid(world, arguments.methods, crop), out / "grid.png")
     caption = (
         f"{people} people, {arguments.seeds} trainings of each adapter; evaluator: {evaluator.name}"
     )
@@ -347,10 +350,10 @@ def _evaluate(
     return world.evaluator.pictures(subjects, np.load(file))
 
 
-def _through_the_vae(world: World, config: ConfigDict) -> EvaluationResult:
+def _through_the_vae(world: World, base: Pipeline, crop: float) -> EvaluationResult:
     """Evaluates the held-out photos after encoding and decoding by the base's VAE."""
-    base, rows = open_pipeline(config), world.test.held_out
-    real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, config.data.crop)
+    rows = world.test.held_out
+    real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, crop)
     restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
     parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)
@@ -385,25 +388,35 @@ def _remembered(file: Path, measure: Callable[[], dict]) -> dict:
     return json.loads(file.read_text())
 
 
-def _same_settings(out: Path, arguments: argparse.Namespace) -> None:
-    """Raises UserError for the folder of another comparison, whose cached images do not apply."""
-    file = out / "settings.json"
-    # Other values of these flags add files but do not invalidate cached ones.
-    free = ("out", "methods", "seeds", "fid", "inception", "inception_sha256")
-    settings = {name: value for name, value in vars(arguments).items() if name not in free}
-    try:
+def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) -> None:
+    """Raises UserError for the folder of another comparison, whose cached images do not apply.
+
+    It is another one if a config has other settings, or if the number of test people differs. Other
+    methods and seeds add files but do not invalidate cached ones.
+    """
+    file, before = out / "settings.json", {}
+    with contextlib.suppress(FileNotFoundError):
         before = outside.read_json(file)
-    except FileNotFoundError:
-        before = settings
-    if before != settings:
+    known = before.get("configs", {})
+    if not isinstance(known, dict):
+        raise UserError(f"--out {out}: of an earlier version of compare; choose another folder")
+    changes = [f"people: {before.get('people')}, now {people}"] * (
+        bool(before) and before.get("people") != people
+    )
+    for name in configs.keys() & known.keys():
+        lines = config_difference(ConfigDict(known[name]), configs[name])
+        changes += [f"{name}: {line}" for line in lines if not line.startswith(WITHOUT_EFFECT)]
+    if changes:
         raise UserError(
-            f"--out {out} holds a comparison with other settings ({before!s:.300}); choose "
-            "another folder"
+            f"--out {out} holds a comparison with other settings "
+            f"({'; '.join(sorted(changes)):.300}); choose another folder"
         )
+    contents = {name: json.loads(config.to_json()) for name, config in configs.items()}
     try:
         out.mkdir(parents=True, exist_ok=True)
         with files.whole_file(file) as part:
-            part.write_text(json.dumps(settings) + "\n")
+            settings = {"people": people, "configs": known | contents}
+            part.write_text(json.dumps(settings, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--out {out}: {error.strerror}; choose another") from error
 

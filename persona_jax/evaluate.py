@@ -17,7 +17,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 from PIL import Image
 
 from persona_jax.data import images
@@ -48,14 +47,16 @@ def main(arguments: argparse.Namespace) -> None:
     config = read_run(workdir)
     out = outputs.try_folder(workdir / "evaluation", "--workdir", r".*\.(svg|json|md|html|png)")
     photos, groups = open_dataset(config.data)
-    group = known_to(config, workdir, getattr(groups, arguments.group))
+    group = known_to(config.method, workdir, getattr(groups, arguments.group))
     people = evaluators.how_many(arguments.people, group)
+    run = finished_run.open_run(workdir)
     evaluator = builder.build_evaluator(config, photos, people, arguments)
     subjects = evaluators.choose_subjects(
         evaluator, photos, group, people, config, evaluators.AGAIN
     )
-    counts = counted(arguments.references, subjects, config)
-    run = finished_run.open_run(workdir)
+    counts = [subjects.references.shape[1]]
+    if not run.personal:
+        counts = counted(arguments.references, counts[0])
     settings = run.sampling_settings(
         steps=arguments.steps, guidance=arguments.guidance, scale=arguments.scale
     )
@@ -87,27 +88,24 @@ def from_(count: int) -> str:
     return f"from {count}"
 
 
-def known_to(config: ConfigDict, workdir: Path, group: Sequence[str]) -> list[str]:
+def known_to(method: str, workdir: Path, group: Sequence[str]) -> list[str]:
     """The people of a group that a run can generate: all, or those with fine-tuned weights."""
-    if config.method not in finetuning.METHODS:
+    if method not in finetuning.METHODS:
         return list(group)
     finished = {path.parent.name for path in workdir.glob("people/*/person.json")}
     return [name for name in group if name in finished]
 
 
-def counted(wanted: Sequence[int], subjects: Subjects, config: ConfigDict) -> list[int]:
-    """The numbers of reference photos to generate from, sorted.
+def counted(wanted: Sequence[int], most: int) -> list[int]:
+    """The numbers of reference photos to generate from, sorted; `most` is how many there are.
 
     Raises:
       UserError: a number is below one, or above the number of references.
     """
-    most = subjects.references.shape[1]
-    if config.method in finetuning.METHODS:
-        return [most]
     if min(wanted) < 1 or max(wanted) > most:
         raise UserError(
             f"--references {' '.join(map(str, wanted))}: 1 to {most}, as "
-            f"config.references.n={config.references.n} and one is held out"
+            f"config.references.n={most + 1} and one is held out"
         )
     return sorted(set(wanted))
 

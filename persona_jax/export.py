@@ -83,8 +83,6 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         raise UserError(f"--format ip-adapter: {workdir} is a run of {method or 'a base'}")
     run = finished_run.open_run(workdir, weights=arguments.weights)
     trained = read_fingerprint(workdir / "checkpoints")
-    same_base(workdir, trained.get("unet"), run.pipeline.unet.hash)
-    same_base(workdir, trained.get("eye"), run.encoder.hash, "image encoder")
     config, dtype = run.pipeline.unet.module.config, DTYPES[arguments.dtype]
     learnt = run.adapter
     save_ip_adapter(learnt.params, config, folder / "ip_adapter.safetensors", dtype)
@@ -201,21 +199,7 @@ def open_finetuned(
     about = folders.read_json(
         finetuning_loop.person_folder(workdir, arguments.person) / "person.json"
     )
-    same_base(workdir, about.get("unet"), run.pipeline.unet.hash)
     return run, about, towers
-
-
-def same_base(workdir: Path, trained: str | None, now: str, what: str = "base") -> None:
-    """Raises an error if the base is not the one that was trained on.
-
-    Raises:
-      UserError: the hashes differ; both are named.
-    """
-    if trained != now:
-        raise UserError(
-            f"{workdir}: this run was trained on a {what} of hash {trained or 'unknown'}; the one "
-            f"at its path now has hash {now}; restore the original"
-        )
 
 
 def parser() -> argparse.ArgumentParser:

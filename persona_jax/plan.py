@@ -101,7 +101,7 @@ def plan(arguments: argparse.Namespace, machine: Machine, batch: int) -> Compile
     config.batch_size = batch * len(machine.devices)
     mesh = make_mesh(**config.mesh, devices=machine.devices)
     program = abstract.sampler if arguments.sampler else abstract.training_step
-    function, shapes = program(config, mesh, dtype_on(config, device.platform))
+    function, shapes = program(config, mesh, dtype_on(config.dtype, device.platform))
     say = f"for {machine.name}, {batch} a chip"
     key, find = compiled.lower(function, shapes, device, len(machine.devices), say)
     folder = buckets.local(arguments.cache or buckets.local(config.data.data_dir) / "plans")
@@ -163,7 +163,7 @@ def page(
     what = f"sampler of {config.sampling.steps} steps" if arguments.sampler else "training step"
     unit = "pictures" if arguments.sampler else "examples"
     mesh = make_mesh(**config.mesh, devices=machine.devices).shape
-    dtype = jax.numpy.dtype(dtype_on(config, machine.devices[0].platform))
+    dtype = jax.numpy.dtype(dtype_on(config.dtype, machine.devices[0].platform))
     lines = [
         f"{what}, {machine.name}: {count} devices, mesh data={mesh['data']} fsdp={mesh['fsdp']}, "
         f"{batch * count} {unit} ({batch} a chip), {dtype}"

@@ -32,13 +32,14 @@ from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
 from persona_jax.methods import adapter_training
 from persona_jax.metrics.intervals import bootstrap
+from persona_jax.models import aggregators
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.pipelines import pipeline
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.runtime import buckets
 from persona_jax.runtime.command_line import run_with_config
 
-KINDS = ("first", "max", "avg", "self_attention")
+KINDS = tuple(name for name, kind in aggregators.KINDS.items() if kind.probed)
 SIZES = (1, 3, 9)
 STEPS, BATCH, RATE, WEIGHT_DECAY = 800, 128, 1e-3, 1.0
 """With a weight decay of 0.01, and more so with more steps, self-attention begins to know the

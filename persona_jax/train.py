@@ -54,7 +54,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         write_run_files(workdir, config)
 
     photos, people = open_dataset(config.data)
-    pipeline = open_pipeline(config)
+    pipeline = open_pipeline(config, mesh)
     encoder = open_image_encoder(config, pipeline)
 
     def batches_from(start: int):
@@ -148,23 +148,22 @@ def grid_drawer(
     prompts = [photos.captions[rows_of_one[-1]] for rows_of_one in rows]
     ids, _ = pipeline.tokenize([p for p in prompts for _ in range(grid.samples)])
     empty, _ = pipeline.tokenize([""])
-    request = generation.Request(
-        keys=generation.picture_keys(config.seed, len(ids)),
-        ids=jnp.asarray(ids),
-        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
-        references=(
+    request = generation.make_request(
+        generation.picture_keys(config.seed, len(ids)),
+        ids,
+        empty,
+        references=[
             generation.References(
                 jnp.repeat(embeddings, grid.samples, axis=0),
                 jnp.repeat(weights, grid.samples, axis=0),
                 config.sampling.scale,
-            ),
-        ),
+            )
+        ],
         guidance=config.sampling.guidance,
         eta=config.sampling.eta,
     )
     sampler = generation.make_sampler(pipeline, steps=config.sampling.steps)
     aggregator = adapter_training.make_aggregator(config.aggregator)
-    frozen = generation.sampler_params(pipeline)
     size, crop = pipeline.image_size, config.data.crop
 
     def square(photo) -> np.ndarray:
@@ -173,6 +172,7 @@ def grid_drawer(
     def draw(step: int, state) -> None:
         params = to_host(state.params if state.ema is None else state.ema)
         learnt = Adapter(aggregator, params, encoder.blank)
+        frozen = generation.sampler_params(pipeline)
         pixels = np.asarray(sampler(frozen, (learnt,), request))
         try:
             generation.refuse_not_finite(pixels, frozen, (learnt,), request)

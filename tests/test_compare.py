@@ -95,6 +95,24 @@ def test_a_comparison_from_training_to_table(methods, small_configs, tmp_path, m
     with pytest.raises(SystemExit):
         run_compare(*flags, "--steps", "9")
     assert "holds a comparison with other settings" in capsys.readouterr().err
+    # Nor are pictures of configs that have been edited since taken for theirs.
+    settings = small_configs / "ip/config.json"
+    before = settings.read_text()
+    settings.write_text(json.dumps(json.loads(before) | {"batch_size": 4, "log_every": 7}))
+    with pytest.raises(SystemExit):
+        run_compare(*flags)
+    settings.write_text(before)
+    error = capsys.readouterr().err
+    assert "other settings (ip: batch_size: 8, now 4); choose another folder" in error
+    settings = small_configs / "base/pipeline/unet/config.json"
+    before = settings.read_text()
+    settings.write_text(before + "\n")  # another base, in the place of the first
+    try:
+        with pytest.raises(SystemExit):
+            run_compare(*flags)
+    finally:
+        settings.write_text(before)
+    assert "now has hash" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -234,6 +234,27 @@ def test_the_example_of_an_aggregator():
     np.testing.assert_array_equal(aggregate, [x[0, :2].min(axis=0), np.zeros(4)])
 
 
+def test_one_entry_makes_an_aggregator_known_everywhere(monkeypatch):
+    """CONTRIBUTING's second block; taken out again."""
+    (entry,) = (code for code in examples("CONTRIBUTING.md") if code.startswith("KINDS["))
+    monkeypatch.setattr(aggregators, "KINDS", dict(aggregators.KINDS))
+    names = vars(aggregators) | {"minimum": example("minimum", aggregators)}
+    exec(compile(entry, "CONTRIBUTING.md", "exec"), names)
+    built = aggregators.build("min", {})
+    x = np.random.default_rng(0).normal(size=(1, 3, 4)).astype(np.float32)
+    found = built.apply({}, jnp.asarray(x), jnp.ones((1, 3)))
+    np.testing.assert_array_equal(found, x.min(axis=1))
+
+
+def test_the_reference_lists_the_kinds_of_aggregators():
+    text = (ROOT / "docs/reference/configuration.md").read_text()
+    (row,) = (line for line in text.splitlines() if line.startswith("| `aggregator.kind` "))
+    assert re.findall(r"`(\w+)`", row.split("|")[2]) == list(aggregators.KINDS)
+    design = (ROOT / "docs/design.md").read_text()
+    table = design[design.index("| `aggregator.kind` |") :].split("\n\n")[0]
+    assert all(f"| `{kind}` |" in table for kind in aggregators.KINDS)
+
+
 def test_the_example_of_an_image_encoder():
     encoder = example("_colours_encoder", image_encoders)(0.6)
     embedding = encoder.encode([Image.new("RGB", (40, 30), (0, 255, 51))])

@@ -293,13 +293,10 @@ def test_a_step_is_the_same_on_every_mesh(world):
         make_optimizer(config.optimizer),
         adapter_training.adapter_frozen_params(parts),
     )
-    rules = [("image_proj.proj.kernel", jax.sharding.PartitionSpec(None, "fsdp"))]
 
     def after_one_step(mesh):
-        state = init_state(
-            adapter_training.init_adapter(config, parts, 16), optimizer, mesh, rules=rules
-        )
-        step = make_step(adapter_training.adapter_loss(config, parts), optimizer, mesh, rules=rules)
+        state = init_state(adapter_training.init_adapter(config, parts, 16), optimizer, mesh)
+        step = make_step(adapter_training.adapter_loss(config, parts), optimizer, mesh)
         on_mesh = place(frozen, shard_params(mesh, frozen))
         if mesh.size == 1:
             placed = jax.device_put(batch, mesh.devices.flat[0])

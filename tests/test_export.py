@@ -327,4 +327,4 @@ def test_another_base_is_refused(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         run_export(tmp_path, "avg", tmp_path / "out", "--format", "ip-adapter")
     assert stop.value.code == 2
-    assert "trained on a base of hash" in capsys.readouterr().err
+    assert f"the base at {other} now has hash" in capsys.readouterr().err

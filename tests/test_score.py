@@ -59,7 +59,9 @@ def test_figures_are_those_of_the_features(world, tmp_path, capsys):
     network = networks.from_trait_classifier(
         trait_classifier.load_trait_classifier(world / "base/reader")
     )
-    one, other = (score.run_network(world / name, network) for name in ("painted", "real"))
+    one, other = (
+        score.run_networks(world / name, {"": network})[""] for name in ("painted", "real")
+    )
     assert one.features.shape == (24, 256)
     moments = [distributions.moments(output.features) for output in (one, other)]
     kid, _ = distributions.kernel_distance(one.features, other.features, seed=0)

@@ -17,6 +17,7 @@ from persona_jax.models import lora
 from persona_jax.models.adapter import Adapter
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.image_encoders import ImageEncoder
+from persona_jax.pipelines.pipeline import require_trained_on
 from persona_jax.runs import finished_run
 from persona_jax.runs.finished_run import SamplingSettings
 from persona_jax.runtime import buckets, finite
@@ -147,19 +148,12 @@ def _open_run(
         raise UserError(f"{workdir} is a run of {method}: open a person of it with load_person")
     if method is None:
         raise UserError(f"{workdir} is a run of pretrain; its pipeline is {workdir}/pipeline")
-    trained = read_fingerprint(workdir / "checkpoints")
-    _refuse_another_base(workdir, config.pipeline, trained.get("unet"), pipe)
+    trained = read_fingerprint(workdir / "checkpoints").get("unet")
+    require_trained_on(workdir, pipe.source, pipe.hash, trained)
     parts = pipe.parts
     if config.image_encoder.kind == "clip":
         parts = pipe.with_image_encoder(config.image_encoder.path)
-    run = finished_run.open_run(workdir, crop, weights, parts)
-    known = trained.get("eye")
-    if crop is None and run.encoder is not None and known not in (None, run.encoder.hash):
-        raise UserError(
-            f"{workdir}: it was trained with an image encoder of hash {known:.60}, and this one "
-            f"has {run.encoder.hash:.60}; restore the original"
-        )
-    return run
+    return finished_run.open_run(workdir, crop, weights, parts)
 
 
 def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
@@ -180,8 +174,6 @@ def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
     if config.get("method") not in finetuning.METHODS:
         raise UserError(f"{workdir} is not a run of dreambooth or lora; open it with load_adapter")
     towers = finetuning_loop.load_person(local, name, pipe.parts, config)
-    about = folders.read_json(finetuning_loop.person_folder(local, name) / "person.json")
-    _refuse_another_base(local, config.pipeline, about.get("unet"), pipe)
     return LoadedPerson(
         path=str(workdir),
         name=name,
@@ -191,14 +183,6 @@ def load_person(workdir: PathLike, name: str, pipe: Base) -> LoadedPerson:
         settings=finished_run.Run(local, config, pipe.parts).sampling_settings(),
         base_hash=pipe.hash,
     )
-
-
-def _refuse_another_base(workdir: Path, base: str, trained: str | None, pipe: Base) -> None:
-    if trained != pipe.hash:
-        raise UserError(
-            f"{workdir}: its base is {base}, of hash {trained or 'unknown'}; {pipe.source} has "
-            f"{pipe.hash}; use the base that it was trained on"
-        )
 
 
 def with_loras(towers: Mapping[str, Mapping[str, Any]], loras: Sequence[Lora]) -> dict[str, Any]:

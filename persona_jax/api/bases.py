@@ -4,7 +4,6 @@ import dataclasses
 
 import jax
 from jax.typing import DTypeLike
-from ml_collections import ConfigDict
 
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
@@ -30,9 +29,7 @@ class Base:
         """See :func:`persona_jax.load_pipeline`."""
         self.source = source
         self._image_encoder = image_encoder or ""
-        self._dtype: DTypeLike = pipeline.dtype_on(
-            ConfigDict({"dtype": dtype}), jax.default_backend()
-        )
+        self._dtype: DTypeLike = pipeline.dtype_on(dtype, jax.default_backend())
         self.parts = self._load([tower for tower in TOWERS if tower != "image_encoder"])
         self._with_encoder: dict[str, Pipeline] = {}
 

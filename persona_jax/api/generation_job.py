@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from PIL import Image
@@ -95,21 +94,25 @@ class GenerationJob:
         rows = [distinct.index(prompt) for prompt in prompts]
         self._ids, self._negative_ids = ids[rows], ids[distinct.index(negative_prompt)]
         side = max(size[1] * loaded(parts.vae).module.config.downscale, LEAST_SIDE)
-        self.references = [
-            reference_sets.squares(one, owner.crop, side)
-            for one, owner in zip(sets, adapters, strict=True)
-        ]
-        self._references = [
-            reference_sets.references(
+        self.references: list[list[Image.Image]] = []
+        self._references = []
+        for one, owner in zip(sets, adapters, strict=True):
+            squares: list[Image.Image] = []
+
+            def keep(photo: Image.Image, into=squares, crop=owner.crop) -> None:
+                into.append(reference_sets.square(photo, crop, side))
+
+            made = reference_sets.references(
                 owner.encoder,
                 loaded(parts.unet).module.config,
                 one,
                 default=settings.scale,
                 num=self._batch,
                 size=size,
+                each=keep,
             )
-            for one, owner in zip(sets, adapters, strict=True)
-        ]
+            self.references.append(squares)
+            self._references.append(made)
 
     def batches(self) -> Iterator[Batch]:
         """Generates the images as uint8, a batch at a time; the last batch may be smaller."""
@@ -194,16 +197,16 @@ class GenerationJob:
     def _request(self, first: int, references: Sequence[References]) -> Request:
         rows = np.minimum(np.arange(first, first + self._batch), self.num - 1)
         keys = generation.picture_keys(self._seed, self._batch, first)
-        noise: Array | None = None
+        noise: Array | np.ndarray | None = None
         if self._noise is not None:
-            noise = jnp.asarray(self._noise[rows], jnp.float32)
+            noise = self._noise[rows]
         elif self._draws_noise:
             noise = _draw_noise(keys, 0, self._shape)
-        return Request(
-            keys=keys,
-            ids=jnp.asarray(self._ids[rows]),
-            negative_ids=jnp.repeat(jnp.asarray(self._negative_ids)[None], self._batch, axis=0),
-            references=tuple(references),
+        return generation.make_request(
+            keys,
+            self._ids[rows],
+            self._negative_ids[None],
+            references=references,
             guidance=self.settings.guidance,
             eta=self.settings.eta,
             noise=noise,

@@ -88,6 +88,8 @@ def _centre(pixels: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 Picture = Image.Image | UInt8[np.ndarray, "h w 3"] | None
+GAP = 2
+"""Pixels between the cells of a grid."""
 
 
 def grid(
@@ -95,7 +97,6 @@ def grid(
     *,
     size: int | None = None,
     titles: Sequence[str] | None = None,
-    gap: int = 2,
 ) -> Image.Image:
     """Arranges pictures (for example references, target and samples) in rows on white.
 
@@ -103,23 +104,22 @@ def grid(
       rows: pictures from left to right; None leaves a cell empty, rows may differ in length.
       size: side of a cell in pixels; by default the width of the first picture.
       titles: a word above each column, where not empty.
-      gap: pixels between cells.
     """
     cells = [[_to_image(cell) for cell in row] for row in rows]
     size = size or next(cell.width for row in cells for cell in row if cell is not None)
     top = 14 if titles else 0
     columns = max(map(len, cells))
-    shape = (columns * (size + gap) + gap, len(cells) * (size + gap) + gap + top)
+    shape = (columns * (size + GAP) + GAP, len(cells) * (size + GAP) + GAP + top)
     canvas = Image.new("RGB", shape, "white")
     draw = ImageDraw.Draw(canvas)
     for column, title in enumerate(titles or ()):
-        position = (gap + column * (size + gap), 1)
+        position = (GAP + column * (size + GAP), 1)
         draw.text(position, title, fill="black", font=ImageFont.load_default())
     for y, row in enumerate(cells):
         for x, cell in enumerate(row):
             if cell is not None:
                 fitted = cell.resize((size, size), Image.Resampling.LANCZOS)
-                canvas.paste(fitted, (gap + x * (size + gap), top + gap + y * (size + gap)))
+                canvas.paste(fitted, (GAP + x * (size + GAP), top + GAP + y * (size + GAP)))
     return canvas
 
 

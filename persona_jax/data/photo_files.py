@@ -101,11 +101,11 @@ def open_photo(photo: Photo, name: str = "photo") -> Image.Image:
     return _in_memory(photo, name, lambda image: _photo(image, name))
 
 
-def open_mask(mask: Photo, name: str = "mask") -> Image.Image:
+def open_mask(mask: Photo) -> Image.Image:
     """:func:`decode_mask` of a mask in any form, as in :func:`open_photo`."""
     if isinstance(mask, str | os.PathLike):
         return load_mask(pathlib.Path(mask) if not isinstance(mask, str) else mask)
-    return _in_memory(mask, name, _coverage)
+    return _in_memory(mask, "mask", _coverage)
 
 
 def _in_memory(

@@ -10,15 +10,9 @@ import numpy as np
 
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
-from persona_jax.models.aggregators import (
-    UNPOOLED,
-    Aggregator,
-    EveryPhoto,
-    SelfAttentionAggregator,
-)
+from persona_jax.models import aggregators
+from persona_jax.models.aggregators import Aggregator
 from persona_jax.runtime import checksums, finite
-
-SIZES = ("depth", "heads", "width", "pooling_heads")
 
 
 def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: Path) -> None:
@@ -37,17 +31,19 @@ def save_aggregator(aggregator: Aggregator, params: Mapping, dim: int, folder: P
     Raises:
       UserError: a kind that exists for comparisons only.
     """
-    if aggregator.kind == "avg_mlp":
+    kind = aggregators.known_kind(aggregator.kind)
+    if not kind.exported:
         raise UserError(
-            "aggregator.kind=avg_mlp is a control for comparisons, and cannot be exported"
+            f"aggregator.kind={aggregator.kind} is a control for comparisons, and cannot be "
+            "exported"
         )
     settings = {"kind": aggregator.kind, "dim": dim}
     if aggregator.module is not None:
-        settings |= {name: getattr(aggregator.module, name) for name in SIZES}
+        settings |= {name: getattr(aggregator.module, name) for name in kind.sizes}
         tree = jax.tree.map(lambda x: np.asarray(x, np.float32), dict(params))
         tensors.save_tree(tree, folder / "aggregator.safetensors")
     folders.write_json(folder / "aggregator.json", settings)
-    if aggregator.kind not in UNPOOLED:
+    if kind.layout == "plain":
         shutil.copy(Path(__file__).with_name("torch_aggregator.py"), folder / "aggregator.py")
 
 
@@ -64,19 +60,16 @@ def load_aggregator(folder: Path, dim: int) -> tuple[Aggregator, dict]:
     names = ["aggregator.json", "aggregator.safetensors"]
     checksums.verify(folder, names, "export it again")
     settings = folders.read_json(folder / "aggregator.json")
-    kind, module = settings.get("kind"), None
+    name = settings.get("kind")
     if settings.get("dim") != dim:
         raise UserError(
             f"{folder}: for embeddings of {settings.get('dim')} dimensions, but the image encoder "
             f"has {dim}"
         )
-    if kind in UNPOOLED:
-        return EveryPhoto(kind), {}
-    if kind == "self_attention":
-        if missing := [name for name in SIZES if not isinstance(settings.get(name), int)]:
-            raise UserError(f"{folder}/aggregator.json: no {', '.join(missing)}")
-        module = SelfAttentionAggregator(**{name: settings[name] for name in SIZES})
-    aggregator = Aggregator(kind, module)
+    sizes = aggregators.known_kind(str(name)).sizes
+    if missing := [size for size in sizes if not isinstance(settings.get(size), int)]:
+        raise UserError(f"{folder}/aggregator.json: no {', '.join(missing)}")
+    aggregator = aggregators.build(str(name), settings)
     abstract = jax.eval_shape(lambda: aggregator.init(jax.random.key(0), dim))
     if not abstract:
         return aggregator, {}

@@ -11,15 +11,7 @@ from ml_collections import ConfigDict
 
 from persona_jax.interop.folders import SHIPPED
 from persona_jax.interop.lora_files import FILE, KOHYA_FILE
-
-_AGGREGATES = {
-    "resampler": "the embeddings of all photos, which its resampler reads as a set",
-    "plus": "the photos, whose patches its resampler reads photo by photo",
-    "first": "the first photo alone",
-    "max": "the element-wise maximum of the photos' embeddings",
-    "avg": "the average of the photos' embeddings",
-    "self_attention": "self-attention over the set of the photos' embeddings",
-}
+from persona_jax.models.aggregators import KINDS
 
 _LOAD_PHOTO = """
 def load_photo(path):
@@ -58,8 +50,8 @@ def ip_adapter(
       photos: whether embeddings of photos are exported with it.
       extractor: settings of CLIPImageProcessor, if the base has none.
     """
-    layout = "Plus" if kind in ("resampler", "plus") else "plain"
-    notes = {"resampler": _DIFFUSERS_ONLY, "plus": _PLUS}.get(kind, "")
+    about = KINDS[kind]
+    notes = "" if about.layout == "plain" else _PLUS if about.patches else _DIFFUSERS_ONLY
     clip = config.image_encoder.kind == "clip"
     parts = _reading(config, kind, extractor) if clip else _embeds_file(config)
     embeds = """
@@ -71,7 +63,7 @@ above; at a guidance of 1 pass the second half only, `[1:]`.
     return f"""{_head("ip-adapter")}
 # An IP-Adapter for sets of photos
 
-In IP-Adapter's {layout} layout. Its input is {_AGGREGATES[kind]}.
+In IP-Adapter's {about.layout} layout. Its input is {about.gives}.
 {notes}
 {_base(config, trained["unet"])}
 Its image encoder has the hash `{trained["eye"]}`.
@@ -86,7 +78,7 @@ to a central square, {config.data.crop:g} of the shorter side.
 
 def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None) -> str:
     """Code from photos to an image, with CLIP's encoder."""
-    plus, resampler = kind == "plus", kind == "resampler"
+    plus, resampler = KINDS[kind].patches, KINDS[kind].layout == "Plus"
     encoder, more, classes = "", "", []
     if path := config.image_encoder.path:
         inside = PurePosixPath(path).parts[2:]
@@ -103,7 +95,7 @@ def _reading(config: ConfigDict, kind: str, extractor: Mapping[str, Any] | None)
         more += ", feature_extractor=feature_extractor"
         classes.append("CLIPImageProcessor")
     imported = f"from transformers import {', '.join(sorted(classes))}\n" if classes else ""
-    if not plus and not resampler:
+    if not resampler:
         imported += "\nfrom aggregator import load  # the file beside this one\n"
     if plus:
         read = "photos = [load_photo(path) for path in PHOTOS]\n"

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
-import jax
 from jax.typing import DTypeLike
 
 from persona_jax.errors import UserError
@@ -179,7 +178,7 @@ def load_tower(
     *,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
-    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+    sharding: Callable[[Mapping], Any] | None = None,
 ) -> Tower:
     """Loads a tower from its folder.
 
@@ -188,7 +187,7 @@ def load_tower(
       tower: one of :data:`persona_jax.models.towers.TOWERS`.
       dtype: computation dtype; None computes in the wider of the parameters' and the inputs'.
       param_dtype: dtype of the parameters; None keeps the stored one.
-      sharding: of all parameters, or a function from the tree of shapes to a tree of shardings.
+      sharding: a function from the tree of shapes to a tree of shardings; None: the default device.
 
     Raises:
       UserError: settings are not supported, or tensors do not fit; all are named.
@@ -213,7 +212,7 @@ def load_tower(
         tensors.TensorFiles(tensors.weight_files(folder), str(folder)),
         rename=_RENAME[tower],
         dtype=param_dtype,
-        sharding=sharding(abstract) if callable(sharding) else sharding,
+        sharding=sharding(abstract) if sharding else None,
     )
     return Tower(module, params, config, content_hash(folder))
 

@@ -80,6 +80,24 @@ class AttentionPooling(nn.Module):
         return torch.einsum("bhn,bnhd->bhd", shares, values).flatten(1)
 
 
+def first(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """The first photo whose weight is not 0."""
+    return embeddings[torch.arange(len(embeddings)), (weights > 0).int().argmax(dim=1)]
+
+
+def maximum(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """The largest value of each feature."""
+    return embeddings.masked_fill((weights <= 0)[..., None], -torch.inf).amax(dim=1)
+
+
+def average(embeddings: Tensor, weights: Tensor) -> Tensor:
+    """The mean by weights."""
+    return (embeddings * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+
+
+FIXED = {"first": first, "max": maximum, "avg": average}
+
+
 class Aggregator(nn.Module):
     """[B, N, D] → [B, D]: ``first``, ``max``, ``avg`` or ``self_attention`` over the set."""
 
@@ -90,20 +108,15 @@ class Aggregator(nn.Module):
         if kind == "self_attention":
             self.blocks = nn.ModuleList([SetBlock(dim, heads, width) for _ in range(depth)])
             self.pool = AttentionPooling(dim, pooling_heads)
-        elif kind not in ("first", "max", "avg"):
+        elif kind not in FIXED:
             raise ValueError(f"unknown kind {kind!r}")
 
     def forward(self, embeddings: Tensor, weights: Tensor | None = None) -> Tensor:
         """[B, N, D] → [B, D]; each set needs at least one photo with a weight above 0."""
         if weights is None:
             weights = torch.ones(embeddings.shape[:2], dtype=embeddings.dtype)
-        present = (weights > 0)[..., None]
-        if self.kind == "first":
-            return embeddings[torch.arange(len(embeddings)), present[..., 0].int().argmax(dim=1)]
-        if self.kind == "max":
-            return embeddings.masked_fill(~present, -torch.inf).amax(dim=1)
-        if self.kind == "avg":
-            return (embeddings * weights[..., None]).sum(dim=1) / weights.sum(dim=1, keepdim=True)
+        if self.kind in FIXED:
+            return FIXED[self.kind](embeddings, weights)
         seen = embeddings
         for block in self.blocks:
             seen = block(seen, weights)

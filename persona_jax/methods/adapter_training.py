@@ -20,14 +20,8 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.interop.checkpoints import load_params
 from persona_jax.interop.ip_adapter import load_ip_adapter
-from persona_jax.models import adapter
-from persona_jax.models.aggregators import (
-    UNPOOLED,
-    Aggregator,
-    AverageMLP,
-    EveryPhoto,
-    SelfAttentionAggregator,
-)
+from persona_jax.models import adapter, aggregators
+from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
@@ -41,19 +35,7 @@ LossFn = Callable[[Mapping, Mapping, Mapping, Array | int], tuple[Array, dict[st
 
 def make_aggregator(config: ConfigDict) -> Aggregator:
     """Builds the aggregator from a config's ``aggregator`` section."""
-    if config.kind == "avg_mlp":
-        return Aggregator(config.kind, AverageMLP(depth=config.depth, width=config.width))
-    if config.kind in UNPOOLED:
-        return EveryPhoto(config.kind)
-    if config.kind != "self_attention":
-        return Aggregator(config.kind)
-    module = SelfAttentionAggregator(
-        depth=config.depth,
-        heads=config.heads,
-        width=config.width,
-        pooling_heads=config.pooling_heads,
-    )
-    return Aggregator(config.kind, module)
+    return aggregators.build(config.kind, config.to_dict())
 
 
 def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> dict:
@@ -88,10 +70,11 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
         loaded = load_ip_adapter(path, unet.module.config, kernels, embedding_dim)
         if loaded["image_proj"].keys() != fresh["image_proj"].keys():
             plus = "latents" in loaded["image_proj"]
+            resamplers = " and ".join(aggregators.UNPOOLED)
             raise UserError(
                 f"config.init_from={config.init_from}: in the {'Plus' if plus else 'plain'} layout,"
                 f" which config.aggregator.kind={config.aggregator.kind} does not have; "
-                + ("plus and resampler do" if plus else "all but plus and resampler do")
+                + (f"{resamplers} do" if plus else f"all but {resamplers} do")
             )
         return fresh | loaded
     return init_from_run(path, fresh)

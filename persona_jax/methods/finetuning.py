@@ -11,6 +11,7 @@ tree and the second axis of the photos; their first axis, the batch, is sharded 
 
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -23,13 +24,14 @@ from ml_collections import ConfigDict
 
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.errors import UserError
+from persona_jax.interop import folders
 from persona_jax.interop.lora_files import load_lora
 from persona_jax.methods.adapter_training import trained_unet
 from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
-from persona_jax.pipelines.pipeline import Pipeline, load
+from persona_jax.pipelines.pipeline import Pipeline, load, require_trained_on
 from persona_jax.runtime import buckets
 from persona_jax.training.state import LossFn, StepFn, make_optimizer, make_step
 
@@ -54,6 +56,14 @@ def insert_token(prompt: str, token: str, nouns: Sequence[str]) -> str:
         known = " or ".join(map(repr, nouns))
         raise UserError(f"prompt {prompt!r}: no {known} to put {token!r} before; add one")
     return renamed
+
+
+def require_trained_on_base(person: Path, pipeline: Pipeline) -> None:
+    """Raises UserError if a person's ``person.json`` names another base."""
+    trained = folders.read_json(person / "person.json")
+    for tower in TOWERS:
+        now = getattr(pipeline, tower).hash
+        require_trained_on(person.parents[1], pipeline.source, now, trained.get(tower))
 
 
 def init(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> dict:

@@ -61,7 +61,7 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
 
     photos, groups = open_dataset(config.data)
     people = chosen_people(config, groups)
-    pipeline = open_pipeline(config)
+    pipeline = open_pipeline(config, mesh)
     own = training_rows(photos, people, config)
     moments = encode_photos(photos, np.concatenate(own), pipeline, config)
     first = np.cumsum([0, *map(len, own)])
@@ -238,11 +238,8 @@ def _generate_class_images(pipeline: Pipeline, ids: np.ndarray, config: ConfigDi
     print(f"generating {len(ids)} images of the class, {config.nouns[0]}")
     sampler = generation.make_latent_sampler(pipeline, steps=config.prior.steps)
     empty, _ = pipeline.tokenize([""])
-    request = generation.Request(
-        keys=generation.picture_keys(config.seed, len(ids)),
-        ids=jnp.asarray(ids),
-        negative_ids=jnp.repeat(jnp.asarray(empty), len(ids), axis=0),
-        guidance=config.prior.guidance,
+    request = generation.make_request(
+        generation.picture_keys(config.seed, len(ids)), ids, empty, guidance=config.prior.guidance
     )
     sampler = jax.jit(generation.split_among_devices(sampler))
     return generation.in_batches(sampler, generation.sampler_params(pipeline), (), request)
@@ -329,13 +326,15 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
     """Loads a finished person's towers, ``{"unet", "text_encoder"}``.
 
     Raises:
-      UserError: no finished person has that name, or the files do not fit.
+      UserError: no finished person has that name, the files do not fit, or the base is not the one
+        that was trained on.
     """
     folder = person_folder(workdir, name)
     if not (folder / "person.json").exists():
         there = sorted(path.parent.name for path in workdir.glob("people/*/person.json"))
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
     checksums.verify(folder, None, "remove that folder and run the training again")
+    finetuning.require_trained_on_base(folder, pipeline)
     frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         update = load_person_lora(workdir, name, pipeline, config)

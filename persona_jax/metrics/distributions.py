@@ -4,34 +4,33 @@ Features and logits may come from any network. All computations are in float64.
 """
 
 import dataclasses
-from collections.abc import Iterable
+import functools
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from persona_jax.errors import UserError
+
+BLOCK = 4096
+"""Rows that are made float64 at a time."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Moments:
-    """Sums of features from which mean and covariance follow; sums of parts can be added.
+    """Mean and scatter of features; the moments of parts can be merged (:func:`merge`).
 
     Attributes:
       count: number of images.
-      total: sum of their features ``[D]``.
-      products: sum of the features' outer products ``[D, D]``.
+      mean: of their features ``[D]``.
+      scatter: Σ (x − mean)(x − mean)ᵀ ``[D, D]``.
     """
 
     count: int
-    total: Float[np.ndarray, " D"]
-    products: Float[np.ndarray, "D D"]
-
-    @property
-    def mean(self) -> Float[np.ndarray, " D"]:
-        """Mean of the features."""
-        return self.total / self.count
+    mean: Float[np.ndarray, " D"]
+    scatter: Float[np.ndarray, "D D"]
 
     @property
     def covariance(self) -> Float[np.ndarray, "D D"]:
@@ -42,29 +41,48 @@ class Moments:
         """
         if self.count < 2:
             raise UserError(f"a covariance needs 2 pictures or more, got {self.count}")
-        mean_products = np.outer(self.mean, self.total)
-        return (self.products - mean_products) / (self.count - 1)
+        return self.scatter / (self.count - 1)
 
 
-def moments(features: Float[np.ndarray, "P D"]) -> Moments:
-    """The moments of the features of P images.
+def moments(
+    features: Float[np.ndarray, "P D"], rows: Int[np.ndarray, " R"] | None = None
+) -> Moments:
+    """The moments of the features of P images, or of some rows of them.
+
+    Only :data:`BLOCK` rows at a time are held in float64.
 
     Raises:
       UserError: a feature is not finite.
     """
-    if not np.isfinite(features).all():
-        raise UserError("features that are not finite; look for NaN in the pictures")
-    wide = features.astype(np.float64)
-    return Moments(len(wide), wide.sum(axis=0), wide.T @ wide)
+    count = len(features) if rows is None else len(rows)
+
+    def block(start: int) -> Moments:
+        chosen = slice(start, start + BLOCK) if rows is None else rows[start : start + BLOCK]
+        wide = features[chosen].astype(np.float64)
+        if not np.isfinite(wide).all():
+            raise UserError("features that are not finite; look for NaN in the pictures")
+        mean = wide.mean(axis=0)
+        wide -= mean
+        return Moments(len(wide), mean, wide.T @ wide)
+
+    return merge(block(start) for start in range(0, count, BLOCK))
 
 
 def merge(parts: Iterable[Moments]) -> Moments:
-    """The moments of the images of all parts together."""
-    parts = list(parts)
+    """The moments of the images of all parts together, one part at a time.
+
+    The parallel update of Chan, Golub & LeVeque (1983); unlike sums of squares, it does not lose
+    digits where the mean is large.
+    """
+    return functools.reduce(_merged, parts)
+
+
+def _merged(one: Moments, other: Moments) -> Moments:
+    count = one.count + other.count
+    step = other.mean - one.mean
+    between = np.outer(step, step * (one.count * other.count / count))
     return Moments(
-        sum(part.count for part in parts),
-        np.sum([part.total for part in parts], axis=0),
-        np.sum([part.products for part in parts], axis=0),
+        count, one.mean + step * (other.count / count), one.scatter + other.scatter + between
     )
 
 
@@ -89,18 +107,17 @@ def frechet_distance(one: Statistics, other: Statistics) -> float:
 
 
 def frechet_distance_infinity(
-    features: Float[np.ndarray, "P D"], reference: Statistics, seed: int, points: int = 15
+    features: Float[np.ndarray, "P D"], reference: Statistics, seed: int
 ) -> float:
     """FID extrapolated to infinitely many images (Chong & Forsyth 2020).
 
-    FID is about linear in 1/N. It is computed on random subsets, whose sizes N are evenly spaced
+    FID is about linear in 1/N. It is computed on 15 random subsets, whose sizes N are evenly spaced
     from a tenth of the images to all; the result is the value of the fitted line at 1/N = 0.
 
     Args:
-      features: of the generated images.
+      features: of all generated images; float32 is enough.
       reference: statistics of the real images.
       seed: of the subsets.
-      points: number of subsets.
 
     Raises:
       UserError: fewer than 20 images.
@@ -108,11 +125,11 @@ def frechet_distance_infinity(
     if len(features) < 20:
         raise UserError(f"FID infinity needs 20 pictures or more, got {len(features)}")
     rng = np.random.default_rng(seed)
-    sizes = np.linspace(len(features) // 10, len(features), points).astype(np.int64)
+    sizes = np.linspace(len(features) // 10, len(features), 15).astype(np.int64)
     distances = []
     for size in sizes:
         chosen = rng.choice(len(features), size, replace=False)
-        distances.append(frechet_distance(moments(features[chosen]), reference))
+        distances.append(frechet_distance(moments(features, chosen), reference))
     _, at_zero = np.polyfit(1.0 / sizes, distances, 1)
     return float(at_zero)
 
@@ -124,7 +141,9 @@ def kernel_distance(
     subsets: int = 100,
     subset_size: int = 1000,
 ) -> tuple[float, float]:
-    """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³.
+    """KID (Bińkowski et al. 2018): unbiased squared MMD with the kernel (x·y / D + 1)³, over random
+    subsets, as torch-fidelity has it: of all features (float32 ones will do), one subset at a time
+    in float64.
 
     Args:
       one, other: features of the two sets.
@@ -158,7 +177,8 @@ def precision_recall(
     The manifold of a set is the union of balls around its features, each with the distance to the
     feature's k-th nearest neighbour in the set as radius. Precision is the share of generated
     images within the manifold of the real ones; recall is the share of real images within the
-    manifold of the generated ones.
+    manifold of the generated ones. It needs all features (float32 is enough); distances are
+    computed in float64, in blocks of rows. Time grows with P · R; the paper uses 50,000 of each.
 
     Returns:
       (precision, recall), each from 0 to 1.
@@ -171,14 +191,23 @@ def precision_recall(
             f"precision and recall with k = {k}: features {generated.shape} and {real.shape}; "
             f"expected the same network's, of more than {k} pictures each"
         )
-    one, other = generated.astype(np.float64), real.astype(np.float64)
 
     def within(points: np.ndarray, centres: np.ndarray) -> float:
         # Index k, not k − 1: the nearest neighbour of a feature in its own set is itself.
-        radii = np.partition(_squared_distances(centres, centres), k, axis=1)[:, k]
-        return float((_squared_distances(points, centres) <= radii).any(axis=1).mean())
+        own = _distance_blocks(centres, centres)
+        radii = np.concatenate([np.partition(rows, k, axis=1)[:, k].copy() for rows in own])
+        found = _distance_blocks(points, centres)
+        return float(np.concatenate([(rows <= radii).any(axis=1) for rows in found]).mean())
 
-    return within(one, other), within(other, one)
+    return within(generated, real), within(real, generated)
+
+
+def _distance_blocks(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> Iterator:
+    """:func:`_squared_distances` of some rows of `x` at a time from all of `y`, float64."""
+    for start in range(0, len(x), 512):
+        rows = x[start : start + 512].astype(np.float64)
+        parts = (y[i : i + BLOCK].astype(np.float64) for i in range(0, len(y), BLOCK))
+        yield np.concatenate([_squared_distances(rows, part) for part in parts], axis=1)
 
 
 def _squared_distances(x: Float[np.ndarray, "M D"], y: Float[np.ndarray, "N D"]) -> np.ndarray:
@@ -219,13 +248,13 @@ def inception_score(
     """
     if splits < 1 or len(logits) < splits:
         raise UserError(f"Inception Score of {len(logits)} pictures in {splits} splits; use fewer")
-    shuffled = logits[np.random.RandomState(seed).permutation(len(logits))].astype(np.float64)
-    log_p = shuffled - np.logaddexp.reduce(shuffled, axis=1, keepdims=True)
+    order = np.random.RandomState(seed).permutation(len(logits))
     # torch-fidelity's cuts, so that the scores agree when splits have unequal lengths.
-    cuts = [len(log_p) * i // splits for i in range(splits + 1)]
+    cuts = [len(logits) * i // splits for i in range(splits + 1)]
     scores = []
     for start, end in pairwise(cuts):
-        part = log_p[start:end]
+        part = logits[order[start:end]].astype(np.float64)
+        part -= np.logaddexp.reduce(part, axis=1, keepdims=True)
         p = np.exp(part)
         q = np.full_like(p[0], 1.0 / len(p[0])) if uniform else p.mean(axis=0)
         positive = np.broadcast_to(q > 0, p.shape)  # classes of probability 0 in all images add 0

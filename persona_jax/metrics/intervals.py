@@ -21,7 +21,7 @@ class Mean:
         return f"{self.value:.3f} ({self.low:.3f} to {self.high:.3f})"
 
 
-def bootstrap(values: Float[np.ndarray, "R P"], seed: int = 0, draws: int = 2000) -> Mean:
+def bootstrap(values: Float[np.ndarray, "R P"], draws: int = 2000) -> Mean:
     """The mean over R seeds and P people, with its 95 % percentile bootstrap interval.
 
     People and seeds are both resampled with replacement. To compare two methods on the same people
@@ -38,7 +38,7 @@ def bootstrap(values: Float[np.ndarray, "R P"], seed: int = 0, draws: int = 2000
     runs, people = values.shape
     if people < 2 or not np.isfinite(values).all():
         raise UserError(f"interval of {people} people: two or more are needed, all finite")
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     # The mean of a bootstrap sample is bilinear in the counts of drawn people and drawn seeds.
     people_weights = rng.multinomial(people, np.full(people, 1 / people), size=draws) / people
     run_weights = rng.multinomial(runs, np.full(runs, 1 / runs), size=draws) / runs

@@ -5,6 +5,8 @@ vector, which is IP-Adapter's unconditional branch (docs/design.md, "Sets and ma
 """
 
 import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -243,14 +245,86 @@ class AverageMLP(nn.Module):
         return _zero_if_empty(x, weights), _shares(weights)[:, None]
 
 
-UNPOOLED = ("resampler", "plus")
-"""Kinds that do not pool: the resampler reads the set, or the patches of each photo."""
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """One kind of aggregator: an entry of :data:`KINDS`.
 
-FIXED = {"first": first, "max": maximum, "avg": average}
-"""Aggregators without parameters, by their name in configs."""
+    Attributes:
+      gives: the adapter's input, for the README of exported files.
+      pool: embeddings ``[B, N, D]``, weights ``[B, N]`` → ``[B, D]``; None for other kinds.
+      network: the Flax module of a kind with parameters; None for other kinds.
+      sizes: the config's settings that the module takes.
+      layout: of the exported file. Kinds of the Plus layout do not pool: the resampler reads the
+        set, or the patches of each photo.
+      patches: whether the input is patches of each photo instead of one embedding.
+      exported: False for a control for comparisons.
+      probed: whether :mod:`persona_jax.probe` measures it.
+    """
 
-LEARNT = ("self_attention", "avg_mlp")
-"""Aggregators with parameters, by their name in configs."""
+    gives: str
+    pool: Callable[[Array, Array], Array] | None = None
+    network: type[nn.Module] | None = None
+    sizes: tuple[str, ...] = ()
+    layout: Literal["plain", "Plus"] = "plain"
+    patches: bool = False
+    exported: bool = True
+    probed: bool = True
+
+
+KINDS = {
+    "first": Kind("the first photo alone", pool=first),
+    "max": Kind("the element-wise maximum of the photos' embeddings", pool=maximum),
+    "avg": Kind("the average of the photos' embeddings", pool=average),
+    "self_attention": Kind(
+        "self-attention over the set of the photos' embeddings",
+        network=SelfAttentionAggregator,
+        sizes=("depth", "heads", "width", "pooling_heads"),
+    ),
+    "avg_mlp": Kind(
+        "a network on the average of the photos' embeddings",
+        network=AverageMLP,
+        sizes=("depth", "width"),
+        exported=False,
+        probed=False,
+    ),
+    "resampler": Kind(
+        "the set of the photos' embeddings, which its resampler reads together",
+        layout="Plus",
+        probed=False,
+    ),
+    "plus": Kind(
+        "photos, whose patches its resampler reads one photo after the other",
+        layout="Plus",
+        patches=True,
+        probed=False,
+    ),
+}
+"""By their name in configs (``aggregator.kind``)."""
+
+FIXED = {name: kind.pool for name, kind in KINDS.items() if kind.pool}
+LEARNT = tuple(name for name, kind in KINDS.items() if kind.network)
+UNPOOLED = tuple(name for name, kind in KINDS.items() if kind.layout == "Plus")
+
+
+def known_kind(name: str) -> Kind:
+    """The entry of a name. Raises UserError where there is none."""
+    if name not in KINDS:
+        raise UserError(f"aggregator.kind={name!r}; known: {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def build(kind: str, settings: Mapping[str, Any]) -> "Aggregator":
+    """An aggregator by its name; `settings` have the sizes that :data:`KINDS` names.
+
+    Raises:
+      UserError: an unknown kind.
+    """
+    entry = known_kind(kind)
+    if entry.layout == "Plus":
+        return EveryPhoto(kind)
+    if entry.network is None:
+        return Aggregator(kind)
+    return Aggregator(kind, entry.network(**{name: settings[name] for name in entry.sizes}))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -258,18 +332,17 @@ class Aggregator:
     """An aggregator by name: its parameters, if any, and how it is applied.
 
     Attributes:
-      kind: one of :data:`FIXED`, :data:`LEARNT` or :data:`UNPOOLED`.
-      module: the network behind one of :data:`LEARNT`; None for the others.
+      kind: one of :data:`KINDS`.
+      module: the network of those that learn; None for the others.
     """
 
     kind: str
-    module: SelfAttentionAggregator | AverageMLP | None = None
+    module: nn.Module | None = None
 
     def __post_init__(self):
-        """Raises UserError for an unknown kind."""
-        if self.kind not in (*FIXED, *UNPOOLED) and self.module is None:
-            known = ", ".join([*FIXED, *LEARNT, *UNPOOLED])
-            raise UserError(f"aggregator.kind={self.kind!r}; known: {known}")
+        """Raises UserError for an unknown kind, or for one with parameters without its module."""
+        if known_kind(self.kind).network and self.module is None:
+            raise UserError(f"aggregator.kind={self.kind}: its module is missing; use build")
 
     def init(self, key: Array, dim: int) -> dict:
         """Initial parameters for embeddings of `dim` features; empty if it has none."""
@@ -281,8 +354,9 @@ class Aggregator:
         self, params: dict, embeddings: Float[Array, "B N *D"], weights: Float[Array, "B N"]
     ) -> Float[Array, "B ..."]:
         """[B, N, D], weights [B, N] → [B, D]; :data:`UNPOOLED` kinds return `embeddings`."""
-        if self.kind in FIXED:
-            return FIXED[self.kind](embeddings, weights)
+        entry = KINDS.get(self.kind)
+        if entry and entry.pool:
+            return entry.pool(embeddings, weights)
         if self.module is None:
             return embeddings
         pooled, _ = self.module.apply({"params": params}, embeddings, weights)

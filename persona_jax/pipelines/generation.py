@@ -21,7 +21,7 @@ from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import finite
 from persona_jax.runtime.compilation import compiler_options
-from persona_jax.runtime.mesh import local_sharding, replicated, traced_for
+from persona_jax.runtime.mesh import gathered, local_sharding, replicated, traced_for
 
 LARGE = 2**30
 """Bytes of weights, above which CPU cores generate together and not each with a copy."""
@@ -75,6 +75,29 @@ class Request:
     eta: Float[Array, ""] | float = 0.0
     noise: Float[Array, "B h w C"] | None = None
     step: Int[Array, ""] | int | None = None
+
+
+def make_request(
+    keys: Key[Array, " B"],
+    ids: Int[Array | np.ndarray, "B T"],
+    negative_ids: Int[Array | np.ndarray, "1 T"],
+    *,
+    references: Sequence[References] = (),
+    guidance: float | int = 7.5,
+    eta: float | int = 0.0,
+    noise: Float[Array | np.ndarray, "B h w C"] | None = None,
+) -> Request:
+    """A :class:`Request` from host arrays; `negative_ids` are one prompt's, for all pictures."""
+    ids = jnp.asarray(ids)
+    return Request(
+        keys=keys,
+        ids=ids,
+        negative_ids=jnp.broadcast_to(jnp.asarray(negative_ids), ids.shape),
+        references=tuple(references),
+        guidance=guidance,
+        eta=eta,
+        noise=None if noise is None else jnp.asarray(noise, jnp.float32),
+    )
 
 
 def text_source(
@@ -365,8 +388,10 @@ def some_of(request: Request, rows: np.ndarray) -> Request:
 
 
 def sampler_params(pipeline: Pipeline) -> dict:
-    """The frozen tree that a sampler takes."""
-    return {name: getattr(pipeline, name).params for name in ("unet", "text_encoder", "vae")}
+    """The frozen tree that a sampler takes; sharded towers are gathered
+    (:func:`persona_jax.runtime.mesh.gathered`)."""
+    names = ("unet", "text_encoder", "vae")
+    return {name: gathered(getattr(pipeline, name).params) for name in names}
 
 
 def picture_keys(seed: int, count: int, first: int = 0) -> Key[Array, " B"]:

@@ -19,7 +19,7 @@ from PIL import Image
 from persona_jax.data import images, outside
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
-from persona_jax.models import face_resnet, facenet
+from persona_jax.models import aggregators, face_resnet, facenet
 from persona_jax.models.layers import normalise
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import buckets
@@ -71,11 +71,12 @@ def open_image_encoder(config: ConfigDict, pipeline: Pipeline) -> ImageEncoder:
       UserError: the kind is unknown, or weights are missing or do not fit.
     """
     kind, crop = config.image_encoder.kind, config.data.crop
-    patches = config.get("aggregator", {}).get("kind") == "plus"
+    reader = config.get("aggregator", {}).get("kind")
+    patches = reader in aggregators.KINDS and aggregators.KINDS[reader].patches
     if kind == "clip":
         return _clip_encoder(pipeline, crop, patches)
     if patches:
-        raise UserError(f"aggregator.kind=plus: it reads CLIP's patches, and {kind} gives none")
+        raise UserError(f"aggregator.kind={reader}: it reads CLIP's patches, and {kind} gives none")
     if kind == "dlib":
         return _dlib_encoder(config.image_encoder)
     if kind == "facenet":

@@ -5,14 +5,16 @@ the same code. diffusers opens what :func:`save` writes.
 """
 
 import dataclasses
+import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 from ml_collections import ConfigDict
@@ -23,6 +25,7 @@ from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
 from persona_jax.models.towers import TOWERS
 from persona_jax.runtime import checksums
+from persona_jax.runtime.mesh import shard_params
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Pipeline:
     scheduler_config: Mapping[str, Any]
     tokenizer: Any
     feature_extractor: Mapping[str, Any] | None
+    source: str = ""  # the folder or hub id that was named
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -95,7 +99,7 @@ def load(
     image_encoder: str | None = None,
     dtype: DTypeLike | None = None,
     param_dtype: DTypeLike | None = None,
-    sharding: Callable[[Mapping], Any] | jax.sharding.Sharding | None = None,
+    mesh: Mesh | None = None,
 ) -> Pipeline:
     """Loads a pipeline from a folder in diffusers' layout or a hub id.
 
@@ -104,7 +108,9 @@ def load(
       only: which towers to load; the others are None.
       image_encoder: folder or hub id of the image encoder, if the pipeline has none (as Stable
         Diffusion 1.5's repository).
-      dtype, param_dtype, sharding: see :func:`persona_jax.interop.folders.load_tower`.
+      dtype, param_dtype: see :func:`persona_jax.interop.folders.load_tower`.
+      mesh: over which the UNet and the text encoder are sharded as they are loaded, as in training
+        (:func:`persona_jax.runtime.mesh.shard_params`); None: all on the default device.
 
     Raises:
       UserError: files are missing or do not fit; they are named.
@@ -126,9 +132,15 @@ def load(
         other = folders.find(image_encoder)
         return other / "image_encoder" if (other / "image_encoder").exists() else other
 
+    sharding = None if mesh is None else functools.partial(shard_params, mesh)
     loaded = {
         tower: folders.load_tower(
-            folder_of(tower), tower, dtype=dtype, param_dtype=param_dtype, sharding=sharding
+            folder_of(tower),
+            tower,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            # Each process runs the other towers on its own devices.
+            sharding=sharding if tower in ("unet", "text_encoder") else None,
         )
         if tower in only
         else None
@@ -147,7 +159,29 @@ def load(
         feature_extractor=_feature_extractor(
             folder, folder_of("image_encoder") if loaded["image_encoder"] else None
         ),
+        source=path_or_id,
     )
+
+
+def require_trained_on(
+    run: Path, base: str, now: str, trained: str | None, what: str = "base"
+) -> None:
+    """Raises an error if a run was trained on another base, or with another image encoder.
+
+    Args:
+      run: its workdir.
+      base: folder or hub id.
+      now, trained: hash of what is at `base`, and of what the run was trained on.
+      what: "base" or "image encoder".
+
+    Raises:
+      UserError: the hashes differ; both are named.
+    """
+    if trained != now:
+        raise UserError(
+            f"{run}: the {what} at {base} now has hash {now:.80}, this run was trained on "
+            f"{trained or 'an unknown one':.80}; restore the original"
+        )
 
 
 def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None]) -> None:
@@ -219,9 +253,7 @@ def load_tokenizer(folder: Path, positions: int | None = None) -> Any:
     return tokenizer
 
 
-def embed_captions(
-    folder: Path, captions: Sequence[str], batch_size: int = 64
-) -> Float[np.ndarray, "P D"]:
+def embed_captions(folder: Path, captions: Sequence[str]) -> Float[np.ndarray, "P D"]:
     """Embeds captions in the space of the pipeline's image embeddings ``[P, D]``.
 
     Raises:
@@ -240,7 +272,7 @@ def embed_captions(
     }
     kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
     embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
-    parts = [embed(text.params, ids[i : i + batch_size]) for i in range(0, len(ids), batch_size)]
+    parts = [embed(text.params, ids[i : i + 64]) for i in range(0, len(ids), 64)]
     return np.concatenate([np.asarray(part) for part in parts])
 
 
@@ -265,11 +297,11 @@ def save(pipeline: Pipeline, folder: Path) -> None:
     folders.write_json(folder / "model_index.json", index)
 
 
-def dtype_on(config: ConfigDict, platform: str) -> DTypeLike:
-    """The dtype of computations: ``config.dtype``; "auto" is float32 on CPU, bfloat16 elsewhere.
+def dtype_on(dtype: str, platform: str) -> DTypeLike:
+    """The dtype of computations; "auto" is float32 on CPU, bfloat16 elsewhere.
 
     Args:
-      config: with ``dtype``.
+      dtype: as in ``config.dtype``.
       platform: of the devices, as JAX names it.
 
     Raises:
@@ -277,17 +309,18 @@ def dtype_on(config: ConfigDict, platform: str) -> DTypeLike:
     """
     dtypes = {"auto": jnp.float32 if platform == "cpu" else jnp.bfloat16}
     dtypes |= {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
-    if config.dtype not in dtypes:
-        raise UserError(f"config.dtype={config.dtype!r}; known: {', '.join(dtypes)}")
-    return dtypes[config.dtype]
+    if dtype not in dtypes:
+        raise UserError(f"config.dtype={dtype!r}; known: {', '.join(dtypes)}")
+    return dtypes[dtype]
 
 
-def open_pipeline(config: ConfigDict) -> Pipeline:
+def open_pipeline(config: ConfigDict, mesh: Mesh | None = None) -> Pipeline:
     """Opens the pipeline of a method's config, with weights cast to :func:`dtype_on`.
 
-    The image encoder is loaded only if the method uses it (``image_encoder.kind=clip``).
+    The image encoder is loaded only if the method uses it (``image_encoder.kind=clip``). With a
+    `mesh` whose "fsdp" axis is above 1, no device holds the UNet or the text encoder whole.
     """
-    dtype = dtype_on(config, jax.default_backend())
+    dtype = dtype_on(config.dtype, jax.default_backend())
     own_encoder = "image_encoder" in config and config.image_encoder.kind == "clip"
     pipeline = load(
         config.pipeline,
@@ -295,6 +328,7 @@ def open_pipeline(config: ConfigDict) -> Pipeline:
         image_encoder=config.image_encoder.path if own_encoder else None,
         dtype=dtype,
         param_dtype=dtype,
+        mesh=mesh if mesh is not None and mesh.shape["fsdp"] > 1 else None,
     )
     if note := sampler_note(pipeline):
         print(note, file=sys.stderr)

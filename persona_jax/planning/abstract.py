@@ -18,7 +18,7 @@ from persona_jax.errors import UserError
 from persona_jax.interop import folders
 from persona_jax.interop.folders import Tower
 from persona_jax.methods import adapter_training, finetuning
-from persona_jax.models import face_resnet, facenet
+from persona_jax.models import aggregators, face_resnet, facenet
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipelines import generation
@@ -210,7 +210,7 @@ def abstract_image_encoder(config: ConfigDict) -> ImageEncoder:
     if kind == "clip":
         sizes = build("image_encoder", image_encoder_config(config)).config
         dim = sizes.projection_dim
-        if config.aggregator.kind == "plus":
+        if aggregators.known_kind(config.aggregator.kind).patches:
             dim, patches = sizes.hidden_size, 1 + (sizes.image_size // sizes.patch_size) ** 2
             blank = jax.ShapeDtypeStruct((patches, dim), jnp.float32)
     return ImageEncoder(dim, lambda photo: photo, lambda params, pixels: pixels, {}, "", blank)

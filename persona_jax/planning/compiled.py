@@ -185,13 +185,13 @@ def shortage_in(message: str) -> tuple[float, float] | None:
 
 
 @contextlib.contextmanager
-def progress(what: str, every: float = 30.0) -> Iterator[None]:
-    """Prints to stderr, every `every` seconds, for how long `what` has been compiling; prints
-    nothing if `what` is empty."""
+def progress(what: str) -> Iterator[None]:
+    """Prints to stderr, every 30 seconds, for how long `what` has been compiling; prints nothing if
+    `what` is empty."""
     done, start = threading.Event(), time.monotonic()
 
     def report() -> None:
-        while not done.wait(every):
+        while not done.wait(30.0):
             elapsed = time.monotonic() - start
             print(f"compiling {what}: {elapsed:.0f} s", file=sys.stderr, flush=True)
 

@@ -16,7 +16,7 @@ from jaxtyping import Float
 from persona_jax.errors import UserError
 from persona_jax.interop import lora_files
 from persona_jax.models.adapter import Adapter
-from persona_jax.models.aggregators import UNPOOLED
+from persona_jax.models.aggregators import KINDS
 from persona_jax.pipelines import generation, pipeline
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runs import finished_run
@@ -54,10 +54,10 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
 
     def their_embeds(seen: torch.Tensor) -> torch.Tensor:
         """diffusers' embeddings of [1, n, D] or [1, n, L, D], the unconditional ones first."""
-        if kind == "plus":
+        if KINDS[kind].patches:
             nothing = torch.from_numpy(np.array(blank)).expand(seen.shape)
             return torch.cat([nothing, seen])
-        if kind in UNPOOLED:
+        if KINDS[kind].layout == "Plus":
             return torch.cat([torch.zeros_like(seen), seen])[:, None]
         with torch.no_grad():
             image = torch_aggregator.load(folder / "aggregator.json")(seen)
@@ -144,18 +144,18 @@ def our_sampler(
     """
     sampler = jax.jit(generation.make_latent_sampler(parts, steps=STEPS))
     frozen = generation.sampler_params(parts) | dict(towers or {})
-    ids, negative_ids = (jnp.asarray(parts.tokenize([text])[0]) for text in (PROMPT, ""))
+    ids, negative_ids = (parts.tokenize([text])[0] for text in (PROMPT, ""))
 
     def latents(
         adapters: Sequence[Adapter] = (), references: Sequence[generation.References] = ()
     ) -> np.ndarray:
-        request = generation.Request(
-            keys=generation.picture_keys(0, 1),
-            ids=ids,
-            negative_ids=negative_ids,
-            references=tuple(references),
+        request = generation.make_request(
+            generation.picture_keys(0, 1),
+            ids,
+            negative_ids,
+            references=references,
             guidance=GUIDANCE,
-            noise=jnp.asarray(noise_for(parts)),
+            noise=noise_for(parts),
         )
         with jax.default_matmul_precision("highest"):
             return np.asarray(sampler(frozen, tuple(adapters), request))

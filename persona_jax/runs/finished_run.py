@@ -7,15 +7,15 @@ from ml_collections import ConfigDict
 
 from persona_jax.interop import folders
 from persona_jax.interop.aggregator_files import load_aggregator
-from persona_jax.interop.checkpoints import load_newest
+from persona_jax.interop.checkpoints import load_newest, read_fingerprint
 from persona_jax.interop.ip_adapter import load_ip_adapter, plus_dim
 from persona_jax.methods import adapter_training, finetuning
 from persona_jax.models.adapter import Adapter
-from persona_jax.models.aggregators import EveryPhoto
+from persona_jax.models.aggregators import EveryPhoto, known_kind
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
-from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
-from persona_jax.runtime import checksums
+from persona_jax.pipelines.pipeline import Pipeline, open_pipeline, require_trained_on
+from persona_jax.runtime import checksums, settings
 from persona_jax.runtime.run_folder import read_run
 
 
@@ -95,17 +95,28 @@ def open_run(
       pipeline: the run's base with the run's image encoder; None: it is opened.
 
     Raises:
-      UserError: there is no run, or files do not fit.
+      UserError: there is no run, files do not fit, or the base or image encoder is not the one that
+        the run was trained with.
     """
     config = read_run(workdir)
     if crop is not None:
         config.data.crop = crop
     pipeline = pipeline or open_pipeline(config)
     if config.method in finetuning.METHODS:
+        for file in sorted(workdir.glob("people/*/person.json")):
+            finetuning.require_trained_on_base(file.parent, pipeline)
         return Run(workdir, config, pipeline)
+    sizes = known_kind(config.aggregator.kind).sizes
+    where = str(workdir / "config.json")
+    settings.require(config, {f"aggregator.{name}": int for name in sizes}, where)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
-    step, params = load_newest(workdir / "checkpoints", which)
+    trained, base = read_fingerprint(workdir / "checkpoints"), pipeline.source
+    require_trained_on(workdir, base, pipeline.unet.hash, trained.get("unet"))
     encoder = open_image_encoder(config, pipeline)
+    if crop is None:  # the encoder's hash includes the crop
+        place = config.image_encoder.get("path") or base
+        require_trained_on(workdir, place, encoder.hash, trained.get("eye"), "image encoder")
+    step, params = load_newest(workdir / "checkpoints", which)
     adapter = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
     return Run(workdir, config, pipeline, encoder, adapter, step)
 
@@ -117,14 +128,14 @@ def open_base(base: str) -> Run:
     return Run(Path(base), config, open_pipeline(config))
 
 
-def outside_settings(base: str, image_encoder: str | None = None, crop: float = 1.0) -> ConfigDict:
+def outside_settings(base: str, crop: float = 1.0) -> ConfigDict:
     """The configuration of a base or an adapter that has none of its own."""
     return ConfigDict(
         {
             "method": "adapter",
             "pipeline": base,
             "dtype": "auto",
-            "image_encoder": {"kind": "clip", "path": image_encoder or ""},
+            "image_encoder": {"kind": "clip", "path": ""},
             "data": {"crop": crop},
             "sampling": {"steps": 30, "guidance": 5.0, "eta": 0.0, "scale": 1.0},
         }
@@ -134,7 +145,6 @@ def outside_settings(base: str, image_encoder: str | None = None, crop: float = 
 def open_adapter(
     path: Path,
     base: str,
-    image_encoder: str | None = None,
     crop: float = 1.0,
     pipeline: Pipeline | None = None,
 ) -> Run:
@@ -147,14 +157,13 @@ def open_adapter(
     Args:
       path: the file or folder.
       base: what it is for, as in ``config.pipeline``.
-      image_encoder: where the base has none.
       crop: central part of a photo that the image encoder gets.
       pipeline: the base, where it is open already, with its image encoder.
 
     Raises:
       UserError: files that are missing or do not fit.
     """
-    config = outside_settings(base, image_encoder, crop)
+    config = outside_settings(base, crop)
     pipeline = pipeline or open_pipeline(config)
     unet, tower = pipeline.unet, pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import PurePath
 
 import jax.numpy as jnp
@@ -121,6 +121,7 @@ def references(
     default: Number,
     num: int,
     size: tuple[int, int],
+    each: Callable[[Image.Image], None] = lambda photo: None,
 ) -> generation.References:
     """Encodes a set and repeats it for `num` images.
 
@@ -131,6 +132,7 @@ def references(
       default: λ, used if the set has none.
       num: B, the number of images.
       size: height and width of the latents.
+      each: is called with every decoded photo of the person, so that none is decoded twice.
 
     Raises:
       UserError: a photo or mask cannot be read, or λ does not fit the UNet.
@@ -144,7 +146,7 @@ def references(
     coverage, negative = None, None
     if photo_set.mask is not None:
         coverage = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
-    embeddings, weights = _encode(encoder, photo_set.photos, "photo"), photo_set.counts
+    embeddings, weights = _encode(encoder, photo_set.photos, "photo", each), photo_set.counts
     if len(photo_set.negative):
         negative_embeddings = _encode(encoder, photo_set.negative, "negative photo")
         slots = max(len(embeddings), len(negative_embeddings))
@@ -164,13 +166,18 @@ def references(
 
 
 def _encode(
-    encoder: ImageEncoder, photos: Sequence[Photo], name: str
+    encoder: ImageEncoder,
+    photos: Sequence[Photo],
+    name: str,
+    each: Callable[[Image.Image], None] = lambda photo: None,
 ) -> Float[np.ndarray, "N ..."]:
-    return encoder.encode(_opened(photos, name))
+    def opened() -> Iterator[Image.Image]:
+        for i, one in enumerate(photos):
+            photo = photo_files.open_photo(one, f"{name} {i + 1}")
+            each(photo)
+            yield photo
 
-
-def _opened(photos: Sequence[Photo], name: str = "photo") -> Iterator[Image.Image]:
-    return (photo_files.open_photo(x, f"{name} {i + 1}") for i, x in enumerate(photos))
+    return encoder.encode(opened())
 
 
 def _filled(x: np.ndarray, slots: int) -> np.ndarray:
@@ -182,10 +189,9 @@ def repeat(x: np.ndarray, num: int) -> Float[Array, "{num} ..."]:
     return jnp.repeat(jnp.asarray(x, jnp.float32)[None], num, axis=0)
 
 
-def squares(photo_set: ReferenceSet, crop: float, size: int) -> list[Image.Image]:
-    """The photos as the image encoder gets them, the central `crop` of each, of `size` pixels."""
-    photos = _opened(photo_set.photos)
-    return [images.centre_crop(photo, crop).resize((size, size)) for photo in photos]
+def square(photo: Image.Image, crop: float, size: int) -> Image.Image:
+    """A photo as the image encoder gets it: its central `crop`, of `size` pixels."""
+    return images.centre_crop(photo, crop).resize((size, size))
 
 
 def add_flags(flags: argparse.ArgumentParser) -> None:

@@ -1,6 +1,6 @@
 """Sampling of subjects by a finished run, with the same requests for every method."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,15 +13,16 @@ from persona_jax.models.adapter import Adapter
 from persona_jax.pipelines import generation
 from persona_jax.runs.finished_run import Run, SamplingSettings
 
+AT_ONCE = 32
+"""Pictures in a batch."""
+
 
 def make_run_sampler(
     run: Run,
     settings: SamplingSettings,
-    batch_size: int = 32,
     sampler: generation.Sampler | None = None,
     *,
     adapters: Sequence[Adapter] | None = None,
-    towers: Mapping | None = None,
 ) -> Callable[..., Float[np.ndarray, "P H W 3"]]:
     """Makes a function that generates images of people with a run.
 
@@ -30,14 +31,12 @@ def make_run_sampler(
     Args:
       run: to sample from.
       settings: of sampling.
-      batch_size: images at a time.
       sampler: of :func:`persona_jax.pipelines.generation.make_sampler`, shared by runs on the same
         base to compile once; None: a new one.
       adapters: replace the run's one.
-      towers: parameters that replace the base's, by name.
     """
     sampler = sampler or generation.make_sampler(run.pipeline, steps=settings.steps)
-    frozen = generation.sampler_params(run.pipeline) | dict(towers or {})
+    frozen = generation.sampler_params(run.pipeline)
     if adapters is None:
         adapters = [run.adapter] if run.adapter else []
 
@@ -47,7 +46,6 @@ def make_run_sampler(
         *,
         names: Sequence[str] | None = None,
         references: Sequence[generation.References] = (),
-        negative_prompt: str = "",
     ) -> Float[np.ndarray, "P H W 3"]:
         """Generates P images in [−1, 1]; from text alone without `names` and `references`.
 
@@ -56,26 +54,25 @@ def make_run_sampler(
           keys: one for each image.
           names: the person of each image, for per-person fine-tuning.
           references: one for each adapter.
-          negative_prompt: for all.
         """
         ids, _ = run.pipeline.tokenize(list(prompts))
-        negative, _ = run.pipeline.tokenize([negative_prompt])
-        request = generation.Request(
-            keys=keys,
-            ids=jnp.asarray(ids),
-            negative_ids=jnp.repeat(jnp.asarray(negative), len(ids), axis=0),
-            references=tuple(references),
+        negative, _ = run.pipeline.tokenize([""])
+        request = generation.make_request(
+            keys,
+            ids,
+            negative,
+            references=references,
             guidance=settings.guidance,
             eta=settings.eta,
         )
         if names is None:
             active = adapters if references else ()
-            return generation.in_batches(sampler, frozen, active, request, batch_size)
+            return generation.in_batches(sampler, frozen, active, request, AT_ONCE)
         out: dict[int, np.ndarray] = {}
         for name in dict.fromkeys(names):
             rows = np.flatnonzero(np.asarray(names) == name)
             own = finetuning_loop.load_person(run.workdir, name, run.pipeline, run.config)
-            size = min(batch_size, len(rows))
+            size = min(AT_ONCE, len(rows))
             some = generation.some_of(request, rows)
             pictures = generation.in_batches(sampler, frozen | own, (), some, size)
             out |= dict(zip(rows.tolist(), pictures, strict=True))

@@ -8,7 +8,6 @@ over which each array is split (:func:`batch_sharding`, :func:`shard_params`).
 import contextlib
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,8 +19,6 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from persona_jax.errors import UserError
-
-Rules = Sequence[tuple[str, PartitionSpec]]
 
 # Arrays with fewer elements are not split, because each use of a split array costs a gather.
 SMALL = 2**16
@@ -160,62 +157,30 @@ def tree_names(tree: Any) -> list[str]:
     return [jax.tree_util.keystr(path, simple=True, separator=".") for path in paths]
 
 
-def shard_params(mesh: Mesh, tree: Any, rules: Rules = ()) -> Any:
+def shard_params(mesh: Mesh, tree: Any) -> Any:
     """The shardings of parameters, or of a whole train state.
 
-    A leaf that matches no rule is split over "fsdp" along its largest divisible axis if it has at
-    least :data:`SMALL` elements; otherwise it is replicated. The result depends on paths and shapes
-    alone, so optimizer moments are sharded like their parameters.
+    A leaf is split over "fsdp" along its largest divisible axis if it has at least :data:`SMALL`
+    elements; otherwise it is replicated. The result depends on shapes alone, so optimizer moments
+    are sharded like their parameters.
 
     Args:
       mesh: of :func:`make_mesh`.
       tree: arrays or anything with ``.shape``.
-      rules: pairs of regular expression and PartitionSpec; the first expression found in a leaf's
-        path ("a.b.c") decides.
 
     Returns:
       A tree of NamedSharding with the structure of `tree`.
-
-    Raises:
-      UserError: a rule does not fit an array that it matches.
     """
-    leaves, structure = jax.tree.flatten(tree)
-    specs = [
-        _spec(mesh, name, tuple(leaf.shape), rules)
-        for name, leaf in zip(tree_names(tree), leaves, strict=True)
-    ]
-    return jax.tree.unflatten(structure, [NamedSharding(mesh, spec) for spec in specs])
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, _spec(mesh, tuple(leaf.shape))), tree)
 
 
-def _spec(mesh: Mesh, name: str, shape: tuple[int, ...], rules: Rules) -> PartitionSpec:
-    for pattern, spec in rules:
-        if re.search(pattern, name):
-            try:
-                NamedSharding(mesh, spec).shard_shape(shape)
-            except ValueError as error:
-                raise UserError(
-                    f"sharding rule {pattern!r}: {spec} does not fit {name} of shape {shape} on a "
-                    f"mesh {dict(mesh.shape)}; correct the rule or the mesh"
-                ) from error
-            return _canonical(mesh, spec)
+def _spec(mesh: Mesh, shape: tuple[int, ...]) -> PartitionSpec:
     fsdp = mesh.shape["fsdp"]
     divisible = [axis for axis, size in enumerate(shape) if size % fsdp == 0]
     if fsdp == 1 or math.prod(shape) < SMALL or not divisible:
         return PartitionSpec()
     largest = max(divisible, key=lambda axis: shape[axis])
     return PartitionSpec(*(None,) * largest, "fsdp")
-
-
-def _canonical(mesh: Mesh, spec: PartitionSpec) -> PartitionSpec:
-    """The spec without axes of size 1, as XLA returns it, so that nothing recompiles."""
-    kept = [
-        tuple(name for name in (axes if isinstance(axes, tuple) else (axes,)) if name)
-        for axes in spec
-    ]
-    kept = [tuple(name for name in axes if mesh.shape[name] > 1) for axes in kept]
-    while kept and not kept[-1]:
-        kept.pop()
-    return PartitionSpec(*(axes[0] if len(axes) == 1 else axes or None for axes in kept))
 
 
 def place(tree: Any, shardings: Any) -> Any:
@@ -250,6 +215,17 @@ def to_host(tree: Any) -> Any:
         return multihost_utils.process_allgather(array, tiled=True)
 
     return jax.tree.map(fetch, tree)
+
+
+def gathered(tree: Any) -> Any:
+    """Return tree with what is split among devices as numpy arrays, whole in every process; all
+    processes must ask together. The rest stays as it is."""
+
+    def gather(leaf: Any) -> Any:
+        split = isinstance(leaf, jax.Array) and len(leaf.sharding.device_set) > 1
+        return to_host(leaf) if split else leaf
+
+    return jax.tree.map(gather, tree)
 
 
 def put_batch(mesh: Mesh, batch: Any) -> Any:

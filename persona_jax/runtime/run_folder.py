@@ -94,9 +94,6 @@ def read_run(workdir: str | Path) -> ConfigDict:
     if config.method not in RUN_OF_METHOD:
         raise UserError(f"{where}: method={config.method!r:.40}; known: {', '.join(RUN_OF_METHOD)}")
     settings.require(config, RUN | RUN_OF_METHOD[config.method], where)
-    if config.method == "adapter" and config.aggregator.kind == "self_attention":
-        sizes = ("depth", "heads", "width", "pooling_heads")
-        settings.require(config, {f"aggregator.{name}": int for name in sizes}, where)
     return config
 
 

@@ -52,7 +52,6 @@ def fit(
     mesh: Mesh,
     save_every: int,
     log_every: int,
-    keep: int = 2,
     callbacks: Sequence[Callback] = (),
     fingerprint: Mapping[str, Any] | None = None,
 ) -> TrainState:
@@ -89,7 +88,7 @@ def fit(
     workdir = Path(workdir)
     with (
         locked(workdir),
-        Checkpoints(workdir / "checkpoints", keep, fingerprint) as checkpoints,
+        Checkpoints(workdir / "checkpoints", fingerprint=fingerprint) as checkpoints,
         _diagnosed(checkpoints, frozen, batches_from),
     ):
         state = _resume(checkpoints, state)

@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from persona_jax.errors import UserError
 from persona_jax.runtime.compilation import compiler_options
 from persona_jax.runtime.mesh import (
-    Rules,
     batch_sharding,
     place,
     replicated,
@@ -145,7 +144,6 @@ def init_state(
     mesh: Mesh,
     *,
     ema: bool = False,
-    rules: Rules = (),
 ) -> TrainState:
     """The state at step 0, created directly with its sharding.
 
@@ -155,7 +153,6 @@ def init_state(
       optimizer: from :func:`make_optimizer`.
       mesh: devices to place it on.
       ema: whether to keep a moving average of the parameters.
-      rules: see :func:`persona_jax.runtime.mesh.shard_params`; must be the same in make_step.
     """
 
     def create(params: Any) -> TrainState:
@@ -164,8 +161,8 @@ def init_state(
     if callable(params):
         make, args = lambda: create(params()), ()
     else:
-        make, args = create, (place(params, shard_params(mesh, params, rules)),)
-    shardings = shard_params(mesh, jax.eval_shape(make, *args), rules)
+        make, args = create, (place(params, shard_params(mesh, params)),)
+    shardings = shard_params(mesh, jax.eval_shape(make, *args))
     return jax.jit(make, out_shardings=shardings)(*args)
 
 
@@ -176,7 +173,6 @@ def make_step(
     *,
     accumulate: int = 1,
     ema_decay: float | None = None,
-    rules: Rules = (),
 ) -> StepFn:
     """The jitted training step.
 
@@ -227,7 +223,7 @@ def make_step(
             decay = jnp.minimum(ema_decay, (1 + state.step) / (10 + state.step))
             ema = jax.tree.map(lambda a, p: a * decay + p * (1 - decay), ema, _float32(params))
         new = TrainState(step=state.step + 1, params=params, opt_state=opt_state, ema=ema)
-        return jax.lax.with_sharding_constraint(new, shard_params(mesh, new, rules)), metrics
+        return jax.lax.with_sharding_constraint(new, shard_params(mesh, new)), metrics
 
     return jax.jit(
         step,

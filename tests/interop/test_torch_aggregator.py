@@ -9,7 +9,7 @@ from torch_models import normal, relative
 
 from persona_jax.interop import torch_aggregator
 from persona_jax.interop.aggregator_files import save_aggregator
-from persona_jax.models.aggregators import Aggregator, AverageMLP, SelfAttentionAggregator
+from persona_jax.models.aggregators import KINDS, Aggregator, AverageMLP, build
 
 DIM = 16
 SIZES = {"depth": 2, "heads": 2, "width": 24, "pooling_heads": 4}
@@ -17,15 +17,17 @@ SIZES = {"depth": 2, "heads": 2, "width": 24, "pooling_heads": 4}
 
 def make(kind: str) -> tuple[Aggregator, dict]:
     """Returns an aggregator with noise on its parameters, as zeros and ones would hide errors."""
-    module = SelfAttentionAggregator(**SIZES) if kind == "self_attention" else None
-    aggregator = Aggregator(kind, module)
+    aggregator = build(kind, SIZES)
     params = aggregator.init(jax.random.key(0), DIM)
     leaves, tree = jax.tree.flatten(params)
     random = [x + 0.3 * normal(*x.shape, seed=i) for i, x in enumerate(leaves)]
     return aggregator, jax.tree.unflatten(tree, random)
 
 
-@pytest.mark.parametrize("kind", ["first", "max", "avg", "self_attention"])
+POOLED = [name for name, kind in KINDS.items() if kind.exported and kind.layout == "plain"]
+
+
+@pytest.mark.parametrize("kind", POOLED)
 def test_both_worlds_agree(kind, tmp_path):
     aggregator, params = make(kind)
     save_aggregator(aggregator, params, DIM, tmp_path)

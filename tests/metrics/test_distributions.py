@@ -1,5 +1,8 @@
 """FID, KID and Inception Score against torchmetrics, torch-fidelity's figures and closed forms."""
 
+import tracemalloc
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -35,7 +38,7 @@ def test_fid_is_what_torch_fidelity_computes(seed, count, dim, fid):
 def test_fid_of_shifted_unit_gaussians_is_the_squared_shift():
     dim, many = 2048, 10
     unit = d.Moments(many, np.zeros(dim), (many - 1) * np.eye(dim))
-    shifted = d.Moments(many, np.full(dim, float(many)), (many - 1) * np.eye(dim) + many)
+    shifted = d.Moments(many, np.ones(dim), (many - 1) * np.eye(dim))
     assert d.frechet_distance(unit, shifted) == pytest.approx(dim, abs=1e-6)
 
 
@@ -64,6 +67,39 @@ def test_moments_add_up_however_the_pictures_are_split():
         assert merged.count == 97
         np.testing.assert_allclose(merged.mean, whole.mean, rtol=1e-12, atol=1e-12)
         np.testing.assert_allclose(merged.covariance, whole.covariance, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_fid_of_streamed_moments_is_that_of_all_features_at_once(offset, monkeypatch):
+    """However far the mean lies from 0, where sums of squares would lose digits."""
+    sets = [(x + offset).astype(np.float32) for x in two_sets(0, 3000, 48)]
+    wide = [x.astype(np.float64) for x in sets]
+    at_once = [SimpleNamespace(mean=x.mean(axis=0), covariance=np.cov(x.T)) for x in wide]
+    monkeypatch.setattr(d, "BLOCK", 100)
+    streamed = [d.moments(x) for x in sets]
+    expected = d.frechet_distance(*at_once)
+    assert d.frechet_distance(*streamed) == pytest.approx(expected, rel=1e-6)
+    parts = [d.merge(d.moments(part) for part in np.array_split(x, 7)) for x in sets]
+    assert d.frechet_distance(*parts) == pytest.approx(expected, rel=1e-6)
+    rows = np.random.default_rng(0).permutation(3000)[:777]
+    some = d.moments(sets[0], rows)
+    np.testing.assert_allclose(some.covariance, np.cov(wide[0][rows].T), rtol=1e-8, atol=1e-8)
+
+
+def test_50000_pictures_take_little_memory_beside_their_features():
+    features = np.random.default_rng(0).standard_normal((50_000, 64), np.float32)
+    tracemalloc.start()
+    real = d.moments(features)
+    d.frechet_distance_infinity(features, real, 0)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < features.nbytes
+    small = features[:3000]
+    tracemalloc.start()
+    d.precision_recall(small, small)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 3000**2 * 8
 
 
 def test_fid_infinity_leaves_less_of_the_bias():

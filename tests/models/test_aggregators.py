@@ -16,8 +16,10 @@ from persona_jax.models.aggregators import (
     AverageMLP,
     SelfAttentionAggregator,
     agreement,
+    build,
     weighted_softmax,
 )
+from persona_jax.models.aggregators import KINDS as KNOWN
 
 B, N, D = 3, 9, 16
 MODULE = SelfAttentionAggregator(depth=2, heads=2, width=8, pooling_heads=4)
@@ -286,5 +288,19 @@ def test_heads_that_do_not_divide_are_refused(settings, named):
 
 
 def test_an_unknown_kind_is_refused():
-    with pytest.raises(UserError, match=r"median.*known: first, max, avg, self_attention"):
+    with pytest.raises(UserError, match=f"median.*known: {', '.join(KNOWN)}"):
         Aggregator("median")
+    with pytest.raises(UserError, match="median"):
+        build("median", {})
+    with pytest.raises(UserError, match="none was given"):
+        Aggregator("self_attention")
+
+
+def test_kinds_are_built_from_their_entries():
+    sizes = {"depth": 1, "heads": 2, "width": 8, "pooling_heads": 4}
+    for name, kind in KNOWN.items():
+        found = build(name, sizes)
+        assert found.kind == name
+        assert (found.module is None) == (kind.network is None)
+        assert all(getattr(found.module, size) == sizes[size] for size in kind.sizes)
+        assert sum((kind.pool is not None, kind.network is not None, kind.layout == "Plus")) == 1

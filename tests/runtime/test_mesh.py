@@ -26,29 +26,20 @@ def test_make_mesh_refuses_what_does_not_divide(sizes):
         m.make_mesh(*sizes)
 
 
-def test_shard_params_by_rule_then_by_size():
+def test_shard_params_by_size():
     mesh = m.make_mesh(4, 2)
     tree = {
         "down_blocks.0": {"kernel": np.zeros((256, 512)), "bias": np.zeros(512)},
         "odd": np.zeros((513, 511)),
         "small": np.zeros((6, 4)),
     }
-    got = m.shard_params(mesh, tree, [(r"^small$", P("fsdp"))])
+    got = m.shard_params(mesh, tree)
     assert got["down_blocks.0"]["kernel"].spec == P(None, "fsdp")
     assert got["down_blocks.0"]["bias"].spec == P()
     assert got["odd"].spec == P()
-    assert got["small"].spec == P("fsdp")
-    assert (
-        m.shard_params(mesh, tree, [(r"blocks\.0\.kernel", P())])["down_blocks.0"]["kernel"].spec
-        == P()
-    )
+    assert got["small"].spec == P()
     placed = m.place(tree, got)
     assert placed["down_blocks.0"]["kernel"].addressable_shards[0].data.shape == (256, 256)
-
-
-def test_a_rule_that_does_not_fit_names_the_array():
-    with pytest.raises(UserError, match=r"a\.b of shape \(3, 4\)"):
-        m.shard_params(m.make_mesh(4, 2), {"a": {"b": np.zeros((3, 4))}}, [("a", P("fsdp"))])
 
 
 def test_put_batch_over_all_devices():
