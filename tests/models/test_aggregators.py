@@ -292,7 +292,7 @@ def test_an_unknown_kind_is_refused():
         Aggregator("median")
     with pytest.raises(UserError, match="median"):
         build("median", {})
-    with pytest.raises(UserError, match="none was given"):
+    with pytest.raises(UserError, match="its module is missing"):
         Aggregator("self_attention")
 
 
