@@ -66,7 +66,7 @@ def main(arguments: argparse.Namespace) -> None:
     base, crop = run.pipeline, config.data.crop
     real, features = evaluators.real_photos(evaluator, photos, subjects, base.image_size, crop)
     table = report.table(rows | {REAL: [real]}, features, from_(max(counts)), arguments.fid)
-    content = {"people": len(subjects.names), "group": arguments.group, "judge": evaluator.name}
+    content = {"people": len(subjects.names), "group": arguments.group, "evaluator": evaluator.name}
     content |= {
         **dataclasses.asdict(settings),
         "prompt": run.prompt(evaluator.plain),

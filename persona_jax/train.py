@@ -99,7 +99,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
             "method": config.method,
             "aggregator": config.aggregator.to_dict(),
             "unet": pipeline.unet.hash,
-            "eye": encoder.hash,
+            "image_encoder": encoder.hash,
         },
     )
     if jax.process_index() == 0:

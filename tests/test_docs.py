@@ -2,10 +2,12 @@
 
 import argparse
 import importlib
+import inspect
 import re
 import shlex
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,6 +18,7 @@ from test_layout import ROOT as PACKAGE
 from world import config_of
 
 from persona_jax.errors import UserError
+from persona_jax.evaluation import reference_statistics, report
 from persona_jax.metrics import distributions
 from persona_jax.models import aggregators
 from persona_jax.pipelines import image_encoders
@@ -271,6 +274,14 @@ def test_the_example_of_a_metric():
     assert coverage(real[:25], far) == 0.5
     with pytest.raises(UserError, match="more than 5"):
         coverage(real, real[:5])
+    # The lines that add the column use names that exist where they are to be put.
+    (column,) = (code for code in examples("CONTRIBUTING.md") if code.startswith("if real.feat"))
+    columns, network = {}, "encoder"
+    names = {"real": reference_statistics.of(real), "features": [real], "columns": columns}
+    assert {*names, "network"} <= set(inspect.unwrap(report.realism).__code__.co_varnames)
+    distributions_with_it = SimpleNamespace(coverage=coverage)
+    exec(column, names | {"network": network, "distributions": distributions_with_it, "np": np})
+    assert columns == {"coverage (encoder) ↑": 1.0}
 
 
 def test_readme_uses_names_that_the_package_has():

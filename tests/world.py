@@ -143,6 +143,6 @@ def write_adapter(config, workdir) -> None:
     params = adapter_training.init_adapter(config, parts, encoder.dim)
     state = SimpleNamespace(params=shaken(params, 0), ema=shaken(params, 100), opt_state={})
     write_run_files(workdir, config)
-    trained = {"unet": parts.unet.hash, "eye": encoder.hash}
+    trained = {"unet": parts.unet.hash, "image_encoder": encoder.hash}
     with Checkpoints(workdir / "checkpoints", fingerprint=trained) as checkpoints:
         checkpoints.save(1, state)

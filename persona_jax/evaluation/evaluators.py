@@ -180,7 +180,7 @@ class TraitEvaluator:
 
     def loss(self, found: EvaluationResult) -> float:
         """The error of the person, guessing being 1, and of the prompt."""
-        error, _, prompt = found.scores.values()
+        error, _, prompt, *_ = found.scores.values()  # others may follow
         return float(error.mean() / 12**-0.5 + 1 - prompt.mean())
 
     def details(

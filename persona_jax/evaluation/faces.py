@@ -83,7 +83,7 @@ class FaceEvaluator:
 
     def loss(self, found: EvaluationResult) -> float:
         """The sum of the cosine distances to the person and to the prompt, each 0 to 2."""
-        face, _, text = found.scores.values()
+        face, _, text, *_ = found.scores.values()  # others may follow
         return float(2 - face.mean() - text.mean())
 
     def details(

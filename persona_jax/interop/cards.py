@@ -66,7 +66,7 @@ above; at a guidance of 1 pass the second half only, `[1:]`.
 In IP-Adapter's {about.layout} layout. Its input is {about.gives}.
 {notes}
 {_base(config, trained["unet"])}
-Its image encoder has the hash `{trained["eye"]}`.
+Its image encoder has the hash `{trained["image_encoder"]}`.
 
 ```python
 {parts}```

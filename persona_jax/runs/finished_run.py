@@ -115,7 +115,9 @@ def open_run(
     encoder = open_image_encoder(config, pipeline)
     if crop is None:  # the encoder's hash includes the crop
         place = config.image_encoder.get("path") or base
-        require_trained_on(workdir, place, encoder.hash, trained.get("eye"), "image encoder")
+        require_trained_on(
+            workdir, place, encoder.hash, trained.get("image_encoder"), "image encoder"
+        )
     step, params = load_newest(workdir / "checkpoints", which)
     adapter = Adapter(adapter_training.make_aggregator(config.aggregator), params, encoder.blank)
     return Run(workdir, config, pipeline, encoder, adapter, step)

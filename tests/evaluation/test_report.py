@@ -11,7 +11,7 @@ def row(count: int, photos: int, fid: bool) -> dict:
     random = np.random.default_rng(0)
     output = NetworkOutput(random.normal(size=(count, 8)), random.normal(size=(count, 5)))
     real = reference_statistics.of(random.normal(size=(photos, 8)))
-    return report.realism([output], real, "eye", fid)
+    return report.realism([output], real, "encoder", fid)
 
 
 @pytest.mark.parametrize(("count", "photos"), [(8, 40), (40, 8)])
@@ -24,5 +24,7 @@ def test_fid_of_fewer_pictures_than_features_is_reported_on_request_and_marked(c
 
 def test_fid_of_enough_pictures():
     titles = row(40, 40, fid=False)
-    assert {"FID (eye) ↓", "FID∞ (eye) ↓"} <= titles.keys()
-    assert titles["IS, 10 splits, uniform p(y) (eye) ↑"] > titles["IS, 10 splits (eye) ↑"] > 1
+    assert {"FID (encoder) ↓", "FID∞ (encoder) ↓"} <= titles.keys()
+    assert (
+        titles["IS, 10 splits, uniform p(y) (encoder) ↑"] > titles["IS, 10 splits (encoder) ↑"] > 1
+    )
