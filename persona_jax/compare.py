@@ -160,9 +160,16 @@ def _method(world: World, name: str, config: ConfigDict, seed: int) -> dict[str,
         workdir = _trained(world.out / f"runs/{name}-{seed}", config, seed=seed)
     else:
         length = _choose_training(world, name, config)
-        changes = {"group": "test", "count": len(world.test.names), "seed": seed}
         workdir = world.out / f"runs/{name}-{seed}"
-        _finetuned(workdir, config, **changes, **length)
+        _finetuned(
+            workdir,
+            config,
+            group="test",
+            count=len(world.test.names),
+            seed=seed,
+            learning_rate=length["learning_rate"],
+            steps=int(length["steps"]),
+        )
     run = finished_run.open_run(workdir)
     settings = _choose_settings(world, name, run, seed)
     out = {name: _evaluate(world, f"{name}-{seed}", run, world.test, settings)}
@@ -210,9 +217,16 @@ def _on_validation(
     """Fine-tunes the first validation people with these settings and opens the run."""
     workdir = world.out / f"runs/{name}-choice-{learning_rate:g}-{steps}"
     count = len(world.validation.some(CHOOSERS["personal"]).names)
-    changes = {"group": "validation", "count": count, "seed": 0}
-    choice = {"learning_rate": learning_rate, "steps": steps}
-    return finished_run.open_run(_finetuned(workdir, config, **changes, **choice))
+    _finetuned(
+        workdir,
+        config,
+        group="validation",
+        count=count,
+        seed=0,
+        learning_rate=learning_rate,
+        steps=steps,
+    )
+    return finished_run.open_run(workdir)
 
 
 def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, float | int]:
@@ -226,7 +240,7 @@ def _choose_training(world: World, name: str, config: ConfigDict) -> dict[str, f
     settings = finished_run.SamplingSettings(**config.sampling, scale=1.0)
 
     def loss(choice: Mapping[str, float | int]) -> float:
-        run = _on_validation(world, name, config, **choice)
+        run = _on_validation(world, name, config, choice["learning_rate"], int(choice["steps"]))
         label = run.workdir.name
         own = world.evaluator.loss(_evaluate(world, label, run, few, settings))
         label = f"{label}-anybody"
@@ -336,10 +350,12 @@ def _evaluate(
         world.samplers[settings.steps] = generation.make_sampler(run.pipeline, steps=settings.steps)
     adapters = None
     if side_by_side:
-        adapters = [run.adapter.replace(aggregator=EveryPhoto())]
+        assert run.adapter is not None
+        adapters = [dataclasses.replace(run.adapter, aggregator=EveryPhoto())]
     compiled = world.samplers[settings.steps]
     sampler = subject_sampling.make_run_sampler(run, settings, sampler=compiled, adapters=adapters)
-    seen = see(world.encode_references(run, subjects))
+    references = world.encode_references(run, subjects)
+    seen = None if references is None else see(references)
     pictures = subject_sampling.sample_subjects(
         run, sampler, subjects, seen, scale=settings.scale, named=named
     )
@@ -352,10 +368,10 @@ def _evaluate(
 
 def _through_the_vae(world: World, base: Pipeline, crop: float) -> EvaluationResult:
     """Evaluates the held-out photos after encoding and decoding by the base's VAE."""
-    rows = world.test.held_out
+    rows, vae = world.test.held_out, base.tower("vae")
     real = evaluators.photos_as_pictures(world.photos, rows, base.image_size, crop)
-    restore = jax.jit(lambda params, pixels: base.vae.module.apply({"params": params}, pixels))
-    parts = [restore(base.vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
+    restore = jax.jit(lambda params, pixels: vae.module.apply({"params": params}, pixels))
+    parts = [restore(vae.params, real[i : i + 32]) for i in range(0, len(real), 32)]
     restored = np.clip(np.concatenate(parts), -1.0, 1.0)
     return world.evaluator.photos(world.test, rows, restored)
 
@@ -372,7 +388,7 @@ def _grid(world: World, names: list[str], crop: float) -> PIL.Image.Image:
         rows = [*subjects.references[i, :3], subjects.held_out[i]]
         photos = evaluators.photos_as_pictures(world.photos, np.asarray(rows), size, crop)
         pictures = [p[j] for p in images_of.values() for j in (i, len(subjects.names) + i)]
-        cells.append([images.to_uint8(x) for x in (*photos, *np.float32(pictures))])
+        cells.append([images.to_uint8(x) for x in (*photos, *np.asarray(pictures, np.float32))])
     titles = ["photos", "", "", "held out", *(t for name in names for t in (name, ""))]
     return images.grid(cells, titles=titles)
 

@@ -26,6 +26,7 @@ from persona_jax.errors import UserError
 from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.methods import finetuning
+from persona_jax.metrics.intervals import Mean
 from persona_jax.runs import finished_run, subject_sampling
 from persona_jax.runtime import buckets, outputs, settings
 from persona_jax.runtime.command_line import run_with_arguments
@@ -167,12 +168,18 @@ def write_pictures(
 
 def curve(table: report.Table, counts: Sequence[int], likeness: str) -> str:
     """Plots identity over the number of photos, with another person's and real photos."""
-    values: dict[str, Mapping[int, float]] = {
-        "samples": {count: table[from_(count)][likeness].value for count in counts}
+
+    def mean(row: str) -> float:
+        cell = table[row][likeness]
+        assert isinstance(cell, Mean)
+        return cell.value
+
+    values: dict[str, Mapping[int | float, float]] = {
+        "samples": {count: mean(from_(count)) for count in counts}
     }
     for name in (ANOTHER, REAL):
         if name in table:
-            values[name] = dict.fromkeys(counts, table[name][likeness].value)
+            values[name] = dict.fromkeys(counts, mean(name))
     return plots.line_plot(values, title=likeness, x_label="reference photos", top=1.0)
 
 

@@ -83,14 +83,16 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         raise UserError(f"--format ip-adapter: {workdir} is a run of {method or 'a base'}")
     run = finished_run.open_run(workdir, weights=arguments.weights)
     trained = read_fingerprint(workdir / "checkpoints")
-    config, dtype = run.pipeline.unet.module.config, DTYPES[arguments.dtype]
-    learnt = run.adapter
+    learnt, encoder, unet = run.adapter, run.encoder, run.pipeline.tower("unet")
+    assert learnt is not None  # a run of an adapter has both
+    assert encoder is not None
+    config, dtype = unet.module.config, DTYPES[arguments.dtype]
     save_ip_adapter(learnt.params, config, folder / "ip_adapter.safetensors", dtype)
     if arguments.bin:
         save_ip_adapter_bin(folder / "ip_adapter.safetensors", folder / "ip_adapter.bin")
-    save_aggregator(learnt.aggregator, learnt.params["aggregator"], run.encoder.dim, folder)
+    save_aggregator(learnt.aggregator, learnt.params["aggregator"], encoder.dim, folder)
     if arguments.photos:
-        seen = run.encoder.encode(map(photo_files.load_photo, arguments.photos))
+        seen = encoder.encode(map(photo_files.load_photo, arguments.photos))
         params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
         image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
         both = np.stack([adapter.unconditional(image, learnt.blank), image])
@@ -154,7 +156,7 @@ def cast_towers(folder: Path, dtype: DTypeLike) -> None:
     """Rewrites the towers of a pipeline folder in another dtype."""
     parts = load_pipeline(str(folder))
     for name in TOWERS:
-        tower = getattr(parts, name)
+        tower = parts.tower(name)
         params = jax.tree.map(lambda x: np.asarray(x, dtype), tower.params)
         folders.save_tower(folder / name, name, tower.config, params)
 

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from persona_jax.errors import UserError
 from persona_jax.pipelines.pipeline import dtype_on
 from persona_jax.planning import abstract, chips, compiled
-from persona_jax.planning.chips import GIB, Chip, Roofline
+from persona_jax.planning.chips import GIB, Chip
 from persona_jax.planning.compiled import Compiled
 from persona_jax.runtime import buckets, settings
 from persona_jax.runtime.command_line import config_parser, run_with_arguments
@@ -116,7 +116,7 @@ def topology(name: str) -> Machine:
     """
     match = re.fullmatch(r"(v4|v5e|v5p|v6e):\d+x\d+(x\d+)?", name)
     shape = chips.dimensions(name) if match else ()
-    flat = bool(match) and match[1] in ("v5e", "v6e")
+    flat = match is not None and match[1] in ("v5e", "v6e")
     # libtpu would abort the process for these.
     if not match or flat == (len(shape) == 3) or (flat and max(shape) > 16):
         raise UserError(f"--topology {name}: not a TPU topology; for example {EXAMPLES}")
@@ -197,7 +197,9 @@ def work_lines(program: Compiled, machine: Machine, batch: int, unit: str) -> li
     ] or ["  no collectives"]
     if machine.chip is None:
         return [*lines, "no peak rates known of this device: no estimate of time"]
-    times = estimate(program, machine)
+    times = chips.roofline(
+        machine.chip, machine.links, program.flops, program.accessed, program.collectives
+    )
     lines += [
         f"at peak rates: compute {times.compute * 1e3:.2f} ms, memory {times.memory * 1e3:.2f} ms, "
         f"interconnect {times.interconnect * 1e3:.2f} ms",
@@ -208,13 +210,6 @@ def work_lines(program: Compiled, machine: Machine, batch: int, unit: str) -> li
     if program.optimal_seconds:
         lines += [f"the compiler's own estimate: {program.optimal_seconds * 1e3:.2f} ms"]
     return lines
-
-
-def estimate(program: Compiled, machine: Machine) -> Roofline:
-    """The roofline estimate of a compiled program on the machine's chips."""
-    return chips.roofline(
-        machine.chip, machine.links, program.flops, program.accessed, program.collectives
-    )
 
 
 def largest_line(plans: dict[int, Compiled], machine: Machine, config: ConfigDict) -> list[str]:
@@ -242,9 +237,13 @@ def shortage(program: Compiled, machine: Machine) -> tuple[float, float] | None:
 
 def advice(config: ConfigDict, machine: Machine, batch: int, plans: dict[int, Compiled]) -> str:
     """The error for too little memory, with the settings to change."""
-    used, there = shortage(plans[batch], machine)
-    (few, less), (many, more) = sorted(plans.items()) if len(plans) > 1 else ((0, None),) * 2
-    fixed = less.total - few * (more.total - less.total) / (many - few) if less else 0.0
+    lacking = shortage(plans[batch], machine)
+    assert lacking is not None
+    used, there = lacking
+    fixed = 0.0
+    if len(plans) > 1:
+        (few, less), (many, more) = sorted(plans.items())
+        fixed = less.total - few * (more.total - less.total) / (many - few)
     ways = [f"--batch_per_chip below {batch} (or a smaller --config.batch_size)"]
     if batch > 1:
         ways += [f"--config.accumulate={2 * config.accumulate}, the same batch in smaller parts"]

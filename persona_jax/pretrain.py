@@ -7,6 +7,7 @@ portraits a fourth, the reader that measures what is painted. The people kept fo
 test are in none of them. Writes WORKDIR/pipeline, a pipeline folder, and WORKDIR/report.json.
 """
 
+import functools
 import json
 import shlex
 from pathlib import Path
@@ -43,7 +44,8 @@ def make_base(config: ConfigDict, workdir: Path) -> None:
         print(f"{workdir} holds this base already, finished: {workdir / 'pipeline'}")
         return
     finished = (workdir / "report.json", workdir / "pipeline" / checksums.NAME)
-    first_process(lambda: [path.unlink(missing_ok=True) for path in finished])
+    for path in finished:
+        first_process(functools.partial(path.unlink, missing_ok=True))
     mesh = make_mesh(**config.mesh)
     write_run_files(workdir, config)
     photos, people = open_dataset(config.data)

@@ -35,7 +35,8 @@ AT_ONCE = 2**24
 
 def main(arguments: argparse.Namespace) -> None:
     """Scores the images and prints a table of one row."""
-    against, row = buckets.local(arguments.against), {}
+    against = buckets.local(arguments.against)
+    row: dict[str, report.Cell] = {}
     known = reference_statistics.load(against) if against.suffix == ".npz" else {}
     opened = open_networks(arguments)
     if arguments.save:

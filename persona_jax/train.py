@@ -98,7 +98,7 @@ def main(config: ConfigDict, workdir: Path) -> None:
         fingerprint={
             "method": config.method,
             "aggregator": config.aggregator.to_dict(),
-            "unet": pipeline.unet.hash,
+            "unet": pipeline.tower("unet").hash,
             "image_encoder": encoder.hash,
         },
     )

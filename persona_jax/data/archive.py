@@ -71,5 +71,5 @@ def _members(archive: pathlib.Path) -> Iterator[tuple[str, bytes]]:
     # Stream mode "r|gz" would accept an archive truncated between two files as complete.
     with tarfile.open(archive, "r:gz") as files:
         for member in files:
-            if member.isfile():
-                yield member.name, files.extractfile(member).read()
+            if member.isfile() and (content := files.extractfile(member)) is not None:
+                yield member.name, content.read()

@@ -4,6 +4,7 @@ import functools
 import io
 import struct
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
@@ -46,7 +47,10 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
         image = image.convert("RGB")
     if image.mode != mode:
         raise ValueError(f"a colour profile for {mode}, in a picture that is {image.mode}")
-    return image.convert("RGB") if transform is None else ImageCms.applyTransform(image, transform)
+    if transform is None:
+        return image.convert("RGB")
+    # Pillow's annotation allows for inPlace=True, which returns None.
+    return cast(Image.Image, ImageCms.applyTransform(image, transform))
 
 
 @functools.lru_cache(maxsize=8)
@@ -76,7 +80,8 @@ def _probe() -> Image.Image:
 def lab_to_srgb(image: Image.Image) -> Image.Image:
     """Converts a picture of mode LAB (white point D50) to sRGB."""
     lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
-    return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    converted = ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    return cast(Image.Image, converted)  # None is for inPlace=True
 
 
 def matrix_profile(

@@ -13,7 +13,7 @@ import json
 import math
 import pathlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -74,7 +74,7 @@ class EncodingJob:
 
     photos: Photos
     rows: Sequence[int] | Int[np.ndarray, " P"]
-    encode_images: Callable[[Sequence[Image.Image]], Encoded]
+    encode_images: Callable[[Iterable[Image.Image]], Encoded]
     encode_captions: Callable[[list[str]], Encoded]
     cache_dir: str | pathlib.Path
     key: str
@@ -176,10 +176,8 @@ class EncodingJob:
 
     def _look(self, chosen: Sequence[int]) -> Encoded:
         """Encodes some photos; returns arrays ``[R, S, ...]``."""
-        pictures, sides = (
-            _Pictures(self.photos, chosen, self.batch_size, self.mirrored),
-            1 + self.mirrored,
-        )
+        pictures = _pictures(self.photos, chosen, self.batch_size, self.mirrored)
+        sides = 1 + self.mirrored
         out = {}
         for label, array in self.encode_images(pictures).items():
             array = np.asarray(array)
@@ -187,26 +185,20 @@ class EncodingJob:
         return out
 
 
-class _Pictures(Sequence):
-    """Photos, each followed by its mirror image if `mirrored`.
+def _pictures(
+    photos: Photos, rows: Sequence[int], count: int, mirrored: bool
+) -> Iterator[Image.Image]:
+    """Yields photos, each followed by its mirror image if `mirrored`.
 
-    A photo is decoded when it is read, so that only one is in memory.
+    The last of `rows` is repeated up to `count` photos: one shape, one compilation. A photo is
+    decoded when it is reached, so that only one is in memory.
     """
-
-    def __init__(self, photos: Photos, rows: Sequence[int], count: int, mirrored: bool):
-        """Repeats the last of `rows` up to `count` photos: one shape, one compilation."""
-        self._photos, self._sides = photos, 1 + mirrored
-        self._rows = [*rows, *[rows[-1]] * (count - len(rows))]
-        self._held: tuple[int, Image.Image] | None = None
-
-    def __len__(self) -> int:
-        return len(self._rows) * self._sides
-
-    def __getitem__(self, i: int) -> Image.Image:
-        row = self._rows[i // self._sides]
-        if self._held is None or self._held[0] != row:
-            self._held = row, self._photos.image(row)
-        return ImageOps.mirror(self._held[1]) if i % self._sides else self._held[1]
+    for i in range(count):
+        if i < len(rows):
+            picture = photos.image(rows[i])
+        yield picture
+        if mirrored:
+            yield ImageOps.mirror(picture)
 
 
 def encode(job: EncodingJob) -> Encodings:

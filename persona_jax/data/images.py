@@ -1,7 +1,7 @@
 """PIL pictures to arrays and back: crops, inputs of the VAE and CLIP, image grids, PNG files."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -36,7 +36,7 @@ def to_uint8(pixels: Float[np.ndarray, "*batch h w 3"]) -> UInt8[np.ndarray, "*b
     return np.clip(np.rint((pixels + 1.0) * 127.5), 0, 255).astype(np.uint8)
 
 
-def clip_preprocess(image: Image.Image, config: dict) -> Float[np.ndarray, "height width 3"]:
+def clip_preprocess(image: Image.Image, config: Mapping) -> Float[np.ndarray, "height width 3"]:
     """Returns the input of CLIP's image tower, equal to transformers' CLIPImageProcessor (PIL).
 
     Args:

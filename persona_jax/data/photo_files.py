@@ -9,7 +9,7 @@ import pathlib
 import stat
 import warnings
 from collections.abc import Callable
-from io import BufferedIOBase
+from typing import BinaryIO
 
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
@@ -56,7 +56,7 @@ class Unreadable(ValueError):
     """A file is not a picture, is damaged or too large; the message is the reason in one line."""
 
 
-def decode(file: BufferedIOBase, name: str = "photo") -> Image.Image:
+def decode(file: BinaryIO, name: str = "photo") -> Image.Image:
     """Decodes a photo to RGB: upright, in sRGB, transparency replaced by :data:`BACKGROUND`.
 
     16-bit grey becomes 8-bit by round(255 · v / 65535); of 16-bit colours, Pillow drops the lower
@@ -72,7 +72,7 @@ def decode(file: BufferedIOBase, name: str = "photo") -> Image.Image:
     return _guarded(lambda image: _photo(image, name), file)
 
 
-def decode_mask(file: BufferedIOBase) -> Image.Image:
+def decode_mask(file: BinaryIO) -> Image.Image:
     """Decodes a mask to mode L: the weight of each pixel, 0 to 255.
 
     The weight is the opacity if it varies over the picture, else the brightness. Values are used
@@ -180,7 +180,7 @@ def refusal(path: pathlib.Path) -> str | None:
 
 
 def _load(
-    path: str | pathlib.Path, kind: str, read: Callable[[BufferedIOBase], Image.Image]
+    path: str | pathlib.Path, kind: str, read: Callable[[BinaryIO], Image.Image]
 ) -> Image.Image:
     where = buckets.local(path)
     reason = refusal(where)
@@ -195,7 +195,7 @@ def _load(
     raise UserError(f"{kind} {shown(path)}: not a readable picture ({reason})")
 
 
-def _guarded(read: Callable[[Image.Image], Image.Image], file: BufferedIOBase) -> Image.Image:
+def _guarded(read: Callable[[Image.Image], Image.Image], file: BinaryIO) -> Image.Image:
     """Applies `read` to the picture in a file; turns any decoder error into Unreadable."""
     try:
         with warnings.catch_warnings():
@@ -211,7 +211,7 @@ def _guarded(read: Callable[[Image.Image], Image.Image], file: BufferedIOBase) -
         raise Unreadable(f"damaged: {reason}; replace it or leave it out") from error
 
 
-def _open(file: BufferedIOBase) -> Image.Image:
+def _open(file: BinaryIO) -> Image.Image:
     """Opens a picture without decoding it. Raises Unreadable if it is too large."""
     head = file.read(16)
     file.seek(0)
@@ -368,5 +368,5 @@ def _png_profile(gamma: float, points: tuple[float, ...]) -> bytes | None:
     same = np.abs(np.subtract(points, SRGB_CHROMATICITY)).max() < 2e-3
     if same and abs(1 / gamma - 2.2) < 0.05:
         return None  # these are sRGB's values
-    white, *primaries = (points[i : i + 2] for i in range(0, 8, 2))
+    white, *primaries = zip(points[::2], points[1::2], strict=True)
     return colour.matrix_profile(primaries, white, 1 / gamma)

@@ -125,6 +125,8 @@ def load_photos(
         manual = buckets.local(manual_dir or data_dir / "manual")
         return _read(_build_lfw(data_dir, manual, sha256))
     if dataset in DRAWN:
+        if portraits is None:
+            raise UserError(f'dataset "{dataset}": no settings given; set config.data.portraits')
         return _read(_build_drawn(data_dir, dataset, portraits))
     if dataset == "folder":
         if folder is None:
@@ -240,12 +242,16 @@ def _examples(
       UserError: no photo is readable, or a person has fewer than `least`.
     """
     known = captions.read_labels(labels) if os.path.lexists(labels) else None
-    skipped, counts, seen = {}, Counter(), set()
+    skipped: dict[str, str] = {}
+    counts: Counter[str] = Counter()
+    seen = set()
     for person, number, file, data in tqdm(photos, desc="build photos", unit=" photos"):
         counts[person] += 0
         seen.add(captions.label_key(file))
-        why = data if isinstance(data, str) else _fault(data)
-        if why is not None:
+        if isinstance(data, str):
+            skipped[file] = data
+            continue
+        if (why := _fault(data)) is not None:
             skipped[file] = why
             continue
         counts[person] += 1

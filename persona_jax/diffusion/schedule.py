@@ -175,6 +175,7 @@ def sampling_steps(schedule: Schedule, count: int) -> tuple[np.ndarray, np.ndarr
     total = schedule.steps
     if not 1 <= count <= total:
         raise UserError(f"steps={count}: between 1 and {total} sampling steps are possible")
+    t: np.ndarray
     if schedule.spacing == "leading":
         t = (np.arange(count) * (total // count)).round()[::-1] + schedule.steps_offset
     elif schedule.spacing == "trailing":

@@ -97,21 +97,27 @@ def feature_distance(
 
 @runtime_checkable
 class Evaluator(Protocol):
-    """Who gives verdicts.
+    """Who gives verdicts."""
 
-    Attributes:
-      name: what it looks with, for captions of tables.
-      plain: the first prompt.
-      among: numbers of people must be a multiple of it.
-      networks: that FID, KID, IS and diversity go by, its own first.
-      likeness: title of the score that tells whether it is the person, 1 at best.
-    """
+    @property
+    def name(self) -> str:
+        """What it looks with, for captions of tables."""
 
-    name: str
-    plain: str
-    among: int
-    networks: Mapping[str, Network]
-    likeness: str
+    @property
+    def plain(self) -> str:
+        """The first prompt."""
+
+    @property
+    def among(self) -> int:
+        """Numbers of people must be a multiple of it."""
+
+    @property
+    def networks(self) -> Mapping[str, Network]:
+        """The networks that FID, KID, IS and diversity go by, its own first."""
+
+    @property
+    def likeness(self) -> str:
+        """Title of the score that tells whether it is the person, 1 at best."""
 
     def pictures(
         self, subjects: Subjects, pictures: Float[np.ndarray, "Q S S 3"]

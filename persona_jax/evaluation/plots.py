@@ -38,8 +38,8 @@ def line_plot(
     parts = [text(WIDTH / 2, 18, title), text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 8, x_label)]
     for i in range(5):
         y = top * i / 4
-        line = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(y):.1f}" y2="{up(y):.1f}"'
-        parts += [f'<line {line} stroke="#ddd"/>', text(LEFT - 6, up(y) + 4, f"{y:.3g}", "end")]
+        ends = f'x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{up(y):.1f}" y2="{up(y):.1f}"'
+        parts += [f'<line {ends} stroke="#ddd"/>', text(LEFT - 6, up(y) + 4, f"{y:.3g}", "end")]
     parts += [text(across(x), HEIGHT - BOTTOM + 16, f"{x:g}") for x in xs]
     for (name, line), colour in zip(lines.items(), COLOURS * len(lines), strict=False):
         points = [(across(x), up(y)) for x, y in sorted(line.items()) if y == y]

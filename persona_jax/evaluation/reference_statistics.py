@@ -51,9 +51,11 @@ def save(file: Path, references: Mapping[str, ReferenceStatistics]) -> None:
     arrays = {}
     for network, reference in references.items():
         arrays[f"{network}/mu"], arrays[f"{network}/sigma"] = reference.mean, reference.covariance
-        arrays[f"{network}/features"] = reference.features
+        if reference.features is not None:
+            arrays[f"{network}/features"] = reference.features
     with outputs.whole(file) as beside, beside.open("wb") as stream:
-        np.savez(stream, **arrays)
+        # mypy takes any name for allow_pickle; these have a slash.
+        np.savez(stream, **arrays)  # type: ignore[arg-type]
 
 
 def load(file: Path) -> dict[str, ReferenceStatistics]:

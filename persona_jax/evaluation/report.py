@@ -65,18 +65,19 @@ def table(
 
     leading, *others = rows[versus][0].scores
     references = {network: reference_statistics.of(features) for network, features in real.items()}
-    base, result_table = stacked(rows[versus], leading), {}
+    base = stacked(rows[versus], leading)
+    result_table: Table = {}
     for name, results in rows.items():
         scores = stacked(results, leading)
-        diversities = [result.diversity for result in results]
+        diversities = [result.diversity for result in results if result.diversity is not None]
         result_table[name] = {
             leading: bootstrap(scores),
             # A row with one seed, such as real photos, is compared with every seed.
             f"its difference to {versus}": None if name == versus else bootstrap(scores - base),
             **{title: bootstrap(stacked(results, title)) for title in others},
-            "diversity": None
-            if None in diversities
-            else float(np.mean(diversities) / distance_of_people),
+            "diversity": float(np.mean(diversities) / distance_of_people)
+            if len(diversities) == len(results)
+            else None,
         }
         for network, reference in references.items():
             outputs = [result.outputs[network] for result in results]
@@ -105,7 +106,9 @@ def realism(
     Raises:
       UserError: there are fewer images than splits, or the feature sizes differ.
     """
-    columns, features = {}, [output.features for output in outputs]
+    columns: dict[str, Cell] = {}
+    features = [output.features for output in outputs]
+    classes = [output.classes for output in outputs if output.classes is not None]
     if features[0].shape[1] != len(real.mean):
         raise UserError(
             f"{network}: {features[0].shape[1]} features, but the photos' statistics are of "
@@ -114,13 +117,10 @@ def realism(
     if real.features is not None:
         kid = [distributions.kernel_distance(x, real.features, seed=0)[0] for x in features]
         columns[f"KID × 1000 ({network}) ↓"] = float(1000 * np.mean(kid))
-    if outputs[0].classes is not None:
+    if classes:
         splits = most_splits or min(10, len(features[0]))
         for uniform, suffix in ((False, ""), (True, ", uniform p(y)")):
-            scores = [
-                distributions.inception_score(output.classes, 0, splits, uniform)[0]
-                for output in outputs
-            ]
+            scores = [distributions.inception_score(x, 0, splits, uniform)[0] for x in classes]
             columns[f"IS, {splits} splits{suffix} ({network}) ↑"] = float(np.mean(scores))
     fewest = min(len(features[0]), real.count or len(features[0]))
     enough = fewest > len(real.mean)

@@ -45,7 +45,7 @@ class Checkpoints:
         """Create or open the folder, and remove what interrupted saves have left."""
         self.directory = Path(directory).absolute()
         self.fingerprint = dict(fingerprint or {})
-        self._last = None
+        self._last: int | None = None
         self._stack = contextlib.ExitStack()
         orbax.hush()
         with self._writing("folder could not be prepared"):
@@ -150,6 +150,7 @@ class Checkpoints:
                 except Exception as error:  # orbax and tensorstore raise many kinds
                     trees, reason = None, orbax.one_line(error)
             if _everywhere(trees is not None):
+                assert trees is not None  # "everywhere" includes this process
                 device_step = jax.device_put(np.int32(step), state.step.sharding)
                 return state.replace(step=device_step, **trees)
             if not reason:

@@ -62,8 +62,8 @@ def save_ip_adapter_bin(file: Path, nested: Path) -> None:
     for name, tensor in load_file(file).items():
         part, _, rest = name.partition(".")
         out[part][rest] = tensor
-    with files.whole_file(nested) as part, files.as_os_error(nested, RuntimeError):
-        torch.save(out, part)
+    with files.whole_file(nested) as whole, files.as_os_error(nested, RuntimeError):
+        torch.save(out, whole)
 
 
 def plus_dim(file: Path) -> int | None:

@@ -106,13 +106,14 @@ def load_lora(file: Path, towers: Mapping[str, Mapping]) -> dict[str, LoraTree]:
         if part.half in own:
             raise UserError(f"{file}: {name}: that part of the layer's update is there twice")
         own[part.half] = array
-    settings, out = _settings(file, files), {}
+    settings = _settings(file, files)
+    out: dict[str, dict[str, dict]] = {}
     for (tower, layer), parts in halves.items():
         where = f"{file}: {tower}.{layer}"
         if "alpha" not in parts:
             parts["alpha"] = _alpha(where, settings, tower, layer)
         out.setdefault(tower, {})[layer] = _update(where, parts, kernels[tower][layer])
-    return out
+    return dict(out)
 
 
 def _update(where: str, parts: Mapping, kernel: tuple[int, ...]) -> dict:
@@ -160,11 +161,13 @@ def _settings(file: Path, files: tensors.Tensors) -> Mapping[str, Any]:
     Raises:
       UserError: they cannot be read, or are not of a plain LoRA (DoRA, rank-stabilised).
     """
+    text: str | bytes | None
     if any(name.startswith(PEFT_PREFIX) for name in files.shapes):
-        where = file.with_name(_PEFT_CONFIG)
-        if not where.is_file():
+        beside = file.with_name(_PEFT_CONFIG)
+        where = str(beside)
+        if not beside.is_file():
             raise UserError(f"{file}: PEFT's own layout; its α is in {where}, which is missing")
-        text = where.read_bytes()
+        text = beside.read_bytes()
     elif file.suffix.lower() == ".safetensors":
         where = f"{file}: its {_METADATA}"
         with safe_open(file, framework="numpy") as handle:

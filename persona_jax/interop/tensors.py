@@ -236,15 +236,17 @@ def load_tree(
         misshapen=misshapen,
         twice=twice,
     )
-    shardings = traverse_util.flatten_dict(dict(sharding)) if isinstance(sharding, Mapping) else {}
+    if isinstance(sharding, Mapping):
+        shardings = traverse_util.flatten_dict(dict(sharding))
+    else:
+        shardings = dict.fromkeys(expected, sharding)
     out, read = {}, 0
     for name, path in names.items():
         array = files.read(published[name])
         if name in squeezable:
             array = array[..., 0, 0]
         array = from_torch(path, array).astype(dtype or array.dtype, copy=False)
-        where = shardings.get(path) if shardings else sharding
-        out[path] = _put(np.ascontiguousarray(array), where)
+        out[path] = _put(np.ascontiguousarray(array), shardings.get(path))
         read += array.nbytes
         if read > memory.LARGE:
             memory.give_back()

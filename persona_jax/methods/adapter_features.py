@@ -26,7 +26,8 @@ def adapter_job(
       encoder: image encoder.
       config: of the run; ``data`` (crop, cache folder) and ``flip`` are read.
     """
-    vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
+    vae, size, crop = pipeline.tower("vae"), pipeline.image_size, config.data.crop
+    text = pipeline.tower("text_encoder")
 
     @jax.jit
     def towers(vae_params, encoder_params, pixels, encoder_inputs):
@@ -48,6 +49,6 @@ def adapter_job(
         encode_images=encode_images,
         encode_captions=lambda captions: {"tokens": pipeline.tokenize(captions)[0]},
         cache_dir=buckets.local(config.data.data_dir) / "encoded",
-        key=f"train {vae.hash} {encoder.hash} {pipeline.text_encoder.hash} {size} {crop}",
+        key=f"train {vae.hash} {encoder.hash} {text.hash} {size} {crop}",
         mirrored=config.flip,
     )

@@ -5,6 +5,7 @@ The adapters ``ip``, ``max``, ``avg`` and ``sa`` are one method with different a
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from persona_jax.interop.ip_adapter import load_ip_adapter
 from persona_jax.models import adapter, aggregators
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.clip import TextOutput
 from persona_jax.models.unet import REMAT, UNet2DConditionModel, text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipelines.pipeline import Pipeline
@@ -48,7 +50,7 @@ def init_adapter(config: ConfigDict, pipeline: Pipeline, embedding_dim: int) -> 
     Raises:
       UserError: the weights of ``init_from`` are for another pipeline, are missing or do not fit.
     """
-    unet = pipeline.unet
+    unet = pipeline.tower("unet")
     kernels = text_kernels(unet.params, unet.module.config)
     fresh = adapter.init(
         jax.random.key(config.seed),
@@ -124,8 +126,8 @@ def adapter_frozen_params(pipeline: Pipeline, blank: Array | None = None) -> dic
     """
     empty, _ = pipeline.tokenize([""])
     return {
-        "unet": pipeline.unet.params,
-        "text_encoder": pipeline.text_encoder.params,
+        "unet": pipeline.tower("unet").params,
+        "text_encoder": pipeline.tower("text_encoder").params,
         "empty": empty,
         "blank": blank,
     }
@@ -157,7 +159,9 @@ def trained_unet(config: ConfigDict, pipeline: Pipeline) -> UNet2DConditionModel
     """
     if config.remat not in REMAT:
         raise UserError(f"config.remat={config.remat!r}; known: {', '.join(REMAT)}")
-    return pipeline.unet.module.clone(remat=config.remat)
+    unet = pipeline.tower("unet").module
+    assert isinstance(unet, UNet2DConditionModel)
+    return unet.clone(remat=config.remat)
 
 
 def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
@@ -168,9 +172,9 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
 
     Source: docs/design.md, "The method" (equation and conditions).
     """
-    unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
+    unet, text = trained_unet(config, pipeline), pipeline.tower("text_encoder").module
     schedule = pipeline.schedule
-    scaling = pipeline.vae.module.config.scaling_factor
+    scaling = pipeline.tower("vae").module.config.scaling_factor
     aggregator, seed = make_aggregator(config.aggregator), config.seed
     gamma = config.min_snr_gamma or None
 
@@ -183,7 +187,8 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         dropped = no_image.reshape(-1, *[1] * (image.ndim - 1))
         image = jnp.where(dropped, adapter.unconditional(image, frozen["blank"]), image)
         ids = jnp.where(no_text[:, None], frozen["empty"], batch["tokens"])
-        hidden = text.apply({"params": frozen["text_encoder"]}, ids).hidden
+        # apply returns a tuple where collections are mutable
+        hidden = cast(TextOutput, text.apply({"params": frozen["text_encoder"]}, ids)).hidden
         kernels = text_kernels(frozen["unet"], unet.config)
         sources = (
             Source(*project_keys_values(kernels, hidden)),
@@ -194,7 +199,7 @@ def adapter_loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
         noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(noise_key)
 
         def predict(z: Array, t: Array) -> Array:
-            return unet.apply({"params": frozen["unet"]}, z, t, sources)
+            return cast(Array, unet.apply({"params": frozen["unet"]}, z, t, sources))
 
         # Timesteps are uniform: identity, skin and hair first, is decided at high noise levels.
         t = draw_steps(t_key, schedule)

@@ -12,6 +12,7 @@ tree and the second axis of the photos; their first axis, the batch, is sharded 
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +30,7 @@ from persona_jax.interop.lora_files import load_lora
 from persona_jax.methods.adapter_training import trained_unet
 from persona_jax.models import lora
 from persona_jax.models.attention import Source, project_keys_values
+from persona_jax.models.clip import TextOutput
 from persona_jax.models.unet import text_kernels
 from persona_jax.models.vae import draw_latents
 from persona_jax.pipelines.pipeline import Pipeline, load, require_trained_on
@@ -90,13 +92,12 @@ def _fresh(config: ConfigDict, pipeline: Pipeline, keys: Key[Array, " Q"]) -> di
     if config.method == "lora":
         if config.lora.rank < 1:
             raise UserError(f"config.lora.rank={config.lora.rank}; at least 1")
-        return {
-            "lora": jax.vmap(lambda k: lora.init(k, pipeline.unet.params, config.lora.rank))(keys)
-        }
+        unet = pipeline.tower("unet")
+        return {"lora": jax.vmap(lambda k: lora.init(k, unet.params, config.lora.rank))(keys)}
     return {
         name: jax.tree.map(
             lambda x: jnp.repeat(jnp.asarray(x, jnp.float32)[None], len(keys), axis=0),
-            getattr(pipeline, name).params,
+            pipeline.tower(name).params,
         )
         for name in trained(config)
     }
@@ -121,7 +122,7 @@ def init_from_weights(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) ->
     """
     source = config.init_from
     if config.method == "lora":
-        frozen = {name: getattr(pipeline, name).params for name in TOWERS}
+        frozen = {name: pipeline.tower(name).params for name in TOWERS}
         loaded = load_lora(buckets.local(source), frozen)
         scale = config.lora.alpha / config.lora.rank  # load_lora has multiplied B by it
         learnt = {
@@ -131,7 +132,7 @@ def init_from_weights(config: ConfigDict, pipeline: Pipeline, fresh: Mapping) ->
         one = {"lora": learnt, **loaded}
     else:
         other = load(source, only=trained(config), dtype=jnp.float32, param_dtype=jnp.float32)
-        one = {name: getattr(other, name).params for name in trained(config)}
+        one = {name: other.tower(name).params for name in trained(config)}
 
     def shapes(tree: Mapping, first: int) -> dict:
         flat = traverse_util.flatten_dict(dict(tree))
@@ -178,20 +179,22 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
 
     Source: Ruiz et al. 2023, DreamBooth (prior preservation).
     """
-    unet, text = trained_unet(config, pipeline), pipeline.text_encoder.module
+    unet, text = trained_unet(config, pipeline), pipeline.tower("text_encoder").module
     schedule = pipeline.schedule
-    scaling, weight = pipeline.vae.module.config.scaling_factor, config.prior.weight
+    scaling = pipeline.tower("vae").module.config.scaling_factor
+    weight = config.prior.weight
 
     def errors(towers: Mapping, latents: Array, ids: Array, keys: Array) -> Array:
         """The denoising loss of each example ``[B]``."""
         noise_key, t_key = jax.vmap(jax.random.split)(keys).T
-        hidden = text.apply({"params": towers["text_encoder"]}, ids).hidden
+        # apply returns a tuple where collections are mutable
+        hidden = cast(TextOutput, text.apply({"params": towers["text_encoder"]}, ids)).hidden
         kernels = text_kernels(towers["unet"], unet.config)
         source = Source(*project_keys_values(kernels, hidden))
         noise = jax.vmap(lambda k: jax.random.normal(k, latents.shape[1:]))(noise_key)
 
         def predict(z: Array, t: Array) -> Array:
-            return unet.apply({"params": towers["unet"]}, z, t, (source,))
+            return cast(Array, unet.apply({"params": towers["unet"]}, z, t, (source,)))
 
         return denoising_loss(predict, schedule, latents, noise, draw_steps(t_key, schedule))
 
@@ -224,7 +227,7 @@ def loss(config: ConfigDict, pipeline: Pipeline) -> LossFn:
 def person_frozen_params(config: ConfigDict, pipeline: Pipeline) -> dict:
     """The frozen tree of :func:`loss`: those of :data:`TOWERS` that are not :func:`trained`."""
     kept = set(TOWERS) - set(trained(config))
-    return {name: getattr(pipeline, name).params for name in sorted(kept)}
+    return {name: pipeline.tower(name).params for name in sorted(kept)}
 
 
 def make_people_optimizer(config: ConfigDict) -> optax.GradientTransformation:

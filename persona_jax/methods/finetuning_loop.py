@@ -1,5 +1,6 @@
 """Runs per-person fine-tuning, ``config.people.at_once`` people at a time."""
 
+import functools
 import hashlib
 import itertools
 import json
@@ -92,21 +93,23 @@ def finetune_people(config: ConfigDict, workdir: Path) -> None:
             init_state(trained, optimizer, mesh),
             step_fn,
             placed,
-            lambda step, rows=rows: person_batches(data, rows, config, step),
+            functools.partial(person_batches, data, rows, config),
             steps=config.optimizer.steps,
             workdir=training,
             mesh=mesh,
             save_every=config.save_every,
             log_every=config.log_every,
-            fingerprint={"method": config.method, "unet": pipeline.unet.hash, "people": names},
+            fingerprint={
+                "method": config.method,
+                "unet": pipeline.tower("unet").hash,
+                "people": names,
+            },
         )
         trained = to_host(state.params)
         for i, name in enumerate(names[: len(people) - start]):
             one = jax.tree.map(lambda x, i=i: x[i], trained)
-            first_process(
-                lambda one=one, name=name: save_person(workdir, name, one, pipeline, config)
-            )
-        first_process(lambda training=training: shutil.rmtree(training))
+            first_process(functools.partial(save_person, workdir, name, one, pipeline, config))
+        first_process(functools.partial(shutil.rmtree, training))
     if jax.process_index() == 0:
         run, person, prompt = map(shlex.quote, (str(workdir), people[0], prompts[0]))
         print(
@@ -166,7 +169,7 @@ def encode_photos(
     photos: Photos, rows: np.ndarray, pipeline: Pipeline, config: ConfigDict
 ) -> np.ndarray:
     """Latent moments ``[P, h, w, 2C]`` of photos, cached in ``config.data.data_dir``."""
-    vae, size, crop = pipeline.vae, pipeline.image_size, config.data.crop
+    vae, size, crop = pipeline.tower("vae"), pipeline.image_size, config.data.crop
     moments = jax.jit(lambda p, x: vae.module.apply({"params": p}, x, method=AutoencoderKL.encode))
 
     def encode_images(pictures):
@@ -208,7 +211,7 @@ def class_images(
         chosen = np.random.default_rng(config.seed).choice(rows, count, replace=len(rows) < count)
         prompts = [photos.captions[row] for row in chosen]
     ids, _ = pipeline.tokenize(prompts)
-    hashes = [getattr(pipeline, name).hash for name in finetuning.TOWERS]
+    hashes = [pipeline.tower(name).hash for name in finetuning.TOWERS]
     settings = [prompts, config.seed, prior.steps, prior.guidance, *hashes]
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:20]
     folder = buckets.local(config.data.data_dir) / "class_pictures" / name
@@ -276,10 +279,10 @@ def person_batches(
         positions = np.arange(step * size, (step + 1) * size)[index::count]
         own = [chosen[_drawn(positions, len(chosen), (config.seed, 0))] for chosen in rows]
         prior = _drawn(positions, len(data["class_latents"]), (config.seed, 1))
-        own = np.stack(own, axis=1)
+        photos = np.stack(own, axis=1)
         yield {
-            "moments": data["moments"][own],
-            "tokens": data["tokens"][own],
+            "moments": data["moments"][photos],
+            "tokens": data["tokens"][photos],
             "class_latents": data["class_latents"][prior],
             "class_tokens": data["class_tokens"][prior],
             "index": (positions % 2**31).astype(np.int32),
@@ -310,12 +313,12 @@ def save_person(
     The write is atomic: the folder gets its name when it is complete, with checksums.
     """
     about = {"method": config.method, "called": f"{config.token} {config.nouns[0]}"}
-    about |= {name: getattr(pipeline, name).hash for name in finetuning.TOWERS}
+    about |= {name: pipeline.tower(name).hash for name in finetuning.TOWERS}
     files.remove(person_folder(workdir, name))  # left unfinished by an interrupted run
     with files.whole_folder(person_folder(workdir, name)) as folder:
         for tower in learnt.keys() - {"lora"}:
             half = jax.tree.map(lambda x: np.asarray(x, np.float16), learnt[tower])
-            folders.save_tower(folder / tower, tower, getattr(pipeline, tower).config, half)
+            folders.save_tower(folder / tower, tower, pipeline.tower(tower).config, half)
         if "lora" in learnt:
             save_lora(learnt["lora"], folder / FILE, config.lora.alpha)
         folders.write_json(folder / "person.json", about)
@@ -335,7 +338,7 @@ def load_person(workdir: Path, name: str, pipeline: Pipeline, config: ConfigDict
         raise UserError(f"{folder}: no such person; there are: {', '.join(there[:8]) or 'none'}")
     checksums.verify(folder, None, "remove that folder and run the training again")
     finetuning.require_trained_on_base(folder, pipeline)
-    frozen = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
+    frozen = {name: pipeline.tower(name).params for name in finetuning.TOWERS}
     if config.method == "lora":
         update = load_person_lora(workdir, name, pipeline, config)
         return finetuning.apply(config, frozen, {"lora": update})
@@ -355,7 +358,8 @@ def load_person_lora(
       UserError: the tensors do not fit.
     """
     file = person_folder(workdir, name) / FILE
+    unet = pipeline.tower("unet").params
     abstract = jax.eval_shape(
-        lambda: {"unet": lora.init(jax.random.key(0), pipeline.unet.params, config.lora.rank)}
+        lambda: {"unet": lora.init(jax.random.key(0), unet, config.lora.rank)}
     )
     return tensors.load_tree(abstract, tensors.TensorFiles([file], str(file)))["unet"]

@@ -88,10 +88,15 @@ def _merged(one: Moments, other: Moments) -> Moments:
 
 @runtime_checkable
 class Statistics(Protocol):
-    """Mean ``[D]`` and covariance ``[D, D]`` of features."""
+    """Statistics of features, however they are stored."""
 
-    mean: Float[np.ndarray, " D"]
-    covariance: Float[np.ndarray, "D D"]
+    @property
+    def mean(self) -> Float[np.ndarray, " D"]:
+        """Mean ``[D]``."""
+
+    @property
+    def covariance(self) -> Float[np.ndarray, "D D"]:
+        """Covariance ``[D, D]``."""
 
 
 def frechet_distance(one: Statistics, other: Statistics) -> float:

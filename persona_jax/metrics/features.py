@@ -6,7 +6,7 @@ so that each image goes through the same compiled program.
 
 import operator
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -98,7 +98,9 @@ def inception_pass(
         pictures = pictures.astype(jnp.float32)
         if resize == "legacy":
             pictures = resize_legacy(pictures)
-        return network.apply({"params": params}, (pictures - 128.0) / 128.0)
+        out = network.apply({"params": params}, (pictures - 128.0) / 128.0)
+        # apply returns another tuple where collections are mutable
+        return cast(tuple[Array, Array], out)
 
     if resize == "legacy":
         return make_pass(apply, params, mesh)

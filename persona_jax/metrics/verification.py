@@ -142,8 +142,8 @@ def _best_threshold(scores_same, scores_different) -> tuple[float, float]:
     """The best balanced accuracy and its threshold: pairs at or above it count as one person."""
     ranks_same, ranks_different, levels = _levels(scores_same, scores_different)
     kept = np.cumsum(np.bincount(ranks_same, minlength=levels)[::-1])[::-1] / len(ranks_same)
-    rejected = np.bincount(ranks_different, minlength=levels)
-    rejected = (np.cumsum(rejected) - rejected) / len(ranks_different)
+    at_level = np.bincount(ranks_different, minlength=levels)
+    rejected = (np.cumsum(at_level) - at_level) / len(ranks_different)
     best = int(np.argmax(kept + rejected))
     values = np.unique(np.concatenate([scores_same, scores_different]))
     return float((kept[best] + rejected[best]) / 2), float(values[best])

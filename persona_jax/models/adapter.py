@@ -5,6 +5,7 @@ or by a resampler (the Plus layout) over a set of embeddings or over the patches
 """
 
 from collections.abc import Mapping
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -129,18 +130,20 @@ def image_tokens(
       Tokens ``[B, M, E]``, and a bias ``[B, M]`` that applies `weights` to the tokens of each
       photo; None where there are no weights or the resampler has applied them.
     """
+    network: ImageProjection | resampler.Resampler
     if "latents" not in projection:
         token_dim = projection["norm"]["scale"].shape[0]
         count = projection["proj"]["kernel"].shape[1] // token_dim
         network = ImageProjection(token_dim, count, dtype=dtype)
-        tokens = network.apply({"params": projection}, image.reshape(-1, image.shape[-1]))
+        out = network.apply({"params": projection}, image.reshape(-1, image.shape[-1]))
         one_by_one = image.ndim == 3
     else:
         network, one_by_one = resampler.of_params(projection, dtype), image.ndim == 4
         rows = image.reshape(-1, *image.shape[-2:])
         unweighted = one_by_one or weights is None
         counts = jnp.ones(rows.shape[:2]) if unweighted else weights
-        tokens = network.apply({"params": projection}, rows, counts)
+        out = network.apply({"params": projection}, rows, counts)
+    tokens = cast(Array, out)  # apply returns a tuple where collections are mutable
     bias = None
     if one_by_one and weights is not None:
         # -1e9, not -inf: the softmax of an empty set must not be NaN.

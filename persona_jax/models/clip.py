@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import flax.linen as nn
 import jax
@@ -128,7 +128,10 @@ class CLIPVisionConfig:
         return _parse(cls, raw)
 
 
-def _parse(cls: type, raw: Mapping) -> CLIPTextConfig | CLIPVisionConfig:
+Config = TypeVar("Config", CLIPTextConfig, CLIPVisionConfig)
+
+
+def _parse(cls: type[Config], raw: Mapping) -> Config:
     relevant = {key: value for key, value in raw.items() if key not in _IGNORED}
     config = configs.parse(cls, relevant, {})
     if config.hidden_act not in _ACTIVATIONS:

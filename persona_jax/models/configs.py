@@ -34,6 +34,7 @@ def parse(cls: type[T], raw: Mapping[str, Any], fixed: Mapping[str, tuple]) -> T
       UserError: a setting has an unsupported value. Unknown settings that are off (None or False)
         are accepted, since they change nothing. Keys with a leading underscore are ignored.
     """
+    assert dataclasses.is_dataclass(cls)
     fields = {f.name: f.type for f in dataclasses.fields(cls)}
 
     def understood(key: str, value: Any) -> bool:

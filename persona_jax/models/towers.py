@@ -48,6 +48,7 @@ def build(tower: str, config: Mapping[str, Any], dtype: DTypeLike | None = None)
 def initialise(module: nn.Module, key: jax.Array) -> dict:
     """Random float32 parameters of a tower. Under ``jax.eval_shape``, their shapes."""
     config = module.config
+    inputs: tuple[jax.Array | tuple[()], ...]
     match config:
         case UNetConfig():
             size = 2 ** (len(config.block_out_channels) - 1)

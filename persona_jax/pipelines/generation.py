@@ -1,7 +1,8 @@
 """Image generation from noise to pixels, as one compiled program of prompts and references."""
 
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +111,8 @@ def text_source(
 
 def per_picture(scale: Float[Array, "..."] | float) -> bool:
     """Whether λ has a row for each image ``[B, …]``, rather than one value for all images."""
-    return jnp.ndim(scale) == 2 and len(scale) > 1
+    shape = jnp.shape(scale)
+    return len(shape) == 2 and shape[0] > 1
 
 
 def for_both_halves(scale: Float[Array, "..."] | float) -> Float[Array, "..."] | float:
@@ -144,7 +146,8 @@ def in_window(source: Source, window: tuple | None, done: Array) -> Source:
         return source
     start, end = window
     counts = jnp.where((done >= start) & (done < end), 1.0, 0.0)
-    return source.replace(scale=jax.tree.map(lambda scale: scale * counts, source.scale))
+    scale = jax.tree.map(lambda scale: scale * counts, source.scale)
+    return dataclasses.replace(source, scale=scale)
 
 
 Sampler = Callable[[Mapping, Sequence[Adapter], Request], Array]
@@ -162,7 +165,7 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
       pipeline: the base.
       steps: of DDIM.
     """
-    unet, text_encoder = pipeline.unet.module, pipeline.text_encoder.module
+    unet, text_encoder = pipeline.tower("unet").module, pipeline.tower("text_encoder").module
     schedule: Schedule = pipeline.schedule
     shape = pipeline.latent_shape
     all_steps = jnp.asarray(sampling_steps(schedule, steps)[0])
@@ -180,7 +183,8 @@ def make_latent_sampler(pipeline: Pipeline, *, steps: int) -> Sampler:
             done = (all_steps > t).mean()
             sources = [text, *(in_window(source, window, done) for source, window in image_sources)]
             t = jnp.broadcast_to(t, (len(latents),))
-            return unet.apply({"params": frozen["unet"]}, latents, t, sources)
+            out = unet.apply({"params": frozen["unet"]}, latents, t, sources)
+            return cast(Array, out)  # apply returns a tuple where collections are mutable
 
         noise = request.noise
         if noise is None:
@@ -241,7 +245,7 @@ def sampling_mesh(frozen: Mapping, count: int) -> Mesh:
     """
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(frozen))
     alone = jax.local_devices()[0].platform == "cpu" and size > LARGE
-    return local_sharding(1 if alone else count).mesh
+    return cast(Mesh, local_sharding(1 if alone else count).mesh)  # of devices, so not abstract
 
 
 def of_each_picture(request: Request) -> list[bool]:
@@ -281,8 +285,9 @@ def decode(
       params: of the VAE.
       latents: scaled. An image is NaN if its latents exceed :data:`USUAL`.
     """
-    vae = pipeline.vae.module
-    pixels = vae.apply({"params": params}, latents, method=AutoencoderKL.decode)
+    vae = pipeline.tower("vae").module
+    out = vae.apply({"params": params}, latents, method=AutoencoderKL.decode)
+    pixels = cast(Array, out)  # apply returns a tuple where collections are mutable
     sound = (jnp.abs(latents) <= USUAL).all(axis=(1, 2, 3), keepdims=True)
     return jnp.where(sound, jnp.clip(pixels, -1.0, 1.0), jnp.nan)
 
@@ -375,7 +380,7 @@ def each_step(
     frozen, adapters = jax.device_put((frozen, tuple(adapters)), everywhere)
     latents = request.noise
     for step in range(steps):
-        latents = sampler(frozen, adapters, request.replace(noise=latents, step=step))
+        latents = sampler(frozen, adapters, dataclasses.replace(request, noise=latents, step=step))
         yield latents
 
 
@@ -391,7 +396,7 @@ def sampler_params(pipeline: Pipeline) -> dict:
     """The frozen tree that a sampler takes; sharded towers are gathered
     (:func:`persona_jax.runtime.mesh.gathered`)."""
     names = ("unet", "text_encoder", "vae")
-    return {name: gathered(getattr(pipeline, name).params) for name in names}
+    return {name: gathered(pipeline.tower(name).params) for name in names}
 
 
 def picture_keys(seed: int, count: int, first: int = 0) -> Key[Array, " B"]:

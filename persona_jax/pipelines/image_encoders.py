@@ -7,6 +7,7 @@ networks, trained on face crops alone.
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import cast
 
 import flax.linen as nn
 import jax
@@ -20,6 +21,7 @@ from persona_jax.data import images, outside
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
 from persona_jax.models import aggregators, face_resnet, facenet
+from persona_jax.models.clip import VisionOutput
 from persona_jax.models.layers import normalise
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.runtime import buckets
@@ -102,7 +104,8 @@ def _clip_encoder(pipeline: Pipeline, crop: float, patches: bool) -> ImageEncode
         return _prepared(images.centre_crop(photo, crop), settings, side)
 
     def embed(params: Mapping, pixels: Array) -> Array:
-        outputs = tower.module.apply({"params": params}, pixels)
+        # apply returns a tuple where collections are mutable
+        outputs = cast(VisionOutput, tower.module.apply({"params": params}, pixels))
         return (outputs.penultimate if patches else outputs.embedding).astype(jnp.float32)
 
     sizes, digest = tower.module.config, f"{tower.hash} crop {crop}"

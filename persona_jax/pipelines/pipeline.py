@@ -9,20 +9,21 @@ import functools
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
 from persona_jax.diffusion.schedule import Schedule, for_ddim, sampler_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors
 from persona_jax.interop.folders import Tower
+from persona_jax.models.clip import TextOutput
 from persona_jax.models.towers import TOWERS
 from persona_jax.runtime import checksums
 from persona_jax.runtime.mesh import shard_params
@@ -42,21 +43,34 @@ class Pipeline:
     feature_extractor: Mapping[str, Any] | None
     source: str = ""  # the folder or hub id that was named
 
+    def tower(self, name: str) -> Tower:
+        """A tower that this pipeline must have.
+
+        Raises:
+          ValueError: it was not requested.
+        """
+        tower = getattr(self, name)
+        if tower is None:
+            raise ValueError(f"a pipeline opened without its {name}")
+        return tower
+
     @property
     def latent_shape(self) -> tuple[int, int, int]:
         """(h, w, C) of one image's latents at the UNet's ``sample_size``."""
-        config = self.unet.module.config
+        config = self.tower("unet").module.config
         return (config.sample_size, config.sample_size, config.in_channels)
 
     @property
     def image_size(self) -> int:
         """Side of an image in pixels."""
-        return self.unet.module.config.sample_size * self.vae.module.config.downscale
+        unet, vae = self.tower("unet").module.config, self.tower("vae").module.config
+        return unet.sample_size * vae.downscale
 
     def tokenize(self, prompts: Sequence[str]) -> tuple[Int[np.ndarray, "B T"], list[str]]:
         """Token ids padded to the text encoder's length, and warnings for truncated prompts."""
         tower = self.text_encoder
-        return tokenize(self.tokenizer, prompts, tower and tower.module.config.vocab_size)
+        rows = tower.module.config.vocab_size if tower else None
+        return tokenize(self.tokenizer, prompts, rows)
 
 
 def tokenize(
@@ -194,11 +208,10 @@ def refuse_parts_that_do_not_fit(folder: Path, loaded: Mapping[str, Tower | None
         ("unet", "in_channels", "vae", "latent_channels"),
         ("unet", "cross_attention_dim", "text_encoder", "hidden_size"),
     ):
-        if loaded[one] is None or loaded[other] is None:
+        first, second = loaded[one], loaded[other]
+        if first is None or second is None:
             continue
-        have, want = (
-            getattr(loaded[x].module.config, k) for x, k in ((one, key), (other, other_key))
-        )
+        have, want = getattr(first.module.config, key), getattr(second.module.config, other_key)
         if have != want:
             raise UserError(
                 f"{folder}: {one}/config.json has {key}={have}, but {other}/config.json "
@@ -271,7 +284,12 @@ def embed_captions(folder: Path, captions: Sequence[str]) -> Float[np.ndarray, "
         "logit_scale": jax.ShapeDtypeStruct((), jnp.float32),
     }
     kernel = tensors.load_tree(abstract, files, dtype=jnp.float32)["text_projection"]["kernel"]
-    embed = jax.jit(lambda p, x: text.module.apply({"params": p}, x).pooled @ kernel)
+
+    @jax.jit
+    def embed(params: Mapping, ids: Int[Array, "B T"]) -> Float[Array, "B D"]:
+        # apply returns a tuple where collections are mutable
+        return cast(TextOutput, text.module.apply({"params": params}, ids)).pooled @ kernel
+
     parts = [embed(text.params, ids[i : i + 64]) for i in range(0, len(ids), 64)]
     return np.concatenate([np.asarray(part) for part in parts])
 

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ from persona_jax.models import aggregators, face_resnet, facenet
 from persona_jax.models.adapter import Adapter
 from persona_jax.models.towers import abstract_params, build
 from persona_jax.pipelines import generation
-from persona_jax.pipelines.image_encoders import KINDS, ImageEncoder
+from persona_jax.pipelines.image_encoders import KINDS
 from persona_jax.pipelines.pipeline import Pipeline
 from persona_jax.planning import published
 from persona_jax.runtime import buckets
@@ -58,7 +58,8 @@ def training_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     optimizer = make_optimizer(config.optimizer)
     ema = bool(config.optimizer.ema_decay)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer, ema=ema), trainable)
-    frozen = shapes(adapter_training.adapter_frozen_params(pipeline, encoder.blank))
+    frozen = adapter_training.adapter_frozen_params(pipeline) | {"blank": encoder.blank}
+    frozen = shapes(frozen)
     step = adapter_training.adapter_step(config, pipeline, optimizer, mesh)
     return step, (
         at(state, shard_params(mesh, state)),
@@ -74,14 +75,14 @@ def people_step(config: ConfigDict, mesh: Mesh, dtype: DTypeLike) -> Program:
     fresh = without_start(config)
 
     def make(towers: Any, key: Any) -> Any:
-        traced = {
-            name: dataclasses.replace(getattr(pipeline, name), params=params)
-            for name, params in towers.items()
-        }
-        keys = jax.random.split(key, at_once)
-        return finetuning.init(fresh, dataclasses.replace(pipeline, **traced), keys)
+        unet, text_encoder = (
+            dataclasses.replace(pipeline.tower(name), params=towers[name])
+            for name in ("unet", "text_encoder")
+        )
+        traced = dataclasses.replace(pipeline, unet=unet, text_encoder=text_encoder)
+        return finetuning.init(fresh, traced, jax.random.split(key, at_once))
 
-    towers = {name: getattr(pipeline, name).params for name in finetuning.TOWERS}
+    towers = {name: pipeline.tower(name).params for name in finetuning.TOWERS}
     trainable = jax.eval_shape(make, towers, jax.eval_shape(lambda: jax.random.key(0)))
     optimizer = finetuning.make_people_optimizer(config)
     state = jax.eval_shape(lambda params: fresh_state(params, optimizer), trainable)
@@ -197,23 +198,35 @@ def abstract_tower(name: str, config: Mapping[str, Any], dtype: DTypeLike) -> To
     return Tower(module, cast, config)
 
 
-def abstract_image_encoder(config: ConfigDict) -> ImageEncoder:
-    """The image encoder of a config without weights: only its output shapes are right.
+class EncoderSizes(NamedTuple):
+    """What a plan needs to know of an image encoder.
+
+    Attributes:
+      dim: D of its embeddings, or patches.
+      blank: shape of the patches ``[L, D]`` of one photo; None for an encoder of whole photos.
+    """
+
+    dim: int
+    blank: jax.ShapeDtypeStruct | None = None
+
+
+def abstract_image_encoder(config: ConfigDict) -> EncoderSizes:
+    """The sizes of a config's image encoder.
 
     Raises:
       UserError: the kind is unknown, or the tower's sizes are not known.
     """
-    kind, blank = config.image_encoder.kind, None
+    kind = config.image_encoder.kind
     if kind not in KINDS:
         raise UserError(f"image_encoder.kind={kind!r}; known: {', '.join(KINDS)}")
-    dim = {"dlib": face_resnet.DIM, "facenet": facenet.DIM}.get(kind)
-    if kind == "clip":
-        sizes = build("image_encoder", image_encoder_config(config)).config
-        dim = sizes.projection_dim
-        if aggregators.known_kind(config.aggregator.kind).patches:
-            dim, patches = sizes.hidden_size, 1 + (sizes.image_size // sizes.patch_size) ** 2
-            blank = jax.ShapeDtypeStruct((patches, dim), jnp.float32)
-    return ImageEncoder(dim, lambda photo: photo, lambda params, pixels: pixels, {}, "", blank)
+    if kind != "clip":
+        return EncoderSizes({"dlib": face_resnet.DIM, "facenet": facenet.DIM}[kind])
+    sizes = build("image_encoder", image_encoder_config(config)).config
+    if not aggregators.known_kind(config.aggregator.kind).patches:
+        return EncoderSizes(sizes.projection_dim)
+    patches = 1 + (sizes.image_size // sizes.patch_size) ** 2
+    blank = jax.ShapeDtypeStruct((patches, sizes.hidden_size), jnp.float32)
+    return EncoderSizes(sizes.hidden_size, blank)
 
 
 def image_encoder_config(config: ConfigDict) -> Mapping[str, Any]:
@@ -265,17 +278,17 @@ def local_folder(path: str) -> Path | None:
     return None
 
 
-def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> Any:
+def adapter_shapes(config: ConfigDict, pipeline: Pipeline, encoder: EncoderSizes) -> Any:
     """The trainable tree as shapes, which do not depend on ``init_from``."""
     fresh = without_start(config)
 
     def make(params: Any) -> Any:
-        unet = dataclasses.replace(pipeline.unet, params=params)
+        unet = dataclasses.replace(pipeline.tower("unet"), params=params)
         return adapter_training.init_adapter(
             fresh, dataclasses.replace(pipeline, unet=unet), encoder.dim
         )
 
-    return jax.eval_shape(make, pipeline.unet.params)
+    return jax.eval_shape(make, pipeline.tower("unet").params)
 
 
 def without_start(config: ConfigDict) -> ConfigDict:
@@ -286,7 +299,7 @@ def without_start(config: ConfigDict) -> ConfigDict:
     return fresh
 
 
-def batch_shapes(config: ConfigDict, pipeline: Pipeline, encoder: ImageEncoder) -> dict:
+def batch_shapes(config: ConfigDict, pipeline: Pipeline, encoder: EncoderSizes) -> dict:
     """Shapes of a batch from :func:`persona_jax.data.loader.batches`."""
     count, slots = config.batch_size, config.references.n - 1
     h, w, channels = pipeline.latent_shape

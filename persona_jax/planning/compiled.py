@@ -58,7 +58,7 @@ class Compiled:
     def from_json(cls, text: str) -> "Compiled":
         """The inverse of ``json.dumps(dataclasses.asdict(…))``."""
         raw = json.loads(text)
-        raw["collectives"] = tuple(Collective(*one) for one in raw["collectives"])
+        raw["collectives"] = tuple(Collective(**one) for one in raw["collectives"])
         raw["shortage"] = tuple(raw["shortage"]) if raw["shortage"] else None
         return cls(**raw)
 
@@ -159,7 +159,8 @@ def measure(lowered: Any, loop_factor: float, devices: int, say: str = "") -> Co
 def not_kept() -> Iterator[None]:
     """Disables JAX's cache of compiled programs: programs for absent devices cannot be read from
     it, and programs read from it have no analysis."""
-    before = jax.config.jax_enable_compilation_cache
+    # JAX defines its options at run time.
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     jax.config.update("jax_enable_compilation_cache", False)
     try:
         yield

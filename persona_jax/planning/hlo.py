@@ -1,10 +1,11 @@
 """Reads compiled programs: collectives in HLO text, iterations of loops, FLOPs of a jaxpr."""
 
+import dataclasses
 import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 KINDS = (
     "all-reduce",
@@ -16,7 +17,8 @@ KINDS = (
 )
 
 
-class Collective(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Collective:
     """All collectives of one kind and group size in a program.
 
     Attributes:
@@ -65,8 +67,8 @@ def collectives(text: str, devices: int) -> list[Collective]:
     """
     bodies = computations(text)
     times = calls(bodies)
-    counts: Counter = Counter()
-    sizes: Counter = Counter()
+    counts: Counter[tuple[str, int]] = Counter()
+    sizes: Counter[tuple[str, int]] = Counter()
     for name, lines in bodies.items():
         for line in lines if times[name] else ():
             operation = _OPERATION.search(line)
@@ -79,7 +81,7 @@ def collectives(text: str, devices: int) -> list[Collective]:
             if group > 1:
                 counts[kind, group] += times[name]
                 sizes[kind, group] += times[name] * size
-    return [Collective(*key, counts[key], sizes[key]) for key in sorted(counts)]
+    return [Collective(*key, counts[key], size) for key, size in sorted(sizes.items())]
 
 
 def computations(text: str) -> dict[str, list[str]]:
@@ -163,7 +165,8 @@ def whole_size(kind: str, started: bool, shape: str, group: int) -> int:
 
 def array_size(dtype: str, dimensions: str) -> int:
     """Bytes of an array, from HLO's notation of dtype and dimensions: ``bf16``, ``4,128``."""
-    bits = 8 if dtype == "pred" else int(re.search(r"\d+", dtype)[0])
+    width = re.search(r"\d+", dtype)
+    bits = int(width[0]) if width else 8  # "pred" names no width
     return math.prod(int(n) for n in dimensions.split(",") if n) * bits // 8
 
 

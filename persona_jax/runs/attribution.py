@@ -3,9 +3,10 @@
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from typing import cast
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image
 
 from persona_jax.data import images
@@ -88,19 +89,22 @@ def attribute(
     """
     weights = np.asarray(references.weights[0])
     assert adapter.aggregator.module is not None
-    _, heads = adapter.aggregator.module.apply(
+    out = adapter.aggregator.module.apply(
         {"params": adapter.params["aggregator"]},
         references.embeddings[:1],
         references.weights[:1],
     )
-    heads = np.asarray(heads[0])
-    whole, influence, without = _unit_embeddings(encoder, generated), [], []
+    _, shares = cast(tuple[Array, Array], out)  # where collections are mutable: another tuple
+    heads = np.asarray(shares[0])
+    whole, influence = _unit_embeddings(encoder, generated), []
+    without: list[np.ndarray | None] = []
     for i in range(len(weights)):
         if weights[i] == 0:
             influence.append(np.nan)
             without.append(None)
             continue
-        others = iter(resample([references.replace(weights=references.weights.at[:, i].set(0.0))]))
+        rest = references.weights.at[:, i].set(0.0)
+        others = iter(resample([dataclasses.replace(references, weights=rest)]))
         first = next(others)
         moved = _unit_embeddings(encoder, itertools.chain([first], others))
         influence.append(float((1 - (moved * whole).sum(axis=1)).mean()))

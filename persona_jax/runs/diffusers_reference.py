@@ -50,7 +50,10 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
         str(folder), subfolder="", weight_name="ip_adapter.safetensors", image_encoder_folder=None
     )
     reference.set_ip_adapter_scale(1.0)
-    blank, kind = run.adapter.blank, run.adapter.aggregator.kind
+    adapter, encoder = run.adapter, run.encoder
+    assert adapter is not None  # a run of an adapter has both
+    assert encoder is not None
+    blank, kind = adapter.blank, adapter.aggregator.kind
 
     def their_embeds(seen: torch.Tensor) -> torch.Tensor:
         """diffusers' embeddings of [1, n, D] or [1, n, L, D], the unconditional ones first."""
@@ -64,12 +67,12 @@ def adapter_difference(run: finished_run.Run, folder: Path, base: Path) -> float
         return torch.cat([torch.zeros_like(image), image])[:, None]
 
     ours, worst = our_sampler(run.pipeline), 0.0
-    shape = (1, max(SETS), *(() if blank is None else blank.shape[:1]), run.encoder.dim)
+    shape = (1, max(SETS), *(() if blank is None else blank.shape[:1]), encoder.dim)
     seen = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     for count in SETS:
         both = their_embeds(torch.from_numpy(seen[:, :count]))
         weights = jnp.asarray(np.arange(max(SETS)) < count, jnp.float32)[None]
-        latents = ours([run.adapter], [generation.References(jnp.asarray(seen), weights)])
+        latents = ours([adapter], [generation.References(jnp.asarray(seen), weights)])
         theirs = diffusers_latents(reference, run.pipeline, ip_adapter_image_embeds=[both])
         worst = max(worst, apart(latents, theirs))
     return accepted(worst, run.pipeline)
@@ -195,8 +198,9 @@ def accepted(difference: float, parts: Pipeline) -> float:
     """
     if difference <= MOST:
         return difference
-    half = parts.unet.module.dtype not in (None, jnp.float32)
-    cause = f"; it was sampled in {parts.unet.module.dtype}, use float32 (config.dtype)"
+    dtype = parts.tower("unet").module.dtype
+    half = dtype not in (None, jnp.float32)
+    cause = f"; it was sampled in {dtype}, use float32 (config.dtype)"
     raise UserError(
         f"verify: latents differ by {difference:.1e} from stock diffusers', more than "
         f"{MOST:.0e}; nothing was written{cause if half else ''}",

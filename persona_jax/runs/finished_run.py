@@ -167,11 +167,11 @@ def open_adapter(
     """
     config = outside_settings(base, crop)
     pipeline = pipeline or open_pipeline(config)
-    unet, tower = pipeline.unet, pipeline.image_encoder
+    unet, tower = pipeline.tower("unet"), pipeline.image_encoder
     file = path / "ip_adapter.safetensors" if path.is_dir() else path
     if path.is_dir():
         checksums.verify(path, ["aggregator.json"], "export it again")
-        kind = folders.read_json(path / "aggregator.json").get("kind")
+        kind = str(folders.read_json(path / "aggregator.json").get("kind"))
     else:
         # What it reads tells what it is; where both are as long, it is as published.
         patches = tower is not None and plus_dim(file) == tower.module.config.hidden_size

@@ -207,7 +207,7 @@ class Mirror:
         token = next((str(info[key]) for key in TOKENS if key in info), "")
         return [info["size"], token]
 
-    def _get(self, name: str, keep: bool) -> list:
+    def _get(self, name: str, keep: bool) -> list | None:
         """Downloads a file. With `keep`, a local file of other content is renamed to .unsent."""
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -222,10 +222,9 @@ class Mirror:
         return self._here(name)
 
     def _all_here(self) -> dict[str, list]:
-        if self.folder.is_file():
-            return {"": self._here("")}
         paths = (path for path in sorted(self.folder.rglob("*")) if path.is_file())
-        names = [path.relative_to(self.folder).as_posix() for path in paths]
+        below = [path.relative_to(self.folder).as_posix() for path in paths]
+        names = [""] if self.folder.is_file() else below
         states = {name: self._here(name) for name in names if not UNFINISHED.search(name)}
         return {name: what for name, what in states.items() if what}
 

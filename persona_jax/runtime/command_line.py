@@ -65,7 +65,7 @@ def run_with_arguments(
       argv: command line with the program's name first; None: ``sys.argv``.
     """
     argv = list(sys.argv if argv is None else argv)
-    parser.error = _refuse
+    _refuse_in_one_line(parser)
     _add_verbose(parser)
     own = {action.dest for action in parser._actions if action.option_strings}
     _exit_on_error(lambda: main(_parse_arguments(parser, argv[1:])), own, VERBOSE in argv)
@@ -86,7 +86,11 @@ def _parse_arguments(parser: argparse.ArgumentParser, argv: list[str]) -> argpar
     return arguments
 
 
-def _refuse(message: str) -> None:
+def _refuse_in_one_line(parser: argparse.ArgumentParser) -> None:
+    parser.error = _refuse  # type: ignore[method-assign]  # the callers made the parser
+
+
+def _refuse(message: str) -> NoReturn:
     """Replaces ArgumentParser.error, which prints the whole usage."""
     raise UserError(f"command line: {message:.400}; see --help")
 
@@ -209,7 +213,7 @@ def config_parser(about: str | None) -> argparse.ArgumentParser:
 
 def _parse_config(argv: list[str], main: Callable) -> tuple[ConfigDict, Path]:
     parser = config_parser(sys.modules[main.__module__].__doc__)
-    parser.error = _refuse
+    _refuse_in_one_line(parser)
     _add_verbose(parser)
     parser.add_argument(
         "--workdir", required=True, type=settings.path, metavar="DIR", help="what this run writes"

@@ -26,8 +26,8 @@ def give_back_after_compilation() -> None:
     The compiler leaves two thirds of a gigabyte of freed memory after a large program.
     """
 
-    def listen(event: str, seconds: float, **_: object) -> None:
-        if event == "/jax/core/compile/backend_compile_duration" and seconds > LONG:
+    def listen(event: str, duration_secs: float, **_: str | int) -> None:
+        if event == "/jax/core/compile/backend_compile_duration" and duration_secs > LONG:
             give_back()
 
     jax.monitoring.register_event_duration_secs_listener(listen)

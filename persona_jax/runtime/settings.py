@@ -272,7 +272,7 @@ def number(allowed: Range) -> Callable[[str], float | int]:
             value = int(text) if allowed.whole else float(text)
         except ValueError:
             value = None
-        if value not in allowed:
+        if value is None or value not in allowed:
             raise argparse.ArgumentTypeError(f"{text[:40]!r}: expected {allowed}")
         return value
 

@@ -40,7 +40,7 @@ def _import_tensorboardx():
     """Imports tensorboardX without torch, which it imports wherever that is installed."""
     hide = "torch" not in sys.modules
     if hide:
-        sys.modules["torch"] = None
+        sys.modules["torch"] = None  # type: ignore[assignment]  # makes its import fail
     try:
         import tensorboardX
         import tensorboardX.event_file_writer

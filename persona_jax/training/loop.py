@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import jax
@@ -260,11 +261,12 @@ class _Log:
 
     def _add(self, step: int, values: dict[str, float], examples: int) -> None:
         self._values.append(values)
+        now = time.perf_counter()
         if self._clock is None:
-            self.restart_clock()
+            self._clock = now
         else:
             self._timed += examples
-        elapsed = time.perf_counter() - self._clock
+        elapsed = now - self._clock
         rate = {"examples_per_second": self._timed / elapsed} if self._timed else {}
         rate_text = {name: f"{value:.1f}" for name, value in rate.items()}
         self._bar.set_postfix({"loss": f"{values['loss']:.4f}"} | rate_text, refresh=False)
@@ -317,7 +319,7 @@ def _stop_signals() -> Iterator[list[int]]:
     if threading.current_thread() is not threading.main_thread():
         yield received
         return
-    before = {}
+    before: dict[int, Callable[[int, FrameType | None], Any] | int] = {}
 
     def note(number: int, _: Any) -> None:
         received.append(number)
@@ -329,8 +331,8 @@ def _stop_signals() -> Iterator[list[int]]:
     try:
         yield received
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for caught, handler in before.items():
+            signal.signal(caught, handler)
 
 
 @contextlib.contextmanager

@@ -158,6 +158,8 @@ def init_state(
     def create(params: Any) -> TrainState:
         return fresh_state(params, optimizer, ema=ema)
 
+    make: Callable[..., TrainState]
+    args: tuple[Any, ...]
     if callable(params):
         make, args = lambda: create(params()), ()
     else:

@@ -351,3 +351,8 @@ def test_waiting_for_another_build_is_said(tmp_path, capsys):
     thread.join()
     assert done.is_set()
     assert f"waiting for another process that builds data in {tmp_path}" in capsys.readouterr().out
+
+
+def test_drawn_people_without_settings_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r'"portraits": no settings given'):
+        load_photos("portraits", tmp_path)

@@ -169,6 +169,9 @@ def test_only_what_is_asked_for_is_loaded(theirs):
     loaded = pipeline.load(str(theirs), only=["vae"], dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     assert loaded.unet is loaded.text_encoder is loaded.image_encoder is None
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.vae.params)} == {jnp.dtype("bfloat16")}
+    assert loaded.tower("vae") is loaded.vae
+    with pytest.raises(ValueError, match="without its unet"):
+        loaded.tower("unet")
 
 
 def test_half_precision_opens_in_stock(theirs, tmp_path):
