@@ -9,7 +9,7 @@ import pathlib
 import stat
 import warnings
 from collections.abc import Callable
-from typing import BinaryIO
+from io import BufferedReader, BytesIO
 
 import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, UnidentifiedImageError
@@ -20,6 +20,8 @@ from persona_jax.runtime import buckets
 
 log = logging.getLogger(__name__)
 
+OpenFile = BufferedReader | BytesIO
+"""A file's bytes, on the disk or in memory."""
 Photo = str | os.PathLike[str] | Image.Image | np.ndarray
 """A photo as a caller may give it: a path, a picture, or an array (:func:`open_photo`)."""
 READING = 2
@@ -56,7 +58,7 @@ class Unreadable(ValueError):
     """A file is not a picture, is damaged or too large; the message is the reason in one line."""
 
 
-def decode(file: BinaryIO, name: str = "photo") -> Image.Image:
+def decode(file: OpenFile, name: str = "photo") -> Image.Image:
     """Decodes a photo to RGB: upright, in sRGB, transparency replaced by :data:`BACKGROUND`.
 
     16-bit grey becomes 8-bit by round(255 · v / 65535); of 16-bit colours, Pillow drops the lower
@@ -72,7 +74,7 @@ def decode(file: BinaryIO, name: str = "photo") -> Image.Image:
     return _guarded(lambda image: _photo(image, name), file)
 
 
-def decode_mask(file: BinaryIO) -> Image.Image:
+def decode_mask(file: OpenFile) -> Image.Image:
     """Decodes a mask to mode L: the weight of each pixel, 0 to 255.
 
     The weight is the opacity if it varies over the picture, else the brightness. Values are used
@@ -180,7 +182,7 @@ def refusal(path: pathlib.Path) -> str | None:
 
 
 def _load(
-    path: str | pathlib.Path, kind: str, read: Callable[[BinaryIO], Image.Image]
+    path: str | pathlib.Path, kind: str, read: Callable[[OpenFile], Image.Image]
 ) -> Image.Image:
     where = buckets.local(path)
     reason = refusal(where)
@@ -195,7 +197,7 @@ def _load(
     raise UserError(f"{kind} {shown(path)}: not a readable picture ({reason})")
 
 
-def _guarded(read: Callable[[Image.Image], Image.Image], file: BinaryIO) -> Image.Image:
+def _guarded(read: Callable[[Image.Image], Image.Image], file: OpenFile) -> Image.Image:
     """Applies `read` to the picture in a file; turns any decoder error into Unreadable."""
     try:
         with warnings.catch_warnings():
@@ -211,7 +213,7 @@ def _guarded(read: Callable[[Image.Image], Image.Image], file: BinaryIO) -> Imag
         raise Unreadable(f"damaged: {reason}; replace it or leave it out") from error
 
 
-def _open(file: BinaryIO) -> Image.Image:
+def _open(file: OpenFile) -> Image.Image:
     """Opens a picture without decoding it. Raises Unreadable if it is too large."""
     head = file.read(16)
     file.seek(0)
