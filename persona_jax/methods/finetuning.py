@@ -64,7 +64,7 @@ def require_trained_on_base(person: Path, pipeline: Pipeline) -> None:
     """Raises UserError if a person's ``person.json`` names another base."""
     trained = folders.read_json(person / "person.json")
     for tower in TOWERS:
-        now = getattr(pipeline, tower).hash
+        now = pipeline.tower(tower).hash
         require_trained_on(person.parents[1], pipeline.source, now, trained.get(tower))
 
 

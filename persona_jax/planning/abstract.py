@@ -177,6 +177,7 @@ def open_abstract(config: ConfigDict, dtype: DTypeLike) -> Pipeline:
         scheduler_config=scheduler,
         tokenizer=_Tokenizer(length),
         feature_extractor=None,
+        source=config.pipeline,
     )
 
 

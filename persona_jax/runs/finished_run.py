@@ -111,7 +111,7 @@ def open_run(
     settings.require(config, {f"aggregator.{name}": int for name in sizes}, where)
     which = weights or ("ema" if config.optimizer.ema_decay else "params")
     trained, base = read_fingerprint(workdir / "checkpoints"), pipeline.source
-    require_trained_on(workdir, base, pipeline.unet.hash, trained.get("unet"))
+    require_trained_on(workdir, base, pipeline.tower("unet").hash, trained.get("unet"))
     encoder = open_image_encoder(config, pipeline)
     if crop is None:  # the encoder's hash includes the crop
         place = config.image_encoder.get("path") or base

@@ -159,7 +159,7 @@ def test_errors_are_one_line(empty, monkeypatch):
             (here / "a").write_text("x")
 
     with pytest.raises(
-        UserError, match=r"a not written \(PermissionError: not yours\); what is miss"
+        UserError, match=r"a not written \(PermissionError: not yours\); unsent files stay"
     ):
         write()
 
