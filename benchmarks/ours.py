@@ -14,8 +14,8 @@ import optax
 from jax.sharding import PartitionSpec
 
 from benchmarks.sizes import MATRIX, PHOTOS, SCHEDULE, TEXT_LENGTH, Size
+from persona_jax.diffusion.ddim import ddim, guide
 from persona_jax.diffusion.loss import denoising_loss
-from persona_jax.diffusion.sampler import ddim, guide
 from persona_jax.diffusion.schedule import Schedule
 from persona_jax.interop.folders import load_tower
 from persona_jax.models import adapter

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict
 from persona_jax import train
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.errors import UserError
 from persona_jax.evaluation import evaluators, networks, report
 from persona_jax.evaluation.builder import build_evaluator
@@ -36,7 +36,7 @@ from persona_jax.models.aggregators import EveryPhoto
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import Pipeline, open_pipeline
 from persona_jax.runs import finished_run, subject_sampling
-from persona_jax.runtime import buckets, files, outside, settings
+from persona_jax.runtime import buckets, files, settings, untrusted
 from persona_jax.runtime.command_line import load_config, run_with_arguments
 from persona_jax.runtime.run_folder import config_difference
 from persona_jax.runtime.settings import number
@@ -412,7 +412,7 @@ def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) ->
     """
     file, before = out / "settings.json", {}
     with contextlib.suppress(FileNotFoundError):
-        before = outside.read_json(file)
+        before = untrusted.read_json(file)
     known = before.get("configs", {})
     if not isinstance(known, dict):
         raise UserError(f"--out {out}: of an earlier version of compare; choose another folder")

@@ -21,7 +21,7 @@ from PIL import Image
 
 from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.errors import UserError
 from persona_jax.evaluation import builder, evaluators, networks, plots, report
 from persona_jax.evaluation.evaluators import Subjects

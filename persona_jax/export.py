@@ -23,7 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from persona_jax.data import photo_files
+from persona_jax.data import photo_decoding
 from persona_jax.errors import UserError
 from persona_jax.interop import cards, folders, tensors
 from persona_jax.interop.aggregator_files import save_aggregator
@@ -35,7 +35,7 @@ from persona_jax.models import adapter
 from persona_jax.models.towers import TOWERS
 from persona_jax.pipelines.pipeline import load as load_pipeline
 from persona_jax.pipelines.pipeline import save as save_pipeline
-from persona_jax.runs import diffusers_reference, finished_run
+from persona_jax.runs import diffusers_check, finished_run
 from persona_jax.runtime import buckets, checksums, files, settings
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import read_config
@@ -92,7 +92,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
         save_ip_adapter_bin(folder / "ip_adapter.safetensors", folder / "ip_adapter.bin")
     save_aggregator(learnt.aggregator, learnt.params["aggregator"], encoder.dim, folder)
     if arguments.photos:
-        seen = encoder.encode(map(photo_files.load_photo, arguments.photos))
+        seen = encoder.encode(map(photo_decoding.load_photo, arguments.photos))
         params, weights = learnt.params["aggregator"], jnp.ones((1, len(seen)))
         image = learnt.aggregator.apply(params, jnp.asarray(seen)[None], weights)
         both = np.stack([adapter.unconditional(image, learnt.blank), image])
@@ -104,7 +104,7 @@ def write_adapter(workdir: Path, folder: Path, arguments: argparse.Namespace) ->
     (folder / "README.md").write_text(card)
     if not arguments.verify:
         return None
-    return diffusers_reference.adapter_difference(run, folder, folders.find(run.config.pipeline))
+    return diffusers_check.adapter_difference(run, folder, folders.find(run.config.pipeline))
 
 
 def missing_extractor(run: finished_run.Run) -> dict[str, Any] | None:
@@ -136,7 +136,7 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
         if arguments.dtype != "float32":
             cast_towers(folder, DTYPES[arguments.dtype])
         (folder / "README.md").write_text(cards.base(config))
-        return diffusers_reference.base_difference(folder) if arguments.verify else None
+        return diffusers_check.base_difference(folder) if arguments.verify else None
     run, about, towers = open_finetuned(workdir, arguments)
     dtype = DTYPES[arguments.dtype]
     changed = {
@@ -149,7 +149,7 @@ def write_pipeline(workdir: Path, folder: Path, arguments: argparse.Namespace) -
     }
     save_pipeline(dataclasses.replace(run.pipeline, **changed), folder)
     (folder / "README.md").write_text(cards.person(run.config, about, arguments.person))
-    return diffusers_reference.base_difference(folder) if arguments.verify else None
+    return diffusers_check.base_difference(folder) if arguments.verify else None
 
 
 def cast_towers(folder: Path, dtype: DTypeLike) -> None:
@@ -172,9 +172,7 @@ def write_lora(workdir: Path, folder: Path, arguments: argparse.Namespace) -> fl
     (folder / "README.md").write_text(cards.lora(run.config, about, arguments.person))
     if not arguments.verify:
         return None
-    return diffusers_reference.lora_difference(
-        run, towers, folder, folders.find(run.config.pipeline)
-    )
+    return diffusers_check.lora_difference(run, towers, folder, folders.find(run.config.pipeline))
 
 
 def open_finetuned(

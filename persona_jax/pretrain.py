@@ -18,7 +18,10 @@ from persona_jax.base.caption_sampling import captions_of
 from persona_jax.base.clip import score_clip, train_clip
 from persona_jax.base.prompts import score_prompts
 from persona_jax.base.stage import read_pictures
-from persona_jax.base.trait_training import score_trait_classifier, train_trait_classifier
+from persona_jax.base.trait_classifier_training import (
+    score_trait_classifier,
+    train_trait_classifier,
+)
 from persona_jax.base.unet import train_unet, write_scaffold
 from persona_jax.base.vae import score_vae, train_vae
 from persona_jax.data.dataset import open_dataset, rows_of

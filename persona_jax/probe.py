@@ -26,7 +26,7 @@ from tqdm import tqdm
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import batches
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError

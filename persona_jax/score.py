@@ -18,7 +18,7 @@ from typing import NoReturn
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import images, photo_files
+from persona_jax.data import images, photo_decoding
 from persona_jax.data.people_folder import some
 from persona_jax.errors import UserError, shown
 from persona_jax.evaluation import networks, reference_statistics, report, trait_classifier
@@ -125,7 +125,7 @@ def list_pictures(folder: Path) -> tuple[list[Path], list[Path]]:
     files = [Path(at) / name for at, _, names in os.walk(folder, onerror=refuse) for name in names]
     pictures, others = [], []
     for file in sorted(file for file in files if not file.name.startswith(".")):
-        problem = photo_files.refusal(file)
+        problem = photo_decoding.refusal(file)
         if problem is None and not images.is_sheet(file):
             pictures.append(file)
         elif problem is None or not (mimetypes.guess_type(file.name)[0] or "").startswith("image/"):
@@ -143,12 +143,12 @@ def read_pictures(files: Sequence[Path]) -> Iterator[Float[np.ndarray, "_ h w 3"
     Raises:
       UserError: an image cannot be read, or the sizes differ.
     """
-    first, start = photo_files.load_photo(files[0]), 0
+    first, start = photo_decoding.load_photo(files[0]), 0
     at_once = max(1, AT_ONCE // (first.width * first.height))
     while start < len(files):
         part = []
         for file in files[start : start + at_once]:
-            picture = photo_files.load_photo(file)
+            picture = photo_decoding.load_photo(file)
             if picture.size != first.size:
                 raise UserError(
                     f"{file}: {picture.size[0]}x{picture.size[1]} pixels, but {files[0].name} has "

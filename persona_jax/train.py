@@ -23,7 +23,7 @@ from persona_jax.data import images
 from persona_jax.data.dataset import open_dataset, rows_of
 from persona_jax.data.encodings import encode
 from persona_jax.data.loader import batches
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step

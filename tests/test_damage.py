@@ -14,7 +14,7 @@ from world import adapter_config, config_of, shaken, use_people, write_adapter, 
 
 from persona_jax import export, sample, train
 from persona_jax.data.dataset import open_dataset
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.errors import UserError
 from persona_jax.interop.checkpoints import newest_step
 from persona_jax.interop.lora_files import load_lora

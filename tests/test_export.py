@@ -21,7 +21,7 @@ from persona_jax.interop.lora_files import FILE
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.pipeline import open_pipeline
-from persona_jax.runs import diffusers_reference, finished_run
+from persona_jax.runs import diffusers_check, finished_run
 from persona_jax.runtime import checksums
 from persona_jax.runtime.command_line import run_with_arguments
 from persona_jax.runtime.run_folder import write_run_files
@@ -123,16 +123,16 @@ def test_a_plus_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     assert run.adapter.aggregator.kind == "plus"
     photos = [Image.open(world / f"people/person_0/{i}.png") for i in range(2)]
-    ours = diffusers_reference.our_sampler(run.pipeline)
+    ours = diffusers_check.our_sampler(run.pipeline)
     references = generation.References(
         jnp.asarray(run.encoder.encode(photos))[None], jnp.ones((1, 2))
     )
-    pipe = diffusers_reference.open_diffusers(world / "base")
+    pipe = diffusers_check.open_diffusers(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
     )
-    theirs = diffusers_reference.diffusers_latents(pipe, run.pipeline, ip_adapter_image=[photos])
-    assert diffusers_reference.apart(ours([run.adapter], [references]), theirs) < 1e-3
+    theirs = diffusers_check.diffusers_latents(pipe, run.pipeline, ip_adapter_image=[photos])
+    assert diffusers_check.apart(ours([run.adapter], [references]), theirs) < 1e-3
 
 
 @pytest.mark.parametrize("name", ["max", "sa", "resampler", "plus"])
@@ -156,17 +156,15 @@ def test_a_bare_file_takes_photos_as_stock_diffusers_does(world, tmp_path):
     run_export(world, "ip", tmp_path / "out", "--format", "ip-adapter", "--bin")
     run = finished_run.open_adapter(tmp_path / "out/ip_adapter.bin", str(world / "base"))
     seen = run.encoder.encode([Image.open(world / f"people/person_0/{i}.png") for i in range(3)])
-    ours = diffusers_reference.our_sampler(run.pipeline)
+    ours = diffusers_check.our_sampler(run.pipeline)
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)))
-    pipe = diffusers_reference.open_diffusers(world / "base")
+    pipe = diffusers_check.open_diffusers(world / "base")
     pipe.load_ip_adapter(
         str(tmp_path / "out"), subfolder="", weight_name="ip_adapter.bin", image_encoder_folder=None
     )
     both = torch.from_numpy(np.stack([np.zeros_like(seen), seen]))
-    theirs = diffusers_reference.diffusers_latents(
-        pipe, run.pipeline, ip_adapter_image_embeds=[both]
-    )
-    assert diffusers_reference.apart(ours([run.adapter], [references]), theirs) < 1e-3
+    theirs = diffusers_check.diffusers_latents(pipe, run.pipeline, ip_adapter_image_embeds=[both])
+    assert diffusers_check.apart(ours([run.adapter], [references]), theirs) < 1e-3
 
 
 PLAIN = ["--adapter", "{tmp}/out/ip_adapter.safetensors"]

@@ -14,10 +14,10 @@ from PIL import Image
 from world import adapter_config, config_of, portrait, write_adapter
 
 from persona_jax import export
-from persona_jax.data import images, photo_files
+from persona_jax.data import images, photo_decoding
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.pipelines import generation
-from persona_jax.runs import diffusers_reference, finished_run
+from persona_jax.runs import diffusers_check, finished_run
 from persona_jax.runtime.command_line import run_with_arguments
 
 
@@ -61,7 +61,7 @@ def test_the_readme_of_an_adapter_runs(world, tmp_path, monkeypatch, kind, base,
 
     run = finished_run.open_run(tmp_path / "run")
     photos = [world / "photos" / name for name in PHOTOS]
-    seen = run.encoder.encode([photo_files.load_photo(photo) for photo in photos])
+    seen = run.encoder.encode([photo_decoding.load_photo(photo) for photo in photos])
     references = generation.References(jnp.asarray(seen)[None], jnp.ones((1, 3)), 0.7)
     expected = sampled_here(run, [run.adapter], (references,), {})
     generated = run_readme(tmp_path, monkeypatch, run, PHOTOS=[str(photo) for photo in photos])
@@ -107,7 +107,7 @@ def sampled_here(run, adapters, references, towers) -> np.ndarray:
         references=references,
         guidance=settings.guidance,
         eta=settings.eta,
-        noise=jnp.asarray(diffusers_reference.noise_for(run.pipeline)),
+        noise=jnp.asarray(diffusers_check.noise_for(run.pipeline)),
     )
     frozen = generation.sampler_params(run.pipeline) | towers
     return images.to_uint8(np.asarray(sampler(frozen, tuple(adapters), request)))[0].astype(int)
@@ -123,7 +123,7 @@ def run_readme(folder, monkeypatch, run, **changes) -> np.ndarray:
     for name, value in changes.items():
         code, count = re.subn(rf"^{name} = .*$", f"{name} = {value!r}", code, flags=re.MULTILINE)
         assert count == 1
-    noise = diffusers_reference.noise_for(run.pipeline).transpose(0, 3, 1, 2)
+    noise = diffusers_check.noise_for(run.pipeline).transpose(0, 3, 1, 2)
     call = StableDiffusionPipeline.__call__
 
     def with_noise(self, *args, **settings):

@@ -20,7 +20,7 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import text_kernels
 from persona_jax.pipelines import generation, pipeline
-from persona_jax.runs import diffusers_reference
+from persona_jax.runs import diffusers_check
 
 pytestmark = pytest.mark.slow
 DIM = 1024
@@ -77,7 +77,7 @@ def test_plain_and_plus_files_generate_the_same(folder, capsys):
         adapters.append(adapter.Adapter(aggregator, again | {"aggregator": {}}))
     photos = [torch_models.normal(1, n, DIM, seed=n) for n in (9, 5)]
     reference_sets = [generation.References(jnp.asarray(x), jnp.ones(x.shape[:2])) for x in photos]
-    ours = diffusers_reference.our_sampler(loaded)
+    ours = diffusers_check.our_sampler(loaded)
     off = [x.replace(scale=0.0) for x in reference_sets]
     results = [
         ours(adapters, [reference_sets[0], off[1]]),
@@ -87,7 +87,7 @@ def test_plain_and_plus_files_generate_the_same(folder, capsys):
     jax.clear_caches()
     gc.collect()
 
-    pipe = diffusers_reference.open_diffusers(folder)
+    pipe = diffusers_check.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
     pipe.load_ip_adapter(
         [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
@@ -99,11 +99,9 @@ def test_plain_and_plus_files_generate_the_same(folder, capsys):
     differences = []
     for latents, scale in zip(results, ([1.0, 0.0], [0.0, 1.0], [1.0, 1.0]), strict=True):
         pipe.set_ip_adapter_scale(scale)
-        expected = diffusers_reference.diffusers_latents(
-            pipe, loaded, ip_adapter_image_embeds=embeds
-        )
-        differences.append(diffusers_reference.apart(latents, expected))
+        expected = diffusers_check.diffusers_latents(pipe, loaded, ip_adapter_image_embeds=embeds)
+        differences.append(diffusers_check.apart(latents, expected))
     with capsys.disabled():
         print(f"\nplain {differences[0]:.1e}, Plus {differences[1]:.1e}, both {differences[2]:.1e}")
     assert max(differences) < 1e-3
-    assert diffusers_reference.apart(results[0], results[1]) > 1e-2
+    assert diffusers_check.apart(results[0], results[1]) > 1e-2

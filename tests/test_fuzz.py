@@ -27,7 +27,7 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.towers import TOWERS, abstract_params, build
 from persona_jax.models.unet import UNetConfig, text_kernels
-from persona_jax.runtime import command_line, outside
+from persona_jax.runtime import command_line, untrusted
 from persona_jax.runtime.command_line import load_config
 from persona_jax.runtime.run_folder import read_run, write_run_files
 
@@ -197,7 +197,7 @@ def test_json_of_any_bytes(tmp_path):
 
     def read(content):
         (tmp_path / "x.json").write_bytes(content)
-        outcome(lambda: outside.read_json(tmp_path / "x.json"))
+        outcome(lambda: untrusted.read_json(tmp_path / "x.json"))
 
     rounds(read, damaged([whole]) | st.binary(max_size=200))
 

@@ -16,7 +16,7 @@ from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator, EveryPhoto
 from persona_jax.models.unet import cross_attention_layers, text_kernels
 from persona_jax.pipelines import generation, pipeline, scales
-from persona_jax.runs import diffusers_reference
+from persona_jax.runs import diffusers_check
 
 DIM, TEXT = torch_models.TINY_VISION["projection_dim"], 16
 AVERAGE, SET = Aggregator("avg"), EveryPhoto("resampler")
@@ -43,14 +43,14 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def ours(world):
-    return diffusers_reference.our_sampler(world[1])
+    return diffusers_check.our_sampler(world[1])
 
 
 @pytest.fixture(scope="module")
 def both_loaded(world):
     """Stock diffusers' pipeline with both adapters."""
     folder = world[0]
-    pipe = diffusers_reference.open_diffusers(folder)
+    pipe = diffusers_check.open_diffusers(folder)
     names = ["0.safetensors", "1.safetensors"]
     pipe.load_ip_adapter(
         [str(folder)] * 2, subfolder=["", ""], weight_name=names, image_encoder_folder=None
@@ -82,12 +82,12 @@ def test_two_adapters_each_with_its_own_scale(world, ours, both_loaded):
     latents = ours(world[2], [reference_set(one, scale=0.7), reference_set(other, scale=0.4)])
     both_loaded.set_ip_adapter_scale([0.7, 0.4])
     embeds = [plain_embeds(one), set_embeds(other)]
-    expected = diffusers_reference.diffusers_latents(
+    expected = diffusers_check.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
-    assert diffusers_reference.apart(latents, expected) < 1e-3
+    assert diffusers_check.apart(latents, expected) < 1e-3
     alone = ours(world[2][:1], [reference_set(one, scale=0.7)])
-    assert diffusers_reference.apart(alone, expected) > 1e-2
+    assert diffusers_check.apart(alone, expected) > 1e-2
 
 
 @pytest.mark.parametrize(
@@ -98,11 +98,11 @@ def test_scales_by_block_are_stocks(world, ours, both_loaded, text):
     parsed = scales.read_scale(text, unet)
     both_loaded.set_ip_adapter_scale([json.loads(text), 0.0])
     embeds = [plain_embeds(one), set_embeds(one)]
-    expected = diffusers_reference.diffusers_latents(
+    expected = diffusers_check.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     latents = ours(world[2][:1], [reference_set(one, scale=parsed)])
-    assert diffusers_reference.apart(latents, expected) < 1e-3
+    assert diffusers_check.apart(latents, expected) < 1e-3
 
 
 def test_photos_to_move_away_from(world, ours, both_loaded):
@@ -110,13 +110,13 @@ def test_photos_to_move_away_from(world, ours, both_loaded):
     one, away = seen(3, 1), seen(3, 5)
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
     embeds = [plain_embeds(one, away), set_embeds(one)]
-    expected = diffusers_reference.diffusers_latents(
+    expected = diffusers_check.diffusers_latents(
         both_loaded, world[1], ip_adapter_image_embeds=embeds
     )
     negative = (jnp.asarray(away), jnp.ones((1, 3)))
     latents = ours(world[2][:1], [reference_set(one, negative=negative)])
-    assert diffusers_reference.apart(latents, expected) < 1e-3
-    assert diffusers_reference.apart(ours(world[2][:1], [reference_set(one)]), expected) > 1e-3
+    assert diffusers_check.apart(latents, expected) < 1e-3
+    assert diffusers_check.apart(ours(world[2][:1], [reference_set(one)]), expected) > 1e-3
 
 
 def test_a_window_of_steps(world, ours, both_loaded):
@@ -125,23 +125,23 @@ def test_a_window_of_steps(world, ours, both_loaded):
     both_loaded.set_ip_adapter_scale([1.0, 0.0])
 
     def after(pipe, step, t, values):
-        if step + 1 == diffusers_reference.STEPS // 2:
+        if step + 1 == diffusers_check.STEPS // 2:
             pipe.set_ip_adapter_scale([0.0, 0.0])
         return values
 
-    expected = diffusers_reference.diffusers_latents(
+    expected = diffusers_check.diffusers_latents(
         both_loaded,
         world[1],
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(one)],
         callback_on_step_end=after,
     )
     half = ours(world[2][:1], [reference_set(one, window=(0.0, 0.5))])
-    assert diffusers_reference.apart(half, expected) < 1e-3
+    assert diffusers_check.apart(half, expected) < 1e-3
     whole = ours(world[2][:1], [reference_set(one)])
-    assert diffusers_reference.apart(whole, expected) > 1e-3
+    assert diffusers_check.apart(whole, expected) > 1e-3
     windowed = ours(world[2][:1], [reference_set(one, window=(0.0, 1.0))])
     # These are two programs; on some processors their last bits differ.
-    assert diffusers_reference.apart(windowed, whole) < 1e-5
+    assert diffusers_check.apart(windowed, whole) < 1e-5
 
 
 def halves(size: int = 16) -> tuple[Image.Image, Image.Image]:
@@ -166,15 +166,15 @@ def test_two_people_in_one_picture_by_masks(world, ours, both_loaded):
     )
     both_loaded.set_ip_adapter_scale([0.8, 0.8])
     tensors = [torch.from_numpy(np.float32(mask) / 255)[None, None] for mask in masks]
-    expected = diffusers_reference.diffusers_latents(
+    expected = diffusers_check.diffusers_latents(
         both_loaded,
         world[1],
         ip_adapter_image_embeds=[plain_embeds(one), set_embeds(other)],
         cross_attention_kwargs={"ip_adapter_masks": tensors},
     )
-    assert diffusers_reference.apart(latents, expected) < 1e-3
+    assert diffusers_check.apart(latents, expected) < 1e-3
     everywhere = ours(world[2], [reference_set(one, scale=0.8), reference_set(other, scale=0.8)])
-    assert diffusers_reference.apart(everywhere, expected) > 1e-2
+    assert diffusers_check.apart(everywhere, expected) > 1e-2
 
 
 def test_regions_share_out_the_picture_at_every_layer(world):

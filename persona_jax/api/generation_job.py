@@ -13,7 +13,7 @@ from persona_jax.api.adapters import LoadedAdapter
 from persona_jax.api.bases import loaded
 from persona_jax.api.results import Images, Progress
 from persona_jax.data import images
-from persona_jax.diffusion.sampler import picture_noise
+from persona_jax.diffusion.ddim import picture_noise
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.generation import References, Request

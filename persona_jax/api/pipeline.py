@@ -21,7 +21,7 @@ from persona_jax.api.bases import Base, loaded
 from persona_jax.api.generation_job import GenerationJob
 from persona_jax.api.results import Images, Progress
 from persona_jax.data import images
-from persona_jax.data.photo_files import Photo
+from persona_jax.data.photo_decoding import Photo
 from persona_jax.errors import UserError
 from persona_jax.pipelines import generation
 from persona_jax.pipelines.generation import Sampler

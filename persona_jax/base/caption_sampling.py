@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
 
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.data.portraits import descriptions as words
 from persona_jax.errors import UserError
 

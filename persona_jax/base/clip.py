@@ -19,7 +19,7 @@ from persona_jax.base.stage import (
     save_tower,
     to_float,
 )
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.diffusion.loss import example_keys
 from persona_jax.interop import folders, tensors
 from persona_jax.metrics.verification import verification

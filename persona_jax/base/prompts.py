@@ -6,8 +6,8 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from persona_jax.data import images
-from persona_jax.evaluation import fidelity
 from persona_jax.evaluation import trait_classifier as reading
+from persona_jax.evaluation import trait_scores
 from persona_jax.pipelines import generation as paint
 from persona_jax.pipelines import pipeline
 
@@ -16,12 +16,12 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
     """Paints from text alone, with guidance, and counts what was asked for and is there.
 
     Leaves ``prompts.png`` in `workdir`: the first 32 pictures; their prompts are those of
-    :func:`persona_jax.evaluation.fidelity.draw_wishes`.
+    :func:`persona_jax.evaluation.trait_scores.draw_wishes`.
     """
     settings = config.unet
     parts = pipeline.load(str(workdir / "pipeline"), only=("unet", "vae", "text_encoder"))
-    scene = fidelity.draw_wishes(settings.scored, config.seed)
-    ids, _ = parts.tokenize([fidelity.prompt_of(wish) for wish in scene])
+    scene = trait_scores.draw_wishes(settings.scored, config.seed)
+    ids, _ = parts.tokenize([trait_scores.prompt_of(wish) for wish in scene])
     empty, _ = parts.tokenize([""])
     request = paint.Request(
         keys=paint.picture_keys(config.seed, len(scene)),
@@ -36,4 +36,4 @@ def score_prompts(workdir: Path, config: ConfigDict) -> dict:
         workdir / "prompts.png"
     )
     readings = reading.load_trait_classifier(workdir / "reader").read(pictures)
-    return {"pictures": len(scene), **fidelity.prompt_fidelity(readings, scene)}
+    return {"pictures": len(scene), **trait_scores.prompt_fidelity(readings, scene)}

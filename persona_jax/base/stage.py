@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from persona_jax.data import images
 from persona_jax.data.loader import photo_batches
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.interop import folders
 from persona_jax.runtime.mesh import first_process, place, replicated, to_host
 from persona_jax.training.loop import Callback, fit

@@ -14,7 +14,7 @@ from persona_jax.base.stage import fit_stage, save_tower
 from persona_jax.data import images
 from persona_jax.data.encodings import EncodingJob, Encodings, encode
 from persona_jax.data.loader import photo_batches
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.diffusion.loss import denoising_loss, draw_steps, example_keys
 from persona_jax.diffusion.schedule import STABLE_DIFFUSION
 from persona_jax.interop import folders

@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 
-from persona_jax.data import outside
+from persona_jax.data import assets
 from persona_jax.errors import UserError
 
 ASSET = "lfw_deepfunneled"
@@ -18,7 +18,7 @@ DAMAGED = (EOFError, tarfile.TarError, zipfile.BadZipFile, zlib.error, OSError)
 
 def local_archive(manual_dir: pathlib.Path) -> pathlib.Path | None:
     """Returns the archive in `manual_dir`; None if there is none."""
-    return outside.local(ASSET, manual_dir)
+    return assets.local(ASSET, manual_dir)
 
 
 def find_archive(manual_dir: pathlib.Path, sha256: str | None) -> tuple[pathlib.Path, str]:
@@ -31,12 +31,12 @@ def find_archive(manual_dir: pathlib.Path, sha256: str | None) -> tuple[pathlib.
       UserError: the archive cannot be obtained, or its checksum is unknown.
     """
     remedy = "or name its folder with config.data.manual_dir=DIR"
-    return outside.find(ASSET, manual_dir, sha256, key=KEY, remedy=remedy)
+    return assets.find(ASSET, manual_dir, sha256, key=KEY, remedy=remedy)
 
 
 def verify(archive: pathlib.Path, sha256: str | None) -> str:
     """Returns the archive's SHA-256 if the manifest or the user accepts it."""
-    return outside.verify(ASSET, archive, sha256, KEY)
+    return assets.verify(ASSET, archive, sha256, KEY)
 
 
 def photos(archive: pathlib.Path) -> Iterator[tuple[str, int, str, bytes]]:

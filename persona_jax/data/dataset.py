@@ -6,7 +6,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from persona_jax.data.people_folder import some
-from persona_jax.data.photos import DRAWN, Photos, load_photos
+from persona_jax.data.photo_datasets import DRAWN, Photos, load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.data.splits import People, grouped_people, photos_of, split_people
 

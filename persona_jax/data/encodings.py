@@ -22,8 +22,8 @@ from jaxtyping import Int
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from persona_jax.data.photo_files import READING
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
+from persona_jax.data.photo_decoding import READING
 from persona_jax.data.records import Records, Writer
 from persona_jax.errors import UserError
 from persona_jax.runtime import buckets, checksums, files

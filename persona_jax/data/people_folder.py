@@ -10,7 +10,7 @@ import stat
 import urllib.parse
 from collections.abc import Sequence
 
-from persona_jax.data.photo_files import READING
+from persona_jax.data.photo_decoding import READING
 from persona_jax.errors import UserError, shown
 
 LABELS = "captions_meta.tsv"

@@ -9,9 +9,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from persona_jax.data import images
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.errors import UserError
-from persona_jax.evaluation import evaluators, faces, fidelity, networks, trait_classifier
+from persona_jax.evaluation import evaluators, faces, networks, trait_classifier, trait_scores
 from persona_jax.interop import folders
 from persona_jax.pipelines.image_encoders import ImageEncoder, open_image_encoder
 from persona_jax.pipelines.pipeline import embed_captions, open_pipeline
@@ -31,7 +31,7 @@ def build_evaluator(
       config: with the dataset and the base.
       photos: of the dataset.
       people: number of people to evaluate; retrieval picks among these if they are fewer than
-        :data:`persona_jax.evaluation.fidelity.AMONG`.
+        :data:`persona_jax.evaluation.trait_scores.AMONG`.
       arguments: with the flags of :func:`persona_jax.evaluation.networks.add_flags`.
 
     Raises:
@@ -48,7 +48,7 @@ def build_evaluator(
             folders.find(config.pipeline).parent / "reader"
         )
         all_networks = {"the reader": networks.from_trait_classifier(classifier)} | inception
-        among = min(people, fidelity.AMONG)
+        among = min(people, trait_scores.AMONG)
         ground_truth = photos.truth("identity"), photos.truth("scene")
         return evaluators.TraitEvaluator(classifier, *ground_truth, all_networks, among)
     return _face_evaluator(config, photos, inception)

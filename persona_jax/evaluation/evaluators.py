@@ -14,11 +14,11 @@ from jaxtyping import Float, Int
 from ml_collections import ConfigDict
 
 from persona_jax.data import images
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.data.portraits import traits
 from persona_jax.data.splits import photos_of
 from persona_jax.errors import UserError
-from persona_jax.evaluation import fidelity, trait_classifier
+from persona_jax.evaluation import trait_classifier, trait_scores
 from persona_jax.evaluation.networks import Network, NetworkOutput
 
 AGAIN = 32
@@ -158,9 +158,9 @@ class TraitEvaluator:
     identity: Float[np.ndarray, "N K"]
     scene: Float[np.ndarray, "N J"]
     networks: Mapping[str, Network]
-    among: int = fidelity.AMONG
+    among: int = trait_scores.AMONG
     name: str = "the reader of the base"
-    plain: str = fidelity.PLAIN
+    plain: str = trait_scores.PLAIN
 
     @property
     def likeness(self) -> str:
@@ -197,8 +197,8 @@ class TraitEvaluator:
         read, truth = self.classifier.read(plain).identity, self.identity[subjects.held_out]
         hidden = traits.hidden_traits(self.scene)[subjects.references[:, :shown]].sum(axis=1)
         return {
-            "by_trait": fidelity.error_by_trait(read, truth),
-            "by_hiding": fidelity.error_by_hiding(read, truth, hidden),
+            "by_trait": trait_scores.error_by_trait(read, truth),
+            "by_hiding": trait_scores.error_by_hiding(read, truth, hidden),
         }
 
     def _evaluate(self, plain, seen, asked, rows) -> EvaluationResult:
@@ -208,8 +208,10 @@ class TraitEvaluator:
         return EvaluationResult(
             {
                 "error of the traits ↓": np.sqrt(squared / np.maximum(seen.sum(axis=1), 1)),
-                self.likeness: fidelity.named(self.classifier, read, identity, self.among),
-                "prompt ↑": fidelity.scene_fidelity(self.classifier.read(asked), self.scene[rows]),
+                self.likeness: trait_scores.named(self.classifier, read, identity, self.among),
+                "prompt ↑": trait_scores.scene_fidelity(
+                    self.classifier.read(asked), self.scene[rows]
+                ),
             },
             {name: network(asked) for name, network in self.networks.items()},
         )
@@ -221,7 +223,7 @@ def how_many(wanted: int | None, group: Sequence[str]) -> int:
     if wanted is not None:
         return wanted
     count = min(MOST, len(group))
-    return count - count % fidelity.AMONG if count > fidelity.AMONG else count
+    return count - count % trait_scores.AMONG if count > trait_scores.AMONG else count
 
 
 def choose_subjects(

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from PIL import Image
 
 from persona_jax.data import images
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.evaluation.evaluators import (
     EvaluationResult,
     Subjects,

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 from jaxtyping import Float
 
-from persona_jax.data import images, outside
+from persona_jax.data import assets, images
 from persona_jax.evaluation.trait_classifier import TraitClassifier
 from persona_jax.interop import network_weights
 from persona_jax.metrics.features import inception_pass
@@ -88,10 +88,10 @@ def inception_networks(file: str, sha256: str | None, folder: Path) -> dict[str,
     """
     asset, key, path = "inception_2015", "inception_sha256", buckets.local(file)
     if file:
-        outside.verify(asset, path, sha256, key)
+        assets.verify(asset, path, sha256, key)
     else:
         remedy = "or name it as inception"
-        path, _ = outside.find(asset, folder, sha256, key=key, remedy=remedy)
+        path, _ = assets.find(asset, folder, sha256, key=key, remedy=remedy)
     params = network_weights.load_inception(path)
     mesh = make_mesh(data=-1, fsdp=1)
 

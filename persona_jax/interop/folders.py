@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from persona_jax.errors import UserError
 from persona_jax.interop import tensors
 from persona_jax.models.towers import abstract_params, build
-from persona_jax.runtime import buckets, files, outside
+from persona_jax.runtime import buckets, files, untrusted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +155,13 @@ def content_hash(folder: Path) -> str:
 
 
 def read_json(file: Path) -> dict:
-    """A JSON file of a pipeline folder (see :func:`persona_jax.runtime.outside.read_json`).
+    """A JSON file of a pipeline folder (see :func:`persona_jax.runtime.untrusted.read_json`).
 
     Raises:
       UserError: it is missing or damaged.
     """
     try:
-        return outside.read_json(file)
+        return untrusted.read_json(file)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: missing; is {file.parent.parent} a pipeline folder?") from None
 

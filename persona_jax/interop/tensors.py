@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from persona_jax.errors import UserError, listed
-from persona_jax.runtime import files, memory, outside
+from persona_jax.runtime import files, memory, untrusted
 
 _WEIGHTS = {"kernel", "scale", "embedding"}
 # Integer types are allowed for the position_ids in old files, which are ignored.
@@ -111,7 +111,7 @@ def only_floats(array: np.ndarray, where: str) -> np.ndarray:
 
 def _open(file: Path) -> Any:
     try:
-        outside.regular(file)
+        untrusted.regular(file)
         return safe_open(file, framework="numpy")
     except (SafetensorError, OSError) as error:
         raise UserError(
@@ -173,7 +173,7 @@ def _weights(folder: Path, single: str, index: str) -> list[Path]:
 
 def _shards(index: Path) -> list[str]:
     try:
-        shards = sorted(set(outside.read_json(index)["weight_map"].values()))
+        shards = sorted(set(untrusted.read_json(index)["weight_map"].values()))
     except (OSError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: not a readable index of shards ({error!r:.200})") from error
     for shard in shards:

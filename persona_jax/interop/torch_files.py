@@ -14,7 +14,7 @@ import numpy as np
 
 from persona_jax.errors import UserError
 from persona_jax.interop.tensors import TensorFiles, Tensors, only_floats
-from persona_jax.runtime import checksums, outside
+from persona_jax.runtime import checksums, untrusted
 
 
 def open_tensors(file: Path) -> Tensors:
@@ -45,7 +45,7 @@ class StateDict:
             ) from error
         self.where = str(file)
         try:
-            outside.regular(file)
+            untrusted.regular(file)
             zipped = _is_stored_zip(file)
             state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipped)
             _refuse_trainers(file, state)

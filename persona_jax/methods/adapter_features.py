@@ -6,7 +6,7 @@ from ml_collections import ConfigDict
 
 from persona_jax.data import images
 from persona_jax.data.encodings import EncodingJob
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.models.vae import AutoencoderKL
 from persona_jax.pipelines.image_encoders import ImageEncoder
 from persona_jax.pipelines.pipeline import Pipeline

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from persona_jax.data import encodings, images
 from persona_jax.data.dataset import open_dataset, rows_of
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.data.splits import People, photos_of
 from persona_jax.errors import UserError
 from persona_jax.interop import folders, tensors

@@ -11,7 +11,7 @@ from flax import struct
 from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int, Key
 
-from persona_jax.diffusion.sampler import ddim, guide, picture_noise
+from persona_jax.diffusion.ddim import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import Schedule, sampling_steps
 from persona_jax.errors import UserError
 from persona_jax.models import adapter

@@ -17,7 +17,7 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 from PIL import Image
 
-from persona_jax.data import images, outside
+from persona_jax.data import assets, images
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights, network_weights
 from persona_jax.models import aggregators, face_resnet, facenet
@@ -150,7 +150,7 @@ def _dlib_encoder(config: ConfigDict) -> ImageEncoder:
         )
 
     digest = face_weights.face_weights_hash(path)
-    accepted = outside.manifest()["dlib_face_recognition"]["accepted"]
+    accepted = assets.manifest()["dlib_face_recognition"]["accepted"]
     if f"sha256:{digest}" not in accepted and digest != config.sha256:
         raise UserError(
             f"{path}: sha256 {digest} is none of the known weights; get them again, or if "
@@ -169,10 +169,10 @@ def _facenet_encoder(config: ConfigDict, folder: Path) -> ImageEncoder:
     asset, key = "facenet_vggface2", "config.image_encoder.sha256"
     if config.path:
         file = buckets.local(config.path)
-        digest = outside.verify(asset, file, config.sha256, key)
+        digest = assets.verify(asset, file, config.sha256, key)
     else:
         remedy = "or name it with config.image_encoder.path=FILE"
-        file, digest = outside.find(asset, folder, config.sha256, key=key, remedy=remedy)
+        file, digest = assets.find(asset, folder, config.sha256, key=key, remedy=remedy)
     centre, side, size = config.face_centre, config.face_side, facenet.SIDE
 
     def preprocess(photo: Image.Image) -> np.ndarray:

@@ -11,7 +11,7 @@ from PIL import Image
 from persona_jax.errors import UserError
 from persona_jax.models.attention import LayerName
 from persona_jax.models.unet import UNetConfig, cross_attention_layers
-from persona_jax.runtime import outside, settings
+from persona_jax.runtime import settings, untrusted
 
 Scale = float | dict[LayerName, float]
 
@@ -25,7 +25,7 @@ ByBlock = Mapping[str, Number | Mapping[str, Number | Sequence[Number]]]
 def read_scale(text: str, config: UNetConfig) -> Scale:
     """Applies :func:`parse_scale` to JSON, as given on a command line."""
     try:
-        value = outside.parse_json(text, "scale")
+        value = untrusted.parse_json(text, "scale")
     except UserError as error:
         raise _wrong(f"scale {text:.60}: neither a number nor JSON") from error
     return parse_scale(value, config)

@@ -10,8 +10,8 @@ import numpy as np
 from jaxtyping import Array, Float
 from PIL import Image
 
-from persona_jax.data import images, photo_files
-from persona_jax.data.photo_files import Photo
+from persona_jax.data import images, photo_decoding
+from persona_jax.data.photo_decoding import Photo
 from persona_jax.errors import UserError
 from persona_jax.models.unet import UNetConfig
 from persona_jax.pipelines import generation, scales
@@ -27,7 +27,7 @@ class ReferenceSet:
 
     Attributes:
       photos, negative: of the person, and negative photos; paths, images or arrays
-        (:func:`persona_jax.data.photo_files.open_photo`).
+        (:func:`persona_jax.data.photo_decoding.open_photo`).
       weights: one for each photo: 0 leaves it out, 2 counts it twice; None: all 1.
       scale: λ, one number or numbers by block
         (:func:`persona_jax.pipelines.scales.parse_scale`), or either as JSON; None: the adapter's.
@@ -145,7 +145,7 @@ def references(
     )
     coverage, negative = None, None
     if photo_set.mask is not None:
-        coverage = scales.regions(photo_files.open_mask(photo_set.mask), config, size)
+        coverage = scales.regions(photo_decoding.open_mask(photo_set.mask), config, size)
     embeddings, weights = _encode(encoder, photo_set.photos, "photo", each), photo_set.counts
     if len(photo_set.negative):
         negative_embeddings = _encode(encoder, photo_set.negative, "negative photo")
@@ -173,7 +173,7 @@ def _encode(
 ) -> Float[np.ndarray, "N ..."]:
     def opened() -> Iterator[Image.Image]:
         for i, one in enumerate(photos):
-            photo = photo_files.open_photo(one, f"{name} {i + 1}")
+            photo = photo_decoding.open_photo(one, f"{name} {i + 1}")
             each(photo)
             yield photo
 

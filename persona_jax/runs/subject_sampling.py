@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Key
 
-from persona_jax.data.photos import Photos
+from persona_jax.data.photo_datasets import Photos
 from persona_jax.evaluation.evaluators import Subjects
 from persona_jax.methods import finetuning_loop
 from persona_jax.models.adapter import Adapter

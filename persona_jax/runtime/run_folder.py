@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import files, outside, settings
+from persona_jax.runtime import files, settings, untrusted
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "persona-jax")
 
@@ -65,7 +65,7 @@ def read_config(workdir: str | Path) -> ConfigDict:
     """
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(_tuples(outside.read_json(path))).lock()
+        return ConfigDict(_tuples(untrusted.read_json(path))).lock()
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; is {workdir} a run's workdir?") from error
     except (ValueError, TypeError, AttributeError) as error:

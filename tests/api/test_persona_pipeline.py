@@ -16,7 +16,7 @@ import persona_jax as pj
 from persona_jax import export, sample
 from persona_jax.api.pipeline import Options
 from persona_jax.data import images as pictures
-from persona_jax.data import photo_files
+from persona_jax.data import photo_decoding
 from persona_jax.interop import tensors
 from persona_jax.methods import finetuning, finetuning_loop
 from persona_jax.models import lora
@@ -303,13 +303,13 @@ def test_missing_runs_and_people(world, pipe, wrong):
 
 
 def test_each_photo_is_decoded_once(world, pipe, adapter, monkeypatch):
-    decoded, read = [], photo_files.open_photo
+    decoded, read = [], photo_decoding.open_photo
 
     def counted(photo, name):
         decoded.append(name)
         return read(photo, name)
 
-    monkeypatch.setattr(photo_files, "open_photo", counted)
+    monkeypatch.setattr(photo_decoding, "open_photo", counted)
     job = pipe.prepare(PROMPT, photos=photos(world), adapter=adapter, **FEW)
     assert decoded == ["photo 1", "photo 2"]
     assert [square.size for square in job.references[0]] == 2 * [job.references[0][0].size]

@@ -39,7 +39,7 @@ def test_every_public_name_is_there_without_data_sets_and_other_frameworks():
     code = "import persona_jax; [getattr(persona_jax, name) for name in persona_jax.__all__]"
     own, roots = modules_after(code)
     assert not roots & set(HEAVY)
-    allowed = {"colour", "images", "outside", "photo_files"}
+    allowed = {"colour", "images", "assets", "photo_decoding"}
     data = {name.split(".")[2] for name in own if name.startswith("persona_jax.data.")}
     assert data <= allowed
     assert not [name for name in own if name.split(".")[1:2] in (["evaluation"], ["base"])]

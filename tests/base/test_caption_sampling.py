@@ -9,7 +9,7 @@ from world import write_people
 from persona_jax.base import contrastive
 from persona_jax.base.caption_sampling import captions_of, draw_caption, looks_of, odds_of
 from persona_jax.base.clip import retrieval
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.errors import UserError
 

@@ -12,7 +12,7 @@ from persona_jax.data import encodings as module
 from persona_jax.data import records
 from persona_jax.data.encodings import EncodingJob
 from persona_jax.data.encodings import encode as run
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.errors import UserError
 
 

@@ -17,9 +17,9 @@ from synthetic import jpeg
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from fuzz import damaged, refusal, rounds
 
-from persona_jax.data import captions, colour, photo_files
+from persona_jax.data import captions, colour, photo_decoding
 from persona_jax.data.people_folder import list_people, some
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.errors import UserError
 
 
@@ -72,7 +72,10 @@ def test_photos(tmp_path):
 
     def check(data: bytes) -> None:
         file.write_bytes(data)
-        for kind, load in (("photo", photo_files.load_photo), ("mask", photo_files.load_mask)):
+        for kind, load in (
+            ("photo", photo_decoding.load_photo),
+            ("mask", photo_decoding.load_mask),
+        ):
             try:
                 image = load(file)
                 assert image.mode == {"photo": "RGB", "mask": "L"}[kind]
@@ -90,8 +93,8 @@ def test_photos(tmp_path):
 def test_photos_of_any_bytes():
     def check(data: bytes) -> None:
         try:
-            photo_files.decode(io.BytesIO(data))
-        except photo_files.Unreadable as error:
+            photo_decoding.decode(io.BytesIO(data))
+        except photo_decoding.Unreadable as error:
             refusal(error)
 
     magic = st.sampled_from([data[:24] for data in photos()])

@@ -19,7 +19,7 @@ from persona_jax.interop import tensors
 from persona_jax.interop.lora_files import FILE, KOHYA_FILE, load_lora, save_kohya, save_lora
 from persona_jax.models import lora
 from persona_jax.pipelines import generation, pipeline
-from persona_jax.runs import diffusers_reference
+from persona_jax.runs import diffusers_check
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE = [*ATTENTION, "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"]
@@ -42,7 +42,7 @@ def write_lora(
     base, folder, targets, text: bool, alpha: float = 6.0, metadata: bool = True, patterns=()
 ):
     """Writes a LoRA without zero factors by PEFT and diffusers; returns it and its pipeline."""
-    pipe = diffusers_reference.open_diffusers(base)
+    pipe = diffusers_check.open_diffusers(base)
     settings = {"r": 3, "lora_alpha": alpha, "init_lora_weights": "gaussian"}
     settings["alpha_pattern"] = dict(patterns)
     towers = {"unet": LoraConfig(**settings, target_modules=targets)}
@@ -73,28 +73,28 @@ def test_the_base_with_it_is_what_peft_makes(
     base, loaded, tmp_path, targets, text, alpha, metadata
 ):
     file, pipe = write_lora(base, tmp_path, targets, text, alpha, metadata)
-    expected = diffusers_reference.diffusers_latents(pipe, loaded)
+    expected = diffusers_check.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     updates = load_lora(file, frozen)
     assert set(updates) == ({"unet", "text_encoder"} if text else {"unet"})
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    latents = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(latents, expected) < 1e-3
-    plain = diffusers_reference.diffusers_latents(diffusers_reference.open_diffusers(base), loaded)
-    assert diffusers_reference.apart(plain, expected) > 1e-2
+    latents = diffusers_check.our_sampler(loaded, towers)()
+    assert diffusers_check.apart(latents, expected) < 1e-3
+    plain = diffusers_check.diffusers_latents(diffusers_check.open_diffusers(base), loaded)
+    assert diffusers_check.apart(plain, expected) > 1e-2
 
 
 def test_half_strength_is_what_stock_makes(base, loaded, tmp_path):
     """Compares with stock diffusers' own loader and scale."""
     file, _ = write_lora(base, tmp_path, MORE, text=False)
-    pipe = diffusers_reference.open_diffusers(base)
+    pipe = diffusers_check.open_diffusers(base)
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
     pipe.set_adapters(pipe.get_active_adapters(), 0.5)
-    expected = diffusers_reference.diffusers_latents(pipe, loaded)
+    expected = diffusers_check.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     half = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"], 0.5)}
-    latents = diffusers_reference.our_sampler(loaded, half)()
-    assert diffusers_reference.apart(latents, expected) < 1e-3
+    latents = diffusers_check.our_sampler(loaded, half)()
+    assert diffusers_check.apart(latents, expected) < 1e-3
 
 
 def renamed(tensors: dict, *pairs: tuple[str, str]) -> dict:
@@ -163,14 +163,14 @@ def test_kohyas_layout_is_what_stock_makes_of_it(base, loaded, tmp_path):
     save_file(whole, tmp_path / "whole.safetensors")
     known = {name: x for name, x in whole.items() if "self_attn" not in name}
     save_file(known, tmp_path / "known.safetensors")
-    pipe = diffusers_reference.open_diffusers(base)
+    pipe = diffusers_check.open_diffusers(base)
     pipe.load_lora_weights(str(tmp_path), weight_name="known.safetensors")
-    expected = diffusers_reference.diffusers_latents(pipe, loaded)
+    expected = diffusers_check.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     updates = load_lora(tmp_path / "known.safetensors", frozen)
     towers = {name: lora.merge(frozen[name], update) for name, update in updates.items()}
-    latents = diffusers_reference.our_sampler(loaded, towers)()
-    assert diffusers_reference.apart(latents, expected) < 1e-3
+    latents = diffusers_check.our_sampler(loaded, towers)()
+    assert diffusers_check.apart(latents, expected) < 1e-3
     # In PEFT's layout α is 6.
     one, other = load_lora(tmp_path / "whole.safetensors", frozen), load_lora(file, frozen)
     one, other = (
@@ -187,13 +187,13 @@ def test_what_is_written_carries_its_alpha(base, loaded, tmp_path, alpha):
     frozen = generation.sampler_params(loaded)
     update = jax.tree.map(jnp.asarray, shaken(lora.init(jax.random.key(0), frozen["unet"], 4), 0))
     ours = {"unet": lora.merge(frozen["unet"], update, alpha / 4)}
-    latents = diffusers_reference.our_sampler(loaded, ours)()
+    latents = diffusers_check.our_sampler(loaded, ours)()
     for save, name in ((save_lora, FILE), (save_kohya, KOHYA_FILE)):
         save(update, tmp_path / name, alpha)
-        pipe = diffusers_reference.open_diffusers(base)
+        pipe = diffusers_check.open_diffusers(base)
         pipe.load_lora_weights(str(tmp_path), weight_name=name)
-        expected = diffusers_reference.diffusers_latents(pipe, loaded)
-        assert diffusers_reference.apart(latents, expected) < 1e-3
+        expected = diffusers_check.diffusers_latents(pipe, loaded)
+        assert diffusers_check.apart(latents, expected) < 1e-3
         assert pipe.unet.peft_config["default_0"].lora_alpha == alpha
         again = load_lora(tmp_path / name, frozen)["unet"]
         for layer, halves in again.items():
@@ -215,20 +215,18 @@ PATTERNS = [
 @pytest.mark.parametrize("patterns", PATTERNS)
 def test_patterns_are_regular_expressions_as_in_peft(base, loaded, tmp_path, patterns):
     file, _ = write_lora(base, tmp_path, ATTENTION, text=False, patterns=patterns)
-    pipe = diffusers_reference.open_diffusers(base)
+    pipe = diffusers_check.open_diffusers(base)
     pipe.load_lora_weights(str(tmp_path), weight_name=file.name)
-    expected = diffusers_reference.diffusers_latents(pipe, loaded)
+    expected = diffusers_check.diffusers_latents(pipe, loaded)
     frozen = generation.sampler_params(loaded)
     ours = {"unet": lora.merge(frozen["unet"], load_lora(file, frozen)["unet"])}
-    assert (
-        diffusers_reference.apart(diffusers_reference.our_sampler(loaded, ours)(), expected) < 1e-3
-    )
+    assert diffusers_check.apart(diffusers_check.our_sampler(loaded, ours)(), expected) < 1e-3
 
 
 @pytest.mark.parametrize("tower", ["unet", "text_encoder"])
 def test_pefts_own_layout(base, loaded, tmp_path, tower):
     """Reads adapter_model.safetensors with its α in adapter_config.json."""
-    pipe = diffusers_reference.open_diffusers(base)
+    pipe = diffusers_check.open_diffusers(base)
     targets = {"unet": MORE, "text_encoder": ["q_proj", "fc1"]}[tower]
     config = LoraConfig(
         r=3,

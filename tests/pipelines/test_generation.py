@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch_models
 
-from persona_jax.diffusion.sampler import picture_noise
+from persona_jax.diffusion.ddim import picture_noise
 from persona_jax.models import adapter
 from persona_jax.models.aggregators import Aggregator
 from persona_jax.models.attention import Source

@@ -12,7 +12,7 @@ import transformers
 from PIL import Image
 from world import SHARED, config_of
 
-from persona_jax.data import images, outside
+from persona_jax.data import assets, images
 from persona_jax.errors import UserError
 from persona_jax.interop import face_weights
 from persona_jax.interop.tensors import save_tree
@@ -70,7 +70,7 @@ def test_dlib_embeds(no_pipeline):
 def test_facenet_embeds(tmp_path, no_pipeline, monkeypatch):
     config = dlib_config(kind="facenet")
     config.data.data_dir = str(tmp_path)
-    monkeypatch.setattr(outside, "_fetch", lambda url, path: path.write_bytes(b"sorry"))
+    monkeypatch.setattr(assets, "_fetch", lambda url, path: path.write_bytes(b"sorry"))
     with pytest.raises(UserError, match=r"vggface2.pt.*image_encoder.path=FILE"):
         open_image_encoder(config, no_pipeline)
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import checksums, command_line, files, outside
+from persona_jax.runtime import checksums, command_line, files, untrusted
 from persona_jax.runtime.locks import alone
 
 
@@ -126,6 +126,6 @@ def test_pipes_and_folders_are_refused_as_files(tmp_path):
     (tmp_path / "folder.json").mkdir()
     for name in ("pipe.json", "folder.json"):
         with pytest.raises(UserError, match="expected a file, found"):
-            outside.read_json(tmp_path / name)
+            untrusted.read_json(tmp_path / name)
     with pytest.raises(UserError, match="expected a file, found no regular file"):
-        outside.read_json(Path("/dev/zero"))
+        untrusted.read_json(Path("/dev/zero"))

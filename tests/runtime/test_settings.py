@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from world import ROOT, config_of
 
 from persona_jax.errors import UserError
-from persona_jax.runtime import outside, settings
+from persona_jax.runtime import settings, untrusted
 from persona_jax.runtime.command_line import load_config
 from persona_jax.runtime.run_folder import read_config, read_run, write_run_files
 
@@ -125,7 +125,7 @@ def test_outside_json(tmp_path, content, expected):
     file = tmp_path / "config.json"
     file.write_bytes(content)
     with pytest.raises(UserError) as error:
-        outside.read_json(file)
+        untrusted.read_json(file)
     assert str(file) in str(error.value)
     assert expected in str(error.value)
     assert len(str(error.value)) < 500

@@ -5,7 +5,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.data.portraits import descriptions as words
 from persona_jax.data.portraits import traits
 from persona_jax.data.portraits.builder import Settings, draw

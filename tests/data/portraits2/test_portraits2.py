@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from persona_jax.data.photos import load_photos
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.data.portraits.builder import Settings
 from persona_jax.data.portraits2 import descriptions, drawing, traits
 from persona_jax.data.portraits2.builder import draw

@@ -25,7 +25,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from persona_jax.data import archive as lfw_archive
-from persona_jax.data import captions, photo_files
+from persona_jax.data import captions, photo_decoding
 from persona_jax.data.people_folder import LABELS, PeopleFolder, legible, list_people, some
 from persona_jax.data.portraits.builder import Portraits, Settings
 from persona_jax.data.portraits2.builder import Portraits2
@@ -77,8 +77,8 @@ class Photos:
         return self.source[self.rows[i]]["image"]
 
     def image(self, i: SupportsIndex) -> Image.Image:
-        """Returns photo `i` in RGB, as :func:`persona_jax.data.photo_files.decode` does."""
-        return photo_files.decode(io.BytesIO(self.encoded(i)), self.key(i))
+        """Returns photo `i` in RGB, as :func:`persona_jax.data.photo_decoding.decode` does."""
+        return photo_decoding.decode(io.BytesIO(self.encoded(i)), self.key(i))
 
     def has(self, name: str) -> bool:
         """Returns whether :meth:`truth` has this feature."""
@@ -197,7 +197,7 @@ class PhotoFolder(tfds.core.GeneratorBasedBuilder):
 
 def _content(path: pathlib.Path) -> bytes | str:
     """Returns a file's bytes, or why it cannot be a photo."""
-    why = photo_files.refusal(path)
+    why = photo_decoding.refusal(path)
     try:
         return path.read_bytes() if why is None else why
     except OSError as error:
@@ -291,8 +291,8 @@ def _fault(data: bytes) -> str | None:
     if not data:
         return "zero bytes"
     try:
-        photo_files.decode(io.BytesIO(data))
-    except photo_files.Unreadable as error:
+        photo_decoding.decode(io.BytesIO(data))
+    except photo_decoding.Unreadable as error:
         return str(error)
     return None
 

@@ -6,7 +6,7 @@ import optax
 import pytest
 from ml_collections import ConfigDict
 
-from persona_jax.base import trait_training as stage
+from persona_jax.base import trait_classifier_training as stage
 from persona_jax.data.portraits import traits
 from persona_jax.errors import UserError
 from persona_jax.evaluation import trait_classifier as reading

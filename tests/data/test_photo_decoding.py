@@ -11,8 +11,8 @@ import pytest
 from files import chunk, encoded, exif_with_broken_rational, png, tiff
 from PIL import Image, ImageCms
 
-from persona_jax.data import colour, photo_files
-from persona_jax.data.photo_files import Unreadable, decode, decode_mask, load_mask, load_photo
+from persona_jax.data import colour, photo_decoding
+from persona_jax.data.photo_decoding import Unreadable, decode, decode_mask, load_mask, load_photo
 from persona_jax.errors import UserError
 
 GREY16 = np.linspace(0, 65535, 4096).round().astype(np.uint16).reshape(64, 64)
@@ -221,7 +221,7 @@ def test_photos_are_turned_upright(kind, orientation):
     upright[32:, 16:] = (0, 0, 255)
     back = {5: 5, 6: 8, 7: 7, 8: 6}.get(orientation, orientation)
     stored = Image.fromarray(upright)
-    stored = stored if back == 1 else stored.transpose(photo_files.TURNS[back])
+    stored = stored if back == 1 else stored.transpose(photo_decoding.TURNS[back])
     exif = Image.Exif()
     exif[0x112] = orientation
     decoded = pixels(encoded(stored, kind, exif=exif.tobytes())).astype(int)
@@ -292,14 +292,14 @@ def test_200_megapixels_of_jpeg_are_read_smaller(tmp_path, monkeypatch):
     image.save(tmp_path / "a.jpg")
     image.save(tmp_path / "a.png")
     whole = np.asarray(load_photo(tmp_path / "a.jpg").resize((80, 60), Image.Resampling.BOX), int)
-    monkeypatch.setattr(photo_files, "MOST", 1_000_000)
+    monkeypatch.setattr(photo_decoding, "MOST", 1_000_000)
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 800_000)  # Pillow refuses twice this number
     small = load_photo(tmp_path / "a.jpg")
     assert small.size == (800, 600)
     assert abs(np.asarray(small.resize((80, 60), Image.Resampling.BOX), int) - whole).max() <= 2
     with pytest.raises(UserError, match=r"a.png: .*megapixels.*make it smaller"):
         load_photo(tmp_path / "a.png")
-    monkeypatch.setattr(photo_files, "MOST_JPEG", 1_500_000)
+    monkeypatch.setattr(photo_decoding, "MOST_JPEG", 1_500_000)
     with pytest.raises(UserError, match="2 megapixels; at most 1, of a JPEG 2, are read"):
         load_photo(tmp_path / "a.jpg")
 

@@ -16,8 +16,8 @@ from files import exif_with_broken_rational
 from PIL import Image
 from synthetic import PEOPLE, SHARED, jpeg, write_folder, write_tgz
 
-from persona_jax.data import outside
-from persona_jax.data.photos import load_photos
+from persona_jax.data import assets
+from persona_jax.data.photo_datasets import load_photos
 from persona_jax.errors import UserError
 from persona_jax.runtime.locks import alone
 
@@ -39,7 +39,7 @@ def offline(monkeypatch, tmp_path):
         "mirrors": [f"file://{tmp_path}/web{i}/lfw-deepfunneled.tgz" for i in (1, 2)],
         "accepted": [],
     }
-    monkeypatch.setattr(outside, "manifest", lambda: {"lfw_deepfunneled": asset})
+    monkeypatch.setattr(assets, "manifest", lambda: {"lfw_deepfunneled": asset})
     return asset
 
 
@@ -274,7 +274,7 @@ def test_neither_tensorflow_nor_torch_nor_network(tmp_path, lfw_photos):
         def refuse(*a, **k):
             raise SystemExit("network")
         socket.create_connection = socket.getaddrinfo = socket.socket.connect = refuse
-        from persona_jax.data.photos import load_photos
+        from persona_jax.data.photo_datasets import load_photos
         from persona_jax.data import encodings, loader, splits
         a = load_photos("lfw", {str(tmp_path / "d")!r}, {str(tmp_path / "m")!r},
                         sha256={sha256(path)!r})
@@ -312,12 +312,12 @@ def test_real_lfw(tmp_path_factory):
 
 
 def test_manifest_is_one_file_seen_from_both_places():
-    root = pathlib.Path(outside.__file__).parents[2]
+    root = pathlib.Path(assets.__file__).parents[2]
     link = root / "third_party/manifest.toml"
     if not link.exists():
         pytest.skip("not a checkout")
     assert link.resolve() == (root / "persona_jax/assets/manifest.toml").resolve()
-    for asset in outside.manifest().values():
+    for asset in assets.manifest().values():
         assert {"home", "licence", "use"} <= set(asset)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from persona_jax.diffusion.sampler import ddim, guide, picture_noise
+from persona_jax.diffusion.ddim import ddim, guide, picture_noise
 from persona_jax.diffusion.schedule import STABLE_DIFFUSION, Schedule
 
 LINEAR = {"beta_start": 0.0001, "beta_end": 0.02, "beta_schedule": "linear"}  # clips, as default
