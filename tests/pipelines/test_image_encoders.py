@@ -102,10 +102,10 @@ def test_clips_own_preparation_where_the_pipeline_has_none(tmp_path):
     # In the encoder's own folder, as in a whole CLIP repository.
     file = tmp_path / "base/image_encoder/preprocessor_config.json"
     file.write_text(json.dumps({"size": 24, "crop_size": 24}))
-    with pytest.raises(UserError, match=r"\(24, 24, 3\) of .*encoder reads 16×16"):
+    with pytest.raises(UserError, match=r"\(24, 24, 3\) of .*encoder expects 16×16"):
         open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
     # Without resizing, only photos of exactly that size fit.
     file.write_text(json.dumps({"do_resize": False, "do_center_crop": False}))
     encoder = open_image_encoder(config_of("sa"), load(str(tmp_path / "base")))
-    with pytest.raises(UserError, match=r"\(30, 30, 3\) of .*encoder reads 16×16"):
+    with pytest.raises(UserError, match=r"\(30, 30, 3\) of .*encoder expects 16×16"):
         encoder.preprocess(Image.new("RGB", (40, 30)))
