@@ -178,7 +178,7 @@ BASE = ["--pipeline", "{world}/base"]
         ([], "give --workdir"),
         (["--adapter", "{world}/people", *BASE], "aggregator.json|no such file"),
         (["--adapter", "{world}/none.bin", *BASE], "no such adapter"),
-        (["--adapter", "{tmp}/out", "--pipeline", "tiny"], "gives 256"),
+        (["--adapter", "{tmp}/out", "--pipeline", "tiny"], "image encoder has 256"),
         ([*PLAIN, *BASE, "--weights", "2", "3"], "2 of them for 1 photos"),
         ([*PLAIN, *BASE, "--mask", "a.png", "b.png"], "--mask: 2 of them for 1 --photos"),
         ([*PLAIN, *BASE, "--window", "0.5", "0.2"], "--window 0.5 0.2"),

@@ -128,7 +128,7 @@ def test_runs_of_two_bases_are_refused(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         generate(world, tmp_path / "out", *who, *photos(world, 0), *photos(world, 1))
     assert stop.value.code == 2
-    assert "its base is" in capsys.readouterr().err
+    assert "this run was trained on" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["resampler", "plus"])

@@ -194,7 +194,7 @@ def require_trained_on(
     if trained != now:
         raise UserError(
             f"{run}: the {what} at {base} now has hash {now:.80}, this run was trained on "
-            f"{trained or 'an unknown one':.80}; restore the original"
+            f"{trained or 'an unknown one':.80}; restore the original, or open the one of this run"
         )
 
 

@@ -91,7 +91,7 @@ def test_grid(tmp_path):
     red = Image.new("RGB", (10, 10), "red")
     blue = np.zeros((10, 10, 3), np.uint8)
     blue[..., 2] = 255
-    sheet = grid([[red, None, blue], [blue]], gap=2)
+    sheet = grid([[red, None, blue], [blue]])
     assert sheet.size == (3 * 12 + 2, 2 * 12 + 2)
     assert sheet.getpixel((3, 3)) == (255, 0, 0)
     assert sheet.getpixel((15, 3)) == (255, 255, 255)

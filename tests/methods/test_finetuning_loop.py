@@ -126,7 +126,7 @@ def test_the_token_stands_before_the_first_noun(prompt, called):
         (["--photos", str(ROOT / "x.png")], "give --person"),
         (
             ["--person", "{0}", "--prompt", "a photo of a dog"],
-            "no 'person' or 'man' or 'woman' to call",
+            "no 'person' or 'man' or 'woman' to put 'sks' before",
         ),
     ],
 )
