@@ -69,7 +69,7 @@ def test_every_command_refuses_a_base_that_was_changed(world, name, monkeypatch,
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.endswith(
         f"{name.split()[1]}: the base at {world / 'base'} now has hash {now}, this run was trained "
-        f"on {trained}; restore the original"
+        f"on {trained}; restore the original, or open the one of this run"
     )
     assert len(error) < 500
     assert not (world / "out").exists() or not list((world / "out").glob("*.png"))
