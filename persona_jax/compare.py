@@ -416,9 +416,9 @@ def _same_settings(out: Path, people: int, configs: Mapping[str, ConfigDict]) ->
     known = before.get("configs", {})
     if not isinstance(known, dict):
         raise UserError(f"--out {out}: of an earlier version of compare; choose another folder")
-    changes = [f"people: {before.get('people')}, now {people}"] * (
-        bool(before) and before.get("people") != people
-    )
+    changes = []
+    if before and before.get("people") != people:
+        changes.append(f"people: {before.get('people')}, now {people}")
     for name in configs.keys() & known.keys():
         lines = config_difference(ConfigDict(known[name]), configs[name])
         changes += [f"{name}: {line}" for line in lines if not line.startswith(WITHOUT_EFFECT)]
